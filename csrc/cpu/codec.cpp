@@ -1,0 +1,173 @@
+#include "codec.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "isa.hpp"
+
+namespace lowbit {
+
+namespace {
+
+// Below this many elements a thread costs more than it saves (its wake-up is about 5 us).
+constexpr size_t kElementsPerThread = 16384;
+
+void expect(bool condition, const std::string& message) {
+    if (!condition) {
+        throw std::invalid_argument(message);
+    }
+}
+
+template <typename T>
+T* pointer(uintptr_t address, const char* name) {
+    expect(address != 0, std::string(name) + ": expected a pointer, got null");
+    return reinterpret_cast<T*>(address);
+}
+
+void check_codes(int bits, size_t block_size, size_t columns) {
+    expect(bits == 2 || bits == 3 || bits == 4 || bits == 8,
+           "bits: expected 2, 3, 4 or 8, got " + std::to_string(bits));
+    expect(block_size >= 1 && block_size <= columns,
+           "block_size: expected 1.." + std::to_string(columns) + ", got " +
+               std::to_string(block_size));
+}
+
+void check_count(const char* name, size_t count, size_t least, size_t most) {
+    expect(count >= least && count <= most,
+           std::string(name) + ": expected " + std::to_string(least) + ".." +
+               std::to_string(most) + ", got " + std::to_string(count));
+}
+
+void set_levels(CodebookTables& tables, const float* levels, size_t count) {
+    for (size_t i = 0; i < kMaxLevels; ++i) {
+        tables.levels[i] = levels[std::min(i, count - 1)];
+    }
+}
+
+void set_thresholds(CodebookTables& tables, int bits, const float* thresholds, size_t count) {
+    for (int step = 0; step < bits; ++step) {
+        const size_t span = size_t{1} << (bits - step);  // codes below one node
+        for (size_t node = 0; node < size_t{1} << step; ++node) {
+            const size_t split = node * span + span / 2 - 1;
+            tables.steps[step][node] =
+                split < count ? thresholds[split] : std::numeric_limits<float>::infinity();
+        }
+    }
+}
+
+Statistic parse_statistic(const std::string& name) {
+    if (name == "given") {
+        return Statistic::given;
+    }
+    if (name == "absmax") {
+        return Statistic::absmax;
+    }
+    expect(name == "rms", "statistic: expected given, absmax or rms, got " + name);
+    return Statistic::rms;
+}
+
+GradType parse_grad_type(const std::string& name) {
+    if (name == "float32") {
+        return GradType::float32;
+    }
+    if (name == "bfloat16") {
+        return GradType::bfloat16;
+    }
+    expect(name == "float16", "grad_type: expected float32, bfloat16 or float16, got " + name);
+    return GradType::float16;
+}
+
+template <typename Args>
+void run_rows(void (*kernel)(const Args&, size_t, size_t), const Args& args, size_t rows,
+              int threads) {
+    expect(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
+    const size_t useful = std::max<size_t>(1, rows * args.columns / kElementsPerThread);
+    const size_t parts = std::min({static_cast<size_t>(threads), useful, rows});
+    if (parts <= 1) {
+        kernel(args, 0, rows);
+        return;
+    }
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+    for (size_t part = 0; part < parts; ++part) {
+        kernel(args, rows * part / parts, rows * (part + 1) / parts);
+    }
+}
+
+}  // namespace
+
+void quantize(size_t rows, size_t columns, uintptr_t x, size_t x_stride,
+              const std::string& statistic, float clip, int bits, size_t block_size,
+              uintptr_t thresholds, size_t threshold_count, uintptr_t packed, size_t row_bytes,
+              uintptr_t scales, int threads) {
+    if (rows == 0 || columns == 0) {
+        return;
+    }
+    check_codes(bits, block_size, columns);
+    check_count("threshold_count", threshold_count, 0, (size_t{1} << bits) - 1);
+    CodebookTables tables;
+    const float* const splits =
+        threshold_count == 0 ? nullptr : pointer<const float>(thresholds, "thresholds");
+    set_thresholds(tables, bits, splits, threshold_count);
+
+    QuantizeArgs args = {};
+    args.x = pointer<const float>(x, "x");
+    args.x_stride = x_stride;
+    args.columns = columns;
+    args.bits = bits;
+    args.block_size = block_size;
+    args.statistic = parse_statistic(statistic);
+    args.clip = clip;
+    args.codebook = &tables;
+    args.packed = pointer<uint8_t>(packed, "packed");
+    args.row_bytes = row_bytes;
+    args.scales = pointer<float>(scales, "scales");
+    args.blocks = (columns - 1) / block_size + 1;
+    run_rows(codec_kernels().quantize, args, rows, threads);
+}
+
+double accumulate(size_t rows, size_t columns, uintptr_t buffer, size_t buffer_stride,
+                  float buffer_weight, int bits, size_t block_size, uintptr_t levels,
+                  size_t level_count, uintptr_t packed, size_t row_bytes, uintptr_t scales,
+                  float code_weight, uintptr_t grad, const std::string& grad_type,
+                  ptrdiff_t grad_row_stride, ptrdiff_t grad_column_stride, float grad_weight,
+                  int threads) {
+    if (rows == 0 || columns == 0) {
+        return 0.0;
+    }
+    AccumulateArgs args = {};
+    args.buffer = pointer<float>(buffer, "buffer");
+    args.buffer_stride = buffer_stride;
+    args.buffer_weight = buffer_weight;
+    args.columns = columns;
+
+    CodebookTables tables;
+    if (packed != 0) {
+        check_codes(bits, block_size, columns);
+        check_count("level_count", level_count, 1, size_t{1} << bits);
+        set_levels(tables, pointer<const float>(levels, "levels"), level_count);
+        args.packed = pointer<const uint8_t>(packed, "packed");
+        args.row_bytes = row_bytes;
+        args.scales = pointer<const float>(scales, "scales");
+        args.blocks = (columns - 1) / block_size + 1;
+        args.bits = bits;
+        args.block_size = block_size;
+        args.codebook = &tables;
+        args.code_weight = code_weight;
+    }
+    if (grad != 0) {
+        args.grad = pointer<const void>(grad, "grad");
+        args.grad_type = parse_grad_type(grad_type);
+        args.grad_row_stride = grad_row_stride;
+        args.grad_column_stride = grad_column_stride;
+        args.grad_weight = grad_weight;
+    }
+    std::vector<double> row_sums(rows);
+    args.row_sums = row_sums.data();
+    run_rows(codec_kernels().accumulate, args, rows, threads);
+    return std::accumulate(row_sums.begin(), row_sums.end(), 0.0);
+}
+
+}  // namespace lowbit

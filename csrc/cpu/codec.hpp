@@ -1,0 +1,43 @@
+// Codec entry points: check the arguments, split the rows over threads, call the ISA's kernel.
+//
+// Matrices are row-major with the short side as rows; strides count elements. Pointers arrive as
+// integers, and the caller vouches for the memory behind them. Throws std::invalid_argument.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace lowbit {
+
+// Scales (unless statistic is "given") and codes of x.
+void quantize(size_t rows, size_t columns,
+              uintptr_t x,  // float32 [rows, columns]
+              size_t x_stride,
+              const std::string& statistic,  // "given", "absmax" or "rms"
+              float clip, int bits, size_t block_size,
+              uintptr_t thresholds,  // float32 [threshold_count], ascending
+              size_t threshold_count,
+              uintptr_t packed,  // uint8 [rows, row_bytes]
+              size_t row_bytes,
+              uintptr_t scales,  // float32 [rows, ceil(columns / block_size)]
+              int threads);
+
+// buffer <- buffer_weight * buffer + code_weight * levels[code] * scale + grad_weight * grad;
+// returns the sum of squares of the result. A weight of 0 leaves the buffer unread; packed or grad
+// may be 0 (absent).
+double accumulate(size_t rows, size_t columns,
+                  uintptr_t buffer,  // float32 [rows, columns]
+                  size_t buffer_stride, float buffer_weight, int bits, size_t block_size,
+                  uintptr_t levels,  // float32 [level_count], ascending
+                  size_t level_count,
+                  uintptr_t packed,  // uint8 [rows, row_bytes]
+                  size_t row_bytes,
+                  uintptr_t scales,  // float32 [rows, ceil(columns / block_size)]
+                  float code_weight,
+                  uintptr_t grad,  // [rows, columns]
+                  const std::string& grad_type,  // "float32", "bfloat16" or "float16"
+                  ptrdiff_t grad_row_stride, ptrdiff_t grad_column_stride, float grad_weight,
+                  int threads);
+
+}  // namespace lowbit

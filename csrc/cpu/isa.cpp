@@ -1,0 +1,113 @@
+#include "isa.hpp"
+
+#include <atomic>
+#include <stdexcept>
+
+#if defined(LOWBIT_X86_LEVELS)
+#include <cpuid.h>
+#endif
+
+namespace lowbit {
+
+namespace baseline {
+extern const CodecKernels codec_kernels;
+}
+#if defined(LOWBIT_X86_LEVELS)
+namespace avx2 {
+extern const CodecKernels codec_kernels;
+}
+namespace avx512 {
+extern const CodecKernels codec_kernels;
+}
+namespace avx512vnni {
+extern const CodecKernels codec_kernels;
+}
+#endif
+
+namespace {
+
+struct Level {
+    const char* name;
+    bool supported;
+    const CodecKernels* codec;
+};
+
+#if defined(LOWBIT_X86_LEVELS)
+// Not every compiler knows "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
+// The conditions repeat the compiler flags of each level in setup.py.
+const std::vector<Level>& levels() {
+    static const std::vector<Level> all = [] {
+        std::vector<Level> found = {{"baseline", true, &baseline::codec_kernels}};
+#if defined(LOWBIT_X86_LEVELS)
+        __builtin_cpu_init();
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi2") && has_f16c();
+        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+        found.push_back({"avx2", avx2, &avx2::codec_kernels});
+        found.push_back({"avx512", avx512, &avx512::codec_kernels});
+        found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels});
+#endif
+        return found;
+    }();
+    return all;
+}
+
+std::atomic<const Level*>& current() {
+    static std::atomic<const Level*> level = [] {
+        const Level* best = nullptr;
+        for (const Level& candidate : levels()) {
+            if (candidate.supported) {
+                best = &candidate;
+            }
+        }
+        return best;
+    }();
+    return level;
+}
+
+}  // namespace
+
+const CodecKernels& codec_kernels() {
+    return *current().load()->codec;
+}
+
+std::string current_isa() {
+    return current().load()->name;
+}
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Level& level : levels()) {
+        if (level.supported) {
+            names.push_back(level.name);
+        }
+    }
+    return names;
+}
+
+void set_isa(const std::string& name) {
+    std::string supported;
+    for (const Level& level : levels()) {
+        if (!level.supported) {
+            continue;
+        }
+        if (name == level.name) {
+            current().store(&level);
+            return;
+        }
+        supported += (supported.empty() ? "" : ", ") + std::string(level.name);
+    }
+    throw std::invalid_argument("ISA level: expected one that this machine supports (" + supported +
+                                "), got '" + name + "'");
+}
+
+}  // namespace lowbit

@@ -1,0 +1,3 @@
+#define LOWBIT_ISA avx2
+#define LOWBIT_LANES_FILE "lanes_avx2.inl"
+#include "codec.inl"

@@ -1,0 +1,3 @@
+#define LOWBIT_ISA avx512
+#define LOWBIT_LANES_FILE "lanes_avx512.inl"
+#include "codec.inl"

@@ -1,0 +1,3 @@
+#define LOWBIT_ISA baseline
+#define LOWBIT_LANES_FILE "lanes_generic.inl"
+#include "codec.inl"

@@ -1,0 +1,104 @@
+// Sixteen lanes in AVX-512 registers (F, BW, DQ, VL).
+
+struct F32x16 {
+    __m512 v;
+};
+struct I32x16 {
+    __m512i v;
+};
+struct F64x16 {
+    __m512d low, high;
+};
+
+inline __mmask16 first_lanes(size_t count) {
+    return static_cast<__mmask16>((1u << count) - 1);
+}
+
+inline F32x16 broadcast(float value) {
+    return {_mm512_set1_ps(value)};
+}
+inline F32x16 load(const float* from) {
+    return {_mm512_loadu_ps(from)};
+}
+inline F32x16 load_first(const float* from, size_t count) {
+    return {_mm512_maskz_loadu_ps(first_lanes(count), from)};
+}
+inline void store(float* to, F32x16 x) {
+    _mm512_storeu_ps(to, x.v);
+}
+inline void store_first(float* to, F32x16 x, size_t count) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), x.v);
+}
+inline F32x16 operator*(F32x16 a, F32x16 b) {
+    return {_mm512_mul_ps(a.v, b.v)};
+}
+inline F32x16 operator+(F32x16 a, F32x16 b) {
+    return {_mm512_add_ps(a.v, b.v)};
+}
+inline F32x16 load_bfloat16(const uint16_t* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline F32x16 load_float16(const uint16_t* from) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+}
+
+inline I32x16 zero_codes() {
+    return {_mm512_setzero_si512()};
+}
+inline I32x16 load_codes(const uint8_t* from) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+inline void store_codes(uint8_t* to, I32x16 codes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes.v));
+}
+
+// table[index] for index < 2^LOG2; the table is readable up to 16 entries.
+template <int LOG2>
+inline F32x16 lookup(const float* table, I32x16 index) {
+    if constexpr (LOG2 == 0) {
+        return broadcast(table[0]);
+    } else if constexpr (LOG2 <= 4) {
+        return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
+    } else if constexpr (LOG2 == 5) {
+        return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v,
+                                       _mm512_loadu_ps(table + 16))};
+    } else {
+        constexpr int half = 1 << (LOG2 - 1);
+        const __mmask16 upper = _mm512_test_epi32_mask(index.v, _mm512_set1_epi32(half));
+        const F32x16 low = lookup<LOG2 - 1>(table, index);
+        const F32x16 high = lookup<LOG2 - 1>(table + half, index);
+        return {_mm512_mask_blend_ps(upper, low.v, high.v)};
+    }
+}
+
+// 2 * node + (z > threshold)
+inline I32x16 descend(I32x16 node, F32x16 z, F32x16 threshold) {
+    const __mmask16 right = _mm512_cmp_ps_mask(z.v, threshold.v, _CMP_GT_OQ);
+    const __m512i twice = _mm512_add_epi32(node.v, node.v);
+    return {_mm512_mask_add_epi32(twice, right, twice, _mm512_set1_epi32(1))};
+}
+
+// Magnitudes compare like their bit patterns, and so a NaN is the largest of all.
+inline I32x16 max_magnitude(I32x16 largest, F32x16 x) {
+    const __m512i magnitude =
+        _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff));
+    return {_mm512_max_epi32(largest.v, magnitude)};
+}
+inline void store_bits(uint32_t* to, I32x16 bits) {
+    _mm512_storeu_si512(to, bits.v);
+}
+
+inline F64x16 zero_sums() {
+    return {_mm512_setzero_pd(), _mm512_setzero_pd()};
+}
+// A float squared is exact in double, so fused and separate rounding agree.
+inline F64x16 add_squares(F64x16 sums, F32x16 x) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
+    return {_mm512_fmadd_pd(low, low, sums.low), _mm512_fmadd_pd(high, high, sums.high)};
+}
+inline void store_sums(double* to, F64x16 sums) {
+    _mm512_storeu_pd(to, sums.low);
+    _mm512_storeu_pd(to + 8, sums.high);
+}

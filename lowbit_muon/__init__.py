@@ -1,0 +1,21 @@
+"""Muon with 4-bit momentum: a drop-in for `torch.optim.Muon`."""
+
+from lowbit_muon.formats import StateFormat
+from lowbit_muon.momentum_state import NonFiniteGradientError
+from lowbit_muon.muon import Muon
+from lowbit_muon.newton_schulz import orthogonalize
+from lowbit_muon.presets import PRESETS
+from lowbit_muon.quantized_matrix import QuantizedMatrix, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Muon",
+    "NonFiniteGradientError",
+    "QuantizedMatrix",
+    "StateFormat",
+    "__version__",
+    "orthogonalize",
+    "quantize",
+]

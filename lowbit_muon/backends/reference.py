@@ -1,0 +1,157 @@
+"""Reference backend in plain torch: the ground truth that every kernel is tested against.
+
+Plain before fast. Statistics are taken in float64; everything else rounds to float32 after each
+product and sum, in the order written, which the kernels reproduce bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.formats import CHUNK_BYTES, Codebook, CodeLayout
+
+# Scales below the smallest normal float32 are stored as zero: their reciprocal would overflow.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def pack_plane(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes below 2**bits, uint8 [m, n], into one plane (layout: `formats.CodeLayout`)."""
+    fields = 8 // bits
+    chunks = []
+    for chunk in codes.split(CHUNK_BYTES * fields, dim=1):
+        rows, count = chunk.shape
+        width = -(-count // fields)
+        padded = chunk.new_zeros(rows, width * fields)
+        padded[:, :count] = chunk
+        shifted = padded.view(rows, fields, width).int() << (
+            bits * torch.arange(fields, device=codes.device).view(1, -1, 1)
+        )
+        chunks.append(shifted.sum(dim=1).to(torch.uint8))
+    return torch.cat(chunks, dim=1)
+
+
+def unpack_plane(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_plane`: uint8 [m, columns]."""
+    fields = 8 // bits
+    shifts = bits * torch.arange(fields, device=packed.device).view(1, -1, 1)
+    chunks = []
+    remaining = columns
+    for chunk in packed.split(CHUNK_BYTES, dim=1):
+        count = min(remaining, CHUNK_BYTES * fields)
+        values = (chunk.unsqueeze(1).int() >> shifts) & (2**bits - 1)
+        chunks.append(values.reshape(chunk.shape[0], -1)[:, :count].to(torch.uint8))
+        remaining -= count
+    return torch.cat(chunks, dim=1)
+
+
+def pack(codes: Tensor, layout: CodeLayout) -> Tensor:
+    """Pack codes uint8 [m, n] into uint8 [m, layout.row_bytes(n)]."""
+    planes = []
+    shift = 0
+    for bits in layout.planes:
+        planes.append(pack_plane((codes >> shift) & (2**bits - 1), bits))
+        shift += bits
+    return torch.cat(planes, dim=1)
+
+
+def unpack(packed: Tensor, layout: CodeLayout, columns: int) -> Tensor:
+    """Inverse of `pack`: uint8 [m, columns]."""
+    codes = packed.new_zeros(packed.shape[0], columns)
+    offset = shift = 0
+    for bits in layout.planes:
+        width = CodeLayout(bits, 0, "absmax", 1.0).row_bytes(columns)
+        codes |= unpack_plane(packed[:, offset : offset + width], bits, columns) << shift
+        offset += width
+        shift += bits
+    return codes
+
+
+def expand_scales(scales: Tensor, layout: CodeLayout, columns: int) -> Tensor:
+    """One scale for each element: float32 [m, columns] from [m, layout.blocks(columns)]."""
+    repeated = scales.repeat_interleave(layout.effective_block(columns), dim=1)
+    return repeated[:, :columns]
+
+
+def block_scales(x: Tensor, layout: CodeLayout) -> Tensor:
+    """statistic * clip of each block: float32 [m, layout.blocks(n)] from float32 [m, n]."""
+    statistics = []
+    for block in x.split(layout.effective_block(x.shape[1]), dim=1):
+        if layout.statistic == "absmax":
+            statistics.append(block.abs().amax(dim=1))
+        else:
+            statistics.append(block.double().square().mean(dim=1).sqrt().float())
+    scales = torch.stack(statistics, dim=1) * torch.tensor(layout.clip, dtype=torch.float32)
+    return torch.where(scales < SMALLEST_SCALE, torch.zeros_like(scales), scales)
+
+
+def decode(codes: PackedCodes) -> Tensor:
+    """levels[code] * scale, float32 [m, n]."""
+    values = torch.tensor(codes.codebook.levels, dtype=torch.float32, device=codes.packed.device)
+    indices = unpack(codes.packed, codes.layout, codes.columns).int()
+    # Kernels pad the table with its last level; a code past the end means the same here.
+    indices = indices.clamp(max=len(codes.codebook.levels) - 1)
+    return values[indices] * expand_scales(codes.scales, codes.layout, codes.columns)
+
+
+class ReferenceBackend:
+    """`Backend` in torch operations; runs on any device."""
+
+    name = "reference"
+
+    def quantize(
+        self,
+        x: Tensor,
+        codebook: Codebook,
+        layout: CodeLayout,
+        *,
+        packed: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.quantize`."""
+        found = block_scales(x, layout) if x.numel() else x.new_zeros(x.shape[0], layout.blocks(x.shape[1]))
+        scales = found if scales is None else scales.copy_(found)
+        return self.encode(x, scales, codebook, layout, packed=packed), scales
+
+    def encode(
+        self,
+        x: Tensor,
+        scales: Tensor,
+        codebook: Codebook,
+        layout: CodeLayout,
+        *,
+        packed: Tensor | None = None,
+    ) -> Tensor:
+        """See `Backend.encode`."""
+        rows, columns = x.shape
+        if not x.numel():
+            found = torch.zeros(rows, layout.row_bytes(columns), dtype=torch.uint8, device=x.device)
+        else:
+            # A row without a scale is a row of zeros, and zeros keep clear of 0 * inf.
+            inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+            thresholds = torch.tensor(codebook.thresholds, dtype=torch.float32, device=x.device)
+            z = x * expand_scales(inverse, layout, columns)
+            found = pack(torch.bucketize(z, thresholds).to(torch.uint8), layout)
+        return found if packed is None else packed.copy_(found)
+
+    def accumulate(
+        self,
+        buffer: Tensor,
+        *,
+        buffer_weight: float = 0.0,
+        codes: PackedCodes | None = None,
+        code_weight: float = 1.0,
+        grad: Tensor | None = None,
+        grad_weight: float = 1.0,
+    ) -> float:
+        """See `Backend.accumulate`."""
+        if buffer_weight == 0:
+            buffer.zero_()
+        else:
+            buffer.mul_(buffer_weight)
+        if codes is not None and buffer.numel():
+            buffer += decode(codes) * code_weight
+        if grad is not None:
+            buffer += grad.float() * grad_weight
+        return float(buffer.double().square().sum())

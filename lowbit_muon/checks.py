@@ -1,0 +1,43 @@
+"""Argument checks. Each raises with the parameter's name, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_real_number(value: object) -> TypeGuard[float]:
+    """True for a finite int or float (not bool) or a one-element floating point tensor."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_floating_point() and bool(value.isfinite())
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_matrix(name: str, matrix: object) -> Tensor:
+    """`matrix` if it is a 2-D floating point tensor, else TypeError or ValueError."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
+    if matrix.ndim != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(matrix.shape)}")
+    if matrix.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected a floating point dtype, got {matrix.dtype}")
+    return matrix
+
+
+def check_tensor(
+    name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    """`value` if it is a tensor of this dtype and shape, else ValueError."""
+    if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
+        got = (
+            f"{value.dtype} {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise ValueError(f"{name}: expected {dtype} {shape}, got {got}")
+    return value

@@ -1,0 +1,126 @@
+"""Codes of one oriented matrix: scales for every granularity, companding, factor storage.
+
+The codec knows formats and backends; it does not know what the matrix is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.base import Backend, PackedCodes
+from lowbit_muon.backends.reference import SMALLEST_SCALE
+from lowbit_muon.formats import Codebook, CodeLayout, StateFormat
+
+# (rows, values): a function that yields the matrix in panels of rows, as often as it is called.
+Panels = Callable[[], Iterable[tuple[slice, Tensor]]]
+
+
+def compress(x: Tensor, mu: float) -> Tensor:
+    """sign(x) ln(1 + mu |x|) / ln(1 + mu) (mu-law, ITU-T G.711); x is clamped to [-1, 1]."""
+    clamped = x.clamp(-1, 1)
+    return clamped.sign() * (clamped.abs() * mu).log1p() / math.log1p(mu)
+
+
+def expand(y: Tensor, mu: float) -> Tensor:
+    """The inverse of `compress`."""
+    return y.sign() * (y.abs() * math.log1p(mu)).expm1() / mu
+
+
+def empty_codes(
+    rows: int, columns: int, layout: CodeLayout, *, single_scale: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Storage for the codes of a zero matrix [rows, columns]: (packed uint8, scales float32)."""
+    packed = torch.zeros(rows, layout.row_bytes(columns), dtype=torch.uint8, device=device)
+    shape = (1, 1) if single_scale else (rows, layout.blocks(columns))
+    return packed, torch.zeros(shape, dtype=torch.float32, device=device)
+
+
+def store_panels(
+    panels: Panels, packed: Tensor, scales: Tensor, state_format: StateFormat, backend: Backend
+) -> None:
+    """Quantise a matrix that comes in panels of rows into `packed` and `scales`, in place."""
+    layout = state_format.code_layout()
+    book = state_format.code_book()
+    if state_format.granularity == "tensor":
+        scales.fill_(_tensor_scale(panels, state_format, layout))
+    for rows, values in panels():
+        if state_format.companded_scale:
+            values = compress(values, state_format.mu)
+        if state_format.granularity == "tensor":
+            row_scales = scales.expand(values.shape[0], 1)
+            backend.encode(values, row_scales, book, layout, packed=packed[rows])
+        else:
+            backend.quantize(values, book, layout, packed=packed[rows], scales=scales[rows])
+
+
+def _tensor_scale(panels: Panels, state_format: StateFormat, layout: CodeLayout) -> float:
+    """The one scale of a matrix: its statistic times clip, 0 if that underflows float32."""
+    largest = squares = 0.0
+    count = 0
+    for _, values in panels():
+        if values.numel():
+            if state_format.companded_scale:
+                values = compress(values, state_format.mu)
+            largest = max(largest, float(values.abs().max()))
+            squares += float(values.double().square().sum())
+            count += values.numel()
+    statistic = largest if layout.statistic == "absmax" else math.sqrt(squares / max(count, 1))
+    scale = statistic * layout.clip
+    return scale if scale >= SMALLEST_SCALE else 0.0
+
+
+def packed_codes(
+    packed: Tensor, scales: Tensor, book: Codebook, layout: CodeLayout, columns: int
+) -> PackedCodes:
+    """Codes as kernels take them, with one row of scales for each row of codes."""
+    return PackedCodes(packed, scales.expand(packed.shape[0], -1), book, layout, columns)
+
+
+def load(
+    buffer: Tensor, packed: Tensor, scales: Tensor, state_format: StateFormat, backend: Backend
+) -> None:
+    """Decode into `buffer`, float32 [rows, columns]."""
+    codes = packed_codes(
+        packed, scales, state_format.code_book(), state_format.code_layout(), buffer.shape[1]
+    )
+    backend.accumulate(buffer, codes=codes)
+    if state_format.companded_scale:
+        buffer.copy_(expand(buffer, state_format.mu))
+
+
+def store_factor(
+    factor: Tensor, packed: Tensor, scales: Tensor, state_format: StateFormat, backend: Backend
+) -> None:
+    """Quantise a low-rank factor [length, rank], one scale a column, in place.
+
+    Stored transposed, so that a column's codes and scale are a row: packed [rank, bytes],
+    scales [rank, 1].
+    """
+    values = factor.mT.contiguous()
+    if state_format.companded_scale:
+        values = compress(values, state_format.mu)
+    backend.quantize(
+        values,
+        state_format.factor_code_book(),
+        state_format.factor_layout(),
+        packed=packed,
+        scales=scales,
+    )
+
+
+def load_factor(
+    packed: Tensor, scales: Tensor, length: int, state_format: StateFormat, backend: Backend
+) -> Tensor:
+    """Decode a low-rank factor: float32 [length, rank]."""
+    values = torch.empty(packed.shape[0], length, dtype=torch.float32, device=packed.device)
+    codes = packed_codes(
+        packed, scales, state_format.factor_code_book(), state_format.factor_layout(), length
+    )
+    backend.accumulate(values, codes=codes)
+    if state_format.companded_scale:
+        values = expand(values, state_format.mu)
+    return values.mT

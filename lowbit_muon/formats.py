@@ -1,0 +1,323 @@
+"""What a stored momentum looks like: codebooks, code layouts and named state formats.
+
+Nothing here touches a tensor. A `StateFormat` says how one momentum matrix is stored; the codec
+turns it into a `Codebook` (the values) and a `CodeLayout` (bits, scales), which is all that a
+kernel ever sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+CodebookKind = Literal["mu_law", "linear", "power_law", "table"]
+Tread = Literal["mid_rise", "mid_tread"]
+Granularity = Literal["tensor", "row", "block"]
+Statistic = Literal["rms", "absmax"]
+
+CODE_BITS = (2, 3, 4, 8)
+DENSE_BITS = (16, 32)
+# Integer units take int8 operands, so snapped levels are whole numbers of at most this size.
+INT8_MAX = 127
+# A plane packs codes in chunks of one AVX-512 register (see `CodeLayout`).
+CHUNK_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The values a code stands for, before its scale.
+
+    levels: ascending, at most 2**bits. thresholds: ascending, one fewer; the code of z is the
+    number of thresholds strictly below z.
+    """
+
+    levels: tuple[float, ...]
+    thresholds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("levels: expected at least one level, got none")
+        if any(b <= a for a, b in zip(self.levels, self.levels[1:], strict=False)):
+            raise ValueError(f"levels: expected strictly ascending values, got {self.levels}")
+        if len(self.thresholds) != len(self.levels) - 1:
+            raise ValueError(
+                f"thresholds: expected {len(self.levels) - 1} values (one fewer than levels), "
+                f"got {len(self.thresholds)}"
+            )
+
+
+def nearest_codebook(levels: Sequence[float]) -> Codebook:
+    """Codebook that maps each value to its nearest level (thresholds at the midpoints)."""
+    return Codebook(
+        tuple(levels), tuple((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False))
+    )
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """How codes and scales of an oriented matrix [m, n] lie in memory.
+
+    Codes: uint8 [m, row_bytes(n)]; every row starts at a byte. A plane of b bits (1, 2, 4 or 8)
+    packs a row in chunks of 64 bytes, 512/b codes; the last chunk may be short. A chunk of t codes
+    takes w = ceil(t*b/8) bytes, and byte j holds code i*w + j in its i-th field of b bits, so that
+    one shift and mask decodes 64 consecutive codes without interleaving. 2, 4 and 8 bits are one
+    plane; 3 bits are the 2-bit plane of the low bits followed by the 1-bit plane of the high bit.
+
+    Scales: float32 [m, blocks(n)]; block_size 0 means one scale for the whole row.
+    scale = statistic(block) * clip.
+    """
+
+    bits: int
+    block_size: int
+    statistic: Statistic
+    clip: float
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of each plane, low bits first."""
+        return (2, 1) if self.bits == 3 else (self.bits,)
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one packed row of `columns` codes."""
+        total = 0
+        for plane_bits in self.planes:
+            full, rest = divmod(columns, CHUNK_BYTES * 8 // plane_bits)
+            total += full * CHUNK_BYTES + -(-rest * plane_bits // 8)
+        return total
+
+    def effective_block(self, columns: int) -> int:
+        """Codes that share a scale in a row of `columns` codes; at least 1."""
+        return max(1, min(self.block_size or columns, columns))
+
+    def blocks(self, columns: int) -> int:
+        """Scales of one row of `columns` codes."""
+        return -(-columns // self.effective_block(columns))
+
+
+def mu_law_compress(value: float, mu: float) -> float:
+    """sign(x) ln(1 + mu |x|) / ln(1 + mu), the mu-law of ITU-T G.711, for |x| <= 1."""
+    return math.copysign(math.log1p(mu * abs(value)) / math.log1p(mu), value)
+
+
+def mu_law_expand(value: float, mu: float) -> float:
+    """The inverse of `mu_law_compress`."""
+    return math.copysign(math.expm1(abs(value) * math.log1p(mu)) / mu, value)
+
+
+def _uniform_positions(bits: int, tread: Tread) -> list[float]:
+    """Equally spaced positions in [-1, 1]: 2**bits without a zero, or 2**bits - 1 with one."""
+    if tread == "mid_rise":
+        count = 2**bits
+        return [(2 * k + 1 - count) / (count - 1) for k in range(count)]
+    largest = 2 ** (bits - 1) - 1
+    return [k / largest for k in range(-largest, largest + 1)]
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """How one momentum matrix is stored. Frozen, hashable, and `to_dict`/`from_dict` round-trip.
+
+    bits: 2, 3, 4 or 8 for codes; 16 (bfloat16) or 32 (float32) for a dense, uncoded state, for
+      which the codec fields are unused.
+    codebook, mu, exponent, tread, table: the levels: mu-law with parameter mu, linear, power law
+      sign(u)|u|**exponent, each mid-rise (2**bits levels, none at zero) or mid-tread
+      (2**bits - 1 levels, one at zero), or an explicit ascending table.
+    granularity, block_size: one scale for the tensor, for each row of the short side, or for each
+      block of `block_size` along the long side.
+    statistic, clip: the largest level stands for clip * RMS or clip * absmax of its block.
+    snap_levels: levels are whole numbers of at most 127, so that integer matrix units read the
+      same codes exactly.
+    companded_scale: values are mu-law companded first and the (then linear) codes and their scales
+      live in the companded domain, as MuonQ does (arXiv 2605.11396).
+    factor_rank / factor_divisor: a low-rank part of this rank, or of rank
+      max(1, min(rows, columns) // factor_divisor), kept beside the codes; 0 and 0 for none.
+    factor_bits: bits of the low-rank factors' codes, one scale for each column of a factor.
+    spectral, spectral_shift: store Y = U y(S) V^T with y^3 + c*y = s instead of M = U S V^T
+      (singular values scaled to sum of squares one), c = spectral_shift.
+    normalize: gradient and momentum are divided by their Frobenius norms in every step and the
+      momentum is a sum (MuonQ).
+    """
+
+    name: str
+    bits: int
+    codebook: CodebookKind = "mu_law"
+    mu: float = 2.0
+    exponent: float = 1.0
+    tread: Tread = "mid_rise"
+    table: tuple[float, ...] | None = None
+    granularity: Granularity = "row"
+    block_size: int = 0
+    statistic: Statistic = "rms"
+    clip: float = 2.7
+    snap_levels: bool = True
+    companded_scale: bool = False
+    factor_rank: int = 0
+    factor_divisor: int = 0
+    factor_bits: int = 4
+    spectral: bool = False
+    spectral_shift: float = 0.01
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        _check_format(self)
+
+    @property
+    def is_dense(self) -> bool:
+        """True if the state is stored uncoded, in bfloat16 or float32."""
+        return self.bits in DENSE_BITS
+
+    @property
+    def has_factors(self) -> bool:
+        """True if a low-rank part is kept beside the codes."""
+        return bool(self.factor_rank or self.factor_divisor)
+
+    @property
+    def stores_norm(self) -> bool:
+        """True if the matrix is stored scaled to norm one, with its Frobenius norm beside it."""
+        return self.spectral or self.companded_scale
+
+    def rank(self, rows: int, columns: int) -> int:
+        """Rank of the low-rank part of a rows x columns matrix; 0 if the format has none.
+
+        At least 1 and at most the short side, so that a small matrix is stored in the same way
+        as a large one.
+        """
+        short = min(rows, columns)
+        if not self.has_factors or short == 0:
+            return 0
+        return min(short, self.factor_rank or max(1, short // self.factor_divisor))
+
+    def code_book(self) -> Codebook:
+        """Levels and thresholds of the codes."""
+        return _build_codebook(self, self.bits)
+
+    def factor_code_book(self) -> Codebook:
+        """Levels and thresholds of the low-rank factors' codes."""
+        return _build_codebook(self, self.factor_bits)
+
+    def code_layout(self) -> CodeLayout:
+        """Packing and scale rule of the codes."""
+        return CodeLayout(self.bits, self.block_size, self.statistic, self._scale_factor(self.bits))
+
+    def factor_layout(self) -> CodeLayout:
+        """Packing and scale rule of the factors, stored transposed: one scale a row."""
+        return CodeLayout(self.factor_bits, 0, self.statistic, self._scale_factor(self.factor_bits))
+
+    def _scale_factor(self, bits: int) -> float:
+        """clip, divided by the largest level: scale * largest level = clip * statistic."""
+        return self.clip / max(abs(level) for level in _build_codebook(self, bits).levels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (str, int, float, bool, None, list) only."""
+        values = dataclasses.asdict(self)
+        values["table"] = None if self.table is None else list(self.table)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StateFormat:
+        """Inverse of `to_dict`. Raises ValueError naming an unknown, missing or bad field."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"format: expected a mapping of fields, got {type(values).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        missing = sorted({"name", "bits"} - set(values))
+        if unknown or missing:
+            raise ValueError(f"format: unknown fields {unknown}, missing fields {missing}")
+        fields = dict(values)
+        if fields.get("table") is not None:
+            fields["table"] = tuple(fields["table"])
+        return cls(**fields)
+
+
+def _expect(condition: bool, field: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{field}: expected {expected}, got {got!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_format(f: StateFormat) -> None:
+    _expect(isinstance(f.name, str) and bool(f.name), "name", "a non-empty string", f.name)
+    _expect(
+        _is_count(f.bits) and f.bits in CODE_BITS + DENSE_BITS, "bits", "2, 3, 4, 8, 16 or 32", f.bits
+    )
+    choices = {
+        "codebook": ("mu_law", "linear", "power_law", "table"),
+        "tread": ("mid_rise", "mid_tread"),
+        "granularity": ("tensor", "row", "block"),
+        "statistic": ("rms", "absmax"),
+    }
+    for field, allowed in choices.items():
+        _expect(getattr(f, field) in allowed, field, f"one of {allowed}", getattr(f, field))
+    for field in ("mu", "exponent", "clip", "spectral_shift"):
+        value = getattr(f, field)
+        _expect(_is_number(value) and value > 0, field, "a positive number", value)
+    for field in ("block_size", "factor_rank", "factor_divisor"):
+        _expect(_is_count(getattr(f, field)), field, "a whole number >= 0", getattr(f, field))
+    _expect(
+        (f.block_size > 0) == (f.granularity == "block"),
+        "block_size",
+        "a positive size with granularity 'block' and 0 otherwise",
+        f.block_size,
+    )
+    _expect(f.factor_bits in CODE_BITS, "factor_bits", f"one of {CODE_BITS}", f.factor_bits)
+    _expect(
+        not (f.factor_rank and f.factor_divisor),
+        "factor_rank",
+        "either factor_rank or factor_divisor to be 0",
+        (f.factor_rank, f.factor_divisor),
+    )
+    _expect(
+        not (f.spectral and f.has_factors),
+        "spectral",
+        "no low-rank factors together with spectral companding",
+        (f.factor_rank, f.factor_divisor),
+    )
+    _expect((f.table is not None) == (f.codebook == "table"), "table", "levels if and only if "
+            "codebook is 'table'", f.table)
+    if f.table is not None:
+        _expect(
+            all(_is_number(level) for level in f.table) and 1 < len(f.table) <= 2**f.bits,
+            "table",
+            f"2 to {2**f.bits} finite levels",
+            f.table,
+        )
+    if f.companded_scale:
+        _expect(f.codebook == "mu_law", "codebook", "'mu_law' with companded_scale", f.codebook)
+    if not f.is_dense:
+        _build_codebook(f, f.bits)  # raises if snapping makes two levels equal
+
+
+@functools.lru_cache(maxsize=256)
+def _build_codebook(f: StateFormat, bits: int) -> Codebook:
+    if f.table is not None:
+        levels = list(f.table)
+    else:
+        positions = _uniform_positions(bits, f.tread)
+        if f.codebook == "linear" or f.companded_scale:
+            levels = positions
+        elif f.codebook == "mu_law":
+            levels = [mu_law_expand(u, f.mu) for u in positions]
+        else:
+            levels = [math.copysign(abs(u) ** f.exponent, u) for u in positions]
+    if f.snap_levels:
+        largest = max(abs(level) for level in levels)
+        levels = [float(round(INT8_MAX * level / largest)) for level in levels]
+        if len(set(levels)) != len(levels):
+            raise ValueError(
+                f"snap_levels: expected levels that stay distinct as int8, got {levels}; "
+                "use snap_levels=False with this codebook"
+            )
+    return nearest_codebook(levels)

@@ -1,0 +1,396 @@
+"""Muon with low-bit momentum: a drop-in for `torch.optim.Muon`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lowbit_muon.backends import check_backend_name, get_backend
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.checks import is_real_number
+from lowbit_muon.formats import StateFormat
+from lowbit_muon.momentum_state import NonFiniteGradientError, update_momentum
+from lowbit_muon.newton_schulz import orthogonalize, resolve_coefficients
+from lowbit_muon.presets import resolve_format
+from lowbit_muon.quantized_matrix import QuantizedMatrix
+
+# KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
+DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+DEFAULT_EPS = 1e-7
+
+AdjustLr = Literal["original", "match_rms_adamw"]
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """One matrix of a parameter: rows `rows` of its 2-D view [all rows, columns]."""
+
+    rows: slice
+    shape: tuple[int, int]
+    prefix: str  # of its keys in the parameter's state
+
+
+class Muon(Optimizer):
+    """Muon (MomentUm Orthogonalized by Newton-Schulz) with its momentum in 4 bits or fewer.
+
+    All positional arguments, their defaults and the update rule are those of `torch.optim.Muon`
+    (M <- momentum*M + (1 - momentum)*G; Nesterov; decoupled weight decay); the arithmetic is
+    float32 where torch uses bfloat16.
+
+    Args:
+        params: parameters, named parameters or groups. Two or more dimensions each: a convolution
+            kernel [out, in, ...] is taken as the matrix [out, in*...].
+        lr: learning rate; may be a one-element tensor.
+        weight_decay: decoupled weight decay.
+        momentum: decay of the momentum, in [0, 1).
+        nesterov: orthogonalise momentum*M + (1 - momentum)*G instead of M.
+        ns_coefficients: (a, b, c) of the Newton-Schulz polynomial, a sequence of such triples, one
+            for each step, or a name known to `lowbit_muon.newton_schulz`.
+        eps: smallest norm that the matrix is divided by before Newton-Schulz.
+        ns_steps: Newton-Schulz steps.
+        adjust_lr_fn: "original" (or None): lr * sqrt(max(1, rows/columns)), KellerJordan's;
+            "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's.
+        state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`) or a
+            `StateFormat`.
+        ns_input: "exact" orthogonalises the fresh momentum, before it was quantised; "stored" what
+            the codes stand for.
+        backend: "auto", or a backend by name, which then must be there.
+        nonfinite: what to do with a gradient that holds inf or nan: "skip" leaves the parameter and
+            its state as they are (counted in its state as "skipped", with one warning), "raise"
+            raises NonFiniteGradientError before any parameter changes.
+        batch_experts: take a parameter [experts, rows, columns] as that many matrices.
+        row_splits: row counts of the matrices that are fused in one parameter (query, key and
+            value, or heads), each orthogonalised for itself.
+        seed: start of the power iteration of formats with low-rank factors.
+
+    A group may override any of these. `state_bytes()` counts what the state really takes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] | Sequence[Sequence[float]] | str = (
+            DEFAULT_COEFFICIENTS
+        ),
+        eps: float = DEFAULT_EPS,
+        ns_steps: int = 5,
+        adjust_lr_fn: AdjustLr | None = None,
+        *,
+        state_format: str | StateFormat = "spectral4",
+        ns_input: Literal["exact", "stored"] = "exact",
+        backend: str = "auto",
+        nonfinite: Literal["skip", "raise"] = "skip",
+        batch_experts: bool = False,
+        row_splits: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "state_format": state_format,
+            "ns_input": ns_input,
+            "backend": backend,
+            "nonfinite": nonfinite,
+            "batch_experts": batch_experts,
+            "row_splits": row_splits,
+            "seed": seed,
+        }
+        check_group(defaults)
+        defaults["state_format"] = resolve_format(state_format).to_dict()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises ValueError or TypeError, with nothing added, for a bad option or a parameter with
+        fewer than two dimensions.
+        """
+        group = {**self.defaults, **param_group}
+        check_group(group)
+        if "state_format" in param_group:
+            # Plain values only, so that a state_dict loads under weights_only=True.
+            param_group["state_format"] = resolve_group_format(group).to_dict()
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                matrix_views(param, self.param_groups[-1])
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimisation step. `closure` reevaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["nonfinite"] == "raise":
+                self._raise_if_nonfinite(group)
+        for group in self.param_groups:
+            step = GroupStep.from_group(group)
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update_parameter(param, step, group)
+        return loss
+
+    def state_bytes(self) -> int:
+        """Bytes that the optimizer's state really takes (storage, not elements times bits)."""
+        return sum(
+            value.untyped_storage().nbytes()
+            for state in self.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+
+    def _update_parameter(self, param: Tensor, step: GroupStep, group: dict[str, Any]) -> None:
+        check_gradient(param)
+        views = matrix_views(param, group)
+        state = self.state[param]
+        if not state:
+            state.update(step=0, skipped=0)
+            for index, view in enumerate(views):
+                matrix = QuantizedMatrix.zeros(
+                    view.shape, step.state_format, seed=group["seed"] + index, device=param.device
+                )
+                write_matrix(state, view, matrix)
+        # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
+        if len(views) > 1 and not bool(param.grad.isfinite().all()):  # type: ignore[union-attr]
+            _count_skipped(state, param)
+            return
+        grad, weights = flatten(param.grad, group), flatten(param, group)  # type: ignore[arg-type]
+        for view in views:
+            momentum = read_matrix(state, view, step.state_format)
+            try:
+                step.update_matrix(weights[view.rows], grad[view.rows], momentum)
+            except NonFiniteGradientError:
+                _count_skipped(state, param)
+                return
+        state["step"] += 1
+
+    def _raise_if_nonfinite(self, group: dict[str, Any]) -> None:
+        names = group.get("param_names") or range(len(group["params"]))
+        for name, param in zip(names, group["params"], strict=True):
+            if param.grad is not None and not bool(param.grad.isfinite().all()):
+                bad = int((~param.grad.isfinite()).sum())
+                raise NonFiniteGradientError(
+                    f"gradient of parameter {name!r} {tuple(param.shape)}: expected finite values, "
+                    f"got {bad} of {param.grad.numel()} elements inf or nan"
+                )
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """What one step needs to know of its group, resolved once for all its matrices."""
+
+    state_format: StateFormat
+    coefficients: tuple[tuple[float, float, float], ...]
+    lr: float
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    eps: float
+    adjust_lr_fn: AdjustLr | None
+    ns_input: Literal["exact", "stored"]
+    backend_name: str
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any]) -> GroupStep:
+        return cls(
+            state_format=resolve_group_format(group),
+            coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            eps=group["eps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
+            ns_input=group["ns_input"],
+            backend_name=group["backend"],
+        )
+
+    def update_matrix(self, weight: Tensor, grad: Tensor, momentum: QuantizedMatrix) -> None:
+        """One Muon step of one matrix: weight and grad [rows, columns]."""
+        if weight.numel() == 0:
+            return
+        backend: Backend = get_backend(self.backend_name, weight.device)
+        x, scale = update_momentum(
+            momentum,
+            grad,
+            decay=self.momentum,
+            nesterov=self.nesterov,
+            backend=backend,
+            from_stored=self.ns_input == "stored",
+        )
+        update = orthogonalize(
+            x, len(self.coefficients), self.coefficients, eps=self.eps * scale
+        )
+        if weight.shape[0] > weight.shape[1]:
+            update = update.mT
+        weight.mul_(1 - self.lr * self.weight_decay)
+        weight.add_(update, alpha=-self.lr * update_scale(self.adjust_lr_fn, weight.shape))
+
+
+def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
+    """Factor of the learning rate for a matrix [rows, columns] (see `Muon`)."""
+    rows, columns = shape
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def flatten(tensor: Tensor, group: dict[str, Any]) -> Tensor:
+    """The parameter (or its gradient) as one matrix, a view: [out, in*...] or [experts*out, in]."""
+    if tensor.ndim == 2:
+        return tensor
+    if group["batch_experts"]:
+        return tensor.flatten(0, -2)
+    return tensor.flatten(1)
+
+
+def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
+    """The matrices of a parameter. Raises ValueError for a shape the group's options do not fit."""
+    if param.ndim < 2:
+        raise ValueError(
+            "params: expected parameters of 2 or more dimensions, got one of size "
+            f"{tuple(param.shape)}; give it to AdamW (MuonWithAuxAdam does)"
+        )
+    flat = flatten(param.detach(), group)
+    rows, columns = flat.shape
+    if flat.data_ptr() != param.data_ptr():
+        raise ValueError(
+            f"params: expected a parameter that can be viewed as a matrix, got size "
+            f"{tuple(param.shape)} with strides {param.stride()}"
+        )
+    if group["row_splits"] is not None:
+        sizes = list(group["row_splits"])
+    elif group["batch_experts"] and param.ndim > 2:
+        sizes = [param.shape[-2]] * math.prod(param.shape[:-2])
+    else:
+        return [MatrixView(slice(0, rows), (rows, columns), "")]
+    if sum(sizes) != rows:
+        raise ValueError(
+            f"row_splits: expected sizes that add up to {rows} rows, got {tuple(sizes)} "
+            f"for a parameter of size {tuple(param.shape)}"
+        )
+    views, start = [], 0
+    for index, size in enumerate(sizes):
+        views.append(MatrixView(slice(start, start + size), (size, columns), f"{index}."))
+        start += size
+    return views
+
+
+def write_matrix(state: dict[str, Any], view: MatrixView, matrix: QuantizedMatrix) -> None:
+    """Put a stored matrix into a parameter's state, one key for each of its tensors."""
+    state.update({view.prefix + role: tensor for role, tensor in matrix.tensors.items()})
+
+
+def read_matrix(
+    state: dict[str, Any], view: MatrixView, state_format: StateFormat
+) -> QuantizedMatrix:
+    """The stored matrix of a view; its tensors are those of the state, not copies."""
+    tensors = {
+        key.removeprefix(view.prefix): value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and key.startswith(view.prefix)
+    }
+    return QuantizedMatrix(state_format, view.shape, tensors)
+
+
+def check_gradient(param: Tensor) -> None:
+    """Raise, as torch.optim.Muon does, for a gradient that Muon cannot take."""
+    if torch.is_complex(param):
+        raise RuntimeError("Muon does not support complex parameters")
+    assert param.grad is not None
+    if param.grad.is_sparse:
+        raise RuntimeError("Muon does not support sparse gradients")
+
+
+def resolve_group_format(group: dict[str, Any]) -> StateFormat:
+    """The format of a group, which may be a name, a `StateFormat` or its plain dict."""
+    value = group["state_format"]
+    return StateFormat.from_dict(value) if isinstance(value, dict) else resolve_format(value)
+
+
+def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
+    """(name, test, what is expected) for every option of a group."""
+
+    def at_least_zero(value: Any) -> bool:
+        return is_real_number(value) and float(value) >= 0
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    def boolean(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def row_counts(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, (list, tuple)) and bool(value) and all(whole(v) for v in value)
+        )
+
+    yield "lr", at_least_zero, "a number or one-element tensor >= 0"
+    yield "weight_decay", at_least_zero, "a number >= 0"
+    yield "momentum", lambda v: at_least_zero(v) and float(v) < 1, "a number in [0, 1)"
+    yield "nesterov", boolean, "a bool"
+    yield "eps", lambda v: at_least_zero(v) and float(v) > 0, "a number > 0"
+    yield "ns_steps", lambda v: whole(v) and 1 <= v < 100, "a whole number from 1 to 99"
+    yield (
+        "adjust_lr_fn",
+        lambda v: v in (None, "original", "match_rms_adamw"),
+        "None, 'original' or 'match_rms_adamw'",
+    )
+    yield "ns_input", lambda v: v in ("exact", "stored"), "'exact' or 'stored'"
+    yield "nonfinite", lambda v: v in ("skip", "raise"), "'skip' or 'raise'"
+    yield "batch_experts", boolean, "a bool"
+    yield "row_splits", row_counts, "None or a sequence of row counts"
+    yield "seed", whole, "a whole number >= 0"
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError naming the first bad option of a group."""
+    for name, test, expected in _options():
+        if not test(group[name]):
+            raise ValueError(f"{name}: expected {expected}, got {group[name]!r}")
+    resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    resolve_group_format(group)
+    check_backend_name(group["backend"])
+
+
+def _count_skipped(state: dict[str, Any], param: Tensor) -> None:
+    state["skipped"] += 1
+    if state["skipped"] == 1:
+        warnings.warn(
+            f"a gradient of a parameter of size {tuple(param.shape)} held inf or nan: the parameter "
+            "and its momentum were left as they were (nonfinite='skip')",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,29 @@
+"""The low-rank part of a momentum matrix: one warm-started power iteration (arXiv 2605.11396)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_EPS = 1e-7  # MuonQ's guard against columns that have died
+
+
+def power_iteration(matrix: Tensor, right_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of block power iteration.
+
+    matrix: float32 [rows, columns]; right_factor: the last one, float32 [columns, rank].
+    Q = R / column norms; P = qr(M Q); R = M^T P. Returns (P [rows, rank] with orthonormal
+    columns, R [columns, rank]); P R^T is the projection of the matrix on P.
+    """
+    directions = right_factor / (right_factor.norm(dim=0, keepdim=True) + _EPS)
+    left_factor, _ = torch.linalg.qr(matrix @ directions)
+    return left_factor, matrix.mT @ left_factor
+
+
+def random_right_factor(columns: int, rank: int, seed: int, device: torch.device) -> Tensor:
+    """Gaussian start of the iteration, float32 [columns, rank], the same for a seed everywhere.
+
+    Drawn on the CPU, since generators of different devices give different numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(columns, rank, generator=generator).to(device)

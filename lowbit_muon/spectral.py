@@ -1,0 +1,57 @@
+"""Spectral companding: store the root of a momentum's spectrum instead of the momentum.
+
+With M = U S V^T scaled to ||M||_F = 1, the stored matrix is Y = U y(S) V^T, y^3 + c*y = s. It is
+mu-law's idea on singular values: a cube root for the large, linear near zero. Quantisation noise
+is white, and Newton-Schulz lifts every direction to one; companding first makes the noise nearly
+proportional to each direction's own size. Decoding is a polynomial in the stored matrix,
+
+    M = (Y Y^T + c I) Y,
+
+two products of codes. Both need only the Gram matrix of the short side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.symmetric import gram, symmetric_from_spectrum
+
+
+def compand_singular_values(s: Tensor, shift: float) -> Tensor:
+    """The real root y of y^3 + shift*y = s for s >= 0, in closed form (hyperbolic sine)."""
+    k = math.sqrt(shift / 3)
+    return 2 * k * torch.sinh(torch.asinh(s / (2 * k**3)) / 3)
+
+
+def companding_gain(eigenvalues: Tensor, shift: float) -> Tensor:
+    """f(lambda) = y(s)/s with s = sqrt(lambda), f(0) = 1/shift; rounding below 0 counts as 0."""
+    s = eigenvalues.clamp_min(0).sqrt()
+    # Below this size y = s/shift to float64 precision: y^3/(shift*y) < 1e-18.
+    linear = s <= 1e-9 * shift**1.5
+    return torch.where(linear, 1 / shift, compand_singular_values(s, shift) / s.clamp_min(1e-300))
+
+
+def encoding_operator(gram_matrix: Tensor, shift: float) -> Tensor:
+    """C [m, m] with Y = C M, from R = M M^T / ||M||_F^2 [m, m], exactly, by eigendecomposition."""
+    eigenvalues, vectors = torch.linalg.eigh(gram_matrix)
+    gain = companding_gain(eigenvalues.double(), shift).to(gram_matrix.dtype)
+    return symmetric_from_spectrum(vectors, gain)
+
+
+def spectral_compand(matrix: Tensor, norm: float, shift: float, *, out: Tensor) -> Tensor:
+    """Y for `matrix` float32 [m, n], m <= n, of Frobenius norm `norm`; written into `out` [m, n].
+
+    A zero matrix gives zeros.
+    """
+    if norm == 0:
+        return out.zero_()
+    operator = encoding_operator(gram(matrix).div_(norm).div_(norm), shift)
+    return torch.mm(operator.div_(norm), matrix, out=out)
+
+
+def spectral_expand(companded: Tensor, shift: float, *, out: Tensor) -> Tensor:
+    """(Y Y^T + shift I) Y for Y float32 [m, n], written into `out` [m, n]."""
+    return torch.addmm(companded, gram(companded), companded, beta=shift, out=out)

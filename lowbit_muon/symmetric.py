@@ -1,0 +1,120 @@
+"""Products known to be symmetric: one triangle is computed by block rows, the other mirrored.
+
+torch has no symmetric matrix product on CPUs (BLAS syrk is not exposed). `torch.mm(out=)` on block
+row i of B, from the diagonal rightwards, does (1 + 1/B)/2 of the full product's arithmetic. Three
+dimensions are a batch and take the full product: batches are of small matrices, where splitting
+costs more than it saves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# From bench/results/orthogonalize.json ("gram"): below 256 rows the extra calls cost what the
+# triangle saves, and beyond 8 block rows (56% of the arithmetic) nothing more is gained.
+_ROWS_PER_BLOCK = 128
+_MAX_BLOCKS = 8
+
+
+@torch.no_grad()
+def symmetric_addmm(
+    addend: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """beta*addend + alpha*(left @ right), where the caller knows both terms to be symmetric.
+
+    addend: [m, m] or None for no such term; left: [m, k]; right: [k, m]; or all three with one
+    leading batch dimension. `out` may be `addend` but neither factor. Only the upper triangle is
+    used as computed (diagonal blocks whole), so an asymmetric product gives a wrong result.
+    Returns `out`.
+    """
+    if out is None:
+        out = left.new_empty(*left.shape[:-1], left.shape[-2])
+    if out.ndim == 3:
+        return _product(addend, left, right, beta, alpha, out)
+    rows = left.shape[0]
+    height = _block_height(rows)
+    for start in range(0, rows, height):
+        end = min(start + height, rows)
+        _product(
+            None if addend is None else addend[start:end, start:],
+            left[start:end],
+            right[:, start:],
+            beta,
+            alpha,
+            out[start:end, start:],
+        )
+        if end < rows:
+            out[end:, start:end].copy_(out[start:end, end:].mT)
+    return out
+
+
+def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """X X^T of x [m, n] or [b, m, n]; returns [m, m] or [b, m, m] in x's dtype.
+
+    Meant for m <= n; for a tall matrix pass its transpose view, which costs nothing. A matrix with
+    neither stride 1 is copied by torch for every block row.
+    """
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x: expected 2 or 3 dimensions, got shape {tuple(x.shape)}")
+    _check_out(out, x, (*x.shape[:-1], x.shape[-2]))
+    return symmetric_addmm(None, x, x.mT, out=out)
+
+
+def symmetric_mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """a @ b of commuting symmetric matrices [m, m] or [b, m, m], so that the product is symmetric.
+
+    Commuting is the caller's promise (polynomials of one matrix do) and is not checked. `out` must
+    not overlap a or b.
+    """
+    if a.ndim not in (2, 3) or a.shape[-1] != a.shape[-2] or a.shape != b.shape:
+        raise ValueError(
+            "a, b: expected two square matrices or batches of one shape, "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    _check_out(out, a, tuple(a.shape))
+    return symmetric_addmm(None, a, b, out=out)
+
+
+def symmetric_from_spectrum(
+    vectors: Tensor, values: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """V diag(values) V^T for orthogonal V [m, m], values [m] (or [b, m, m], [b, m]).
+
+    With (eigenvalues, V) = torch.linalg.eigh(R) and values = f(eigenvalues) this is f(R). Takes
+    one m x m temporary besides `out`.
+    """
+    if vectors.ndim not in (2, 3) or vectors.shape[:-1] != values.shape:
+        raise ValueError(
+            "vectors, values: expected [m, m] and [m], or [b, m, m] and [b, m], "
+            f"got {tuple(vectors.shape)} and {tuple(values.shape)}"
+        )
+    _check_out(out, vectors, tuple(vectors.shape))
+    return symmetric_addmm(None, vectors * values.unsqueeze(-2), vectors.mT, out=out)
+
+
+def _block_height(rows: int) -> int:
+    blocks = min(max(rows // _ROWS_PER_BLOCK, 1), _MAX_BLOCKS)
+    return max(-(-rows // blocks), 1)
+
+
+def _product(
+    addend: Tensor | None, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor
+) -> Tensor:
+    if addend is None:  # with beta = 0 the addend is ignored, NaN included
+        addend, beta = out, 0.0
+    operation = torch.addmm if out.ndim == 2 else torch.baddbmm
+    return operation(addend, left, right, beta=beta, alpha=alpha, out=out)
+
+
+def _check_out(out: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
+    if out is not None and (tuple(out.shape) != shape or out.dtype != like.dtype):
+        raise ValueError(
+            f"out: expected {like.dtype} {shape}, got {out.dtype} {tuple(out.shape)}"
+        )

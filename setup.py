@@ -1,0 +1,117 @@
+"""Builds the optional C++ extension; all other metadata is in pyproject.toml.
+
+LOWBIT_MUON_NO_EXTENSION=1 skips it. Without a working C++17 compiler (gcc or clang) the install
+goes on and the package uses its reference backend.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from pybind11 import get_include
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
+SOURCES = Path("csrc/cpu")
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",  # false alarms inside gcc 12's AVX-512 headers
+    "-fvisibility=hidden",
+    # No product is fused with a sum: results must not depend on the ISA level.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    # Link-time inlining across ISA levels could move AVX-512 code into the baseline.
+    "-fno-lto",
+]
+OPENMP_FLAG = "-fopenmp"
+# csrc/cpu/isa.cpp asks the processor for these before it offers a level.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "-mprefer-vector-width=512",
+]
+X86_LEVELS = {
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
+}
+X86_PROBE = "#ifndef __x86_64__\n#error not x86-64\n#endif\n#include <immintrin.h>\n"
+OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
+
+
+class BuildKernels(build_ext):
+    """Compiles each ISA level with its own flags; a failure costs the extension, not the install."""
+
+    def build_extensions(self) -> None:
+        for extension in list(self.extensions):
+            reason = self._try_to_build(extension)
+            if reason is not None:
+                self.extensions.remove(extension)
+                self.warn(
+                    f"the C++ extension {extension.name} was not built ({reason}); lowbit_muon "
+                    "will use its slower reference backend"
+                )
+
+    def _try_to_build(self, extension: Extension) -> str | None:
+        """Why the extension could not be built, or None."""
+        if os.environ.get("LOWBIT_MUON_NO_EXTENSION", "0") not in ("", "0"):
+            return "LOWBIT_MUON_NO_EXTENSION is set"
+        try:
+            self.build_extension(extension)
+        except Exception as error:  # each platform's compiler class fails in its own way
+            return f"a C++17 compiler, gcc or clang, is needed: {error}"
+        return None
+
+    def build_extension(self, extension: Extension) -> None:
+        path = self.get_ext_fullpath(extension.name)
+        depends = [*extension.sources, *extension.depends]
+        if not (self.force or newer_group(depends, path, missing="newer")):
+            return
+        openmp = [OPENMP_FLAG] if self._compiles(OPENMP_PROBE, [OPENMP_FLAG]) else []
+        flags = [*FLAGS, *openmp]
+        levels = {"baseline": []}
+        # All levels or none: isa.cpp registers them together.
+        if self._compiles(X86_PROBE, X86_LEVELS["avx512vnni"]):
+            levels |= X86_LEVELS
+            extension.define_macros = [("LOWBIT_X86_LEVELS", None)]
+        for level, level_flags in levels.items():
+            extension.extra_objects += self.compiler.compile(
+                [str(SOURCES / "kernels" / f"{level}.cpp")],
+                output_dir=self.build_temp,
+                extra_postargs=[*flags, *level_flags],
+            )
+        extension.extra_compile_args = flags
+        extension.extra_link_args = openmp
+        super().build_extension(extension)
+
+    def _compiles(self, code: str, flags: list[str]) -> bool:
+        """Whether the C++ compiler takes the code and the flags, and links the result."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text(code)
+            command = [*self.compiler.compiler_so_cxx, *flags, str(source)]
+            output = str(Path(folder, "probe.so"))
+            return subprocess.run([*command, "-shared", "-o", output], capture_output=True).returncode == 0
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "lowbit_muon.backends._cpu",
+            sources=[str(SOURCES / name) for name in ("bindings.cpp", "codec.cpp", "isa.cpp")],
+            depends=[str(path) for path in sorted(SOURCES.glob("**/*")) if path.is_file()],
+            include_dirs=[get_include()],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
