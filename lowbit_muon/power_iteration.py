@@ -15,7 +15,10 @@ def power_iteration(matrix: Tensor, right_factor: Tensor) -> tuple[Tensor, Tenso
     Q = R / column norms; P = qr(M Q); R = M^T P. Returns (P [rows, rank] with orthonormal
     columns, R [columns, rank]); P R^T is the projection of the matrix on P.
     """
-    directions = right_factor / (right_factor.norm(dim=0, keepdim=True) + _EPS)
+    # Entries of at most one keep the norm of the columns within float32.
+    largest = right_factor.abs().amax()
+    directions = right_factor / torch.where(largest > 0, largest, 1)
+    directions /= directions.norm(dim=0, keepdim=True) + _EPS
     left_factor, _ = torch.linalg.qr(matrix @ directions)
     return left_factor, matrix.mT @ left_factor
 

@@ -70,13 +70,12 @@ class QuantizedMatrix:
         if f.stores_norm:
             tensors["norm"] = torch.zeros(1, dtype=torch.float64, device=device)
         matrix = cls(f, shape, tensors)
-        rank = f.rank(*shape)
-        if rank:
+        if matrix.rank:
             for side, length in zip(("left", "right"), shape, strict=True):
                 tensors[f"{side}_codes"], tensors[f"{side}_scales"] = codec.empty_codes(
-                    rank, length, f.factor_layout(), single_scale=False, device=device
+                    matrix.rank, length, f.factor_layout(), single_scale=False, device=device
                 )
-            start = random_right_factor(shape[1], rank, seed, device)
+            start = random_right_factor(shape[1], matrix.rank, seed, device)
             # Only its direction matters, and entries in [-1, 1] suit every codebook.
             matrix._store_factor("right", start / start.norm(dim=0, keepdim=True))
         return matrix
@@ -107,6 +106,11 @@ class QuantizedMatrix:
         return cls(state_format, shape, checked)
 
     @property
+    def rank(self) -> int:
+        """Rank of the low-rank part; 0 if there is none."""
+        return self.state_format.rank(*self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Real storage, in bytes."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
@@ -133,6 +137,8 @@ class QuantizedMatrix:
         same pass over memory in which it adds the gradient.
         """
         f, tensors = self.state_format, self.tensors
+        if not out.numel():
+            return 0.0, None
         if f.is_dense:
             out.copy_(tensors["dense"])
             return 1.0, None
@@ -140,14 +146,14 @@ class QuantizedMatrix:
             return self._decode_spectral(out, backend), None
         if f.companded_scale:
             codec.load(out, tensors["codes"], tensors["scales"], f, backend)
-            if f.has_factors:
+            if self.rank:
                 left, right = self.oriented_factors(backend)
                 out.addmm_(left, right.mT)
             return float(tensors["norm"]), None
         codes = codec.packed_codes(
             tensors["codes"], tensors["scales"], f.code_book(), f.code_layout(), out.shape[1]
         )
-        if not f.has_factors:
+        if not self.rank:
             return 0.0, codes
         left, right = self.oriented_factors(backend)
         torch.mm(left, right.mT, out=out)
@@ -178,6 +184,8 @@ class QuantizedMatrix:
         keeps scale * norm in the range that a float32 Gram matrix can square (`rescaling`).
         """
         f, tensors = self.state_format, self.tensors
+        if not oriented.numel():
+            return
         if f.stores_norm:
             norm = norm if norm >= _SMALLEST_NORM else 0.0
             tensors["norm"].fill_(norm)
@@ -193,7 +201,7 @@ class QuantizedMatrix:
         if f.is_dense:
             tensors["dense"].copy_(oriented)
             return
-        left, right = self._factorise(oriented, backend) if f.rank(*self.shape) else (None, None)
+        left, right = self._factorise(oriented, backend) if self.rank else (None, None)
 
         def panels() -> Iterable[tuple[slice, Tensor]]:
             # Only a residual is made panel by panel; other formats have all of it already.
@@ -212,10 +220,12 @@ class QuantizedMatrix:
         wide = self.shape[0] <= self.shape[1]
         previous = self._load_factor("right", backend)
         left, right = power_iteration(oriented if wide else oriented.mT, previous)
-        self._store_factor("left", left, backend)
-        # A zero matrix has no direction to keep; the start of the iteration must survive it.
+        # A zero matrix has no directions; the last ones must survive it, without a contribution.
         if bool(right.any()):
             self._store_factor("right", right, backend)
+        else:
+            left = torch.zeros_like(left)
+        self._store_factor("left", left, backend)
         return (left, right) if wide else (right, left)
 
     def _store_factor(self, side: str, factor: Tensor, backend: Backend | None = None) -> None:
@@ -262,7 +272,7 @@ def quantize(
     buffer.mul_(scale)
     rows, columns = matrix.shape
     quantized = QuantizedMatrix.zeros((rows, columns), f, seed=seed, device=matrix.device)
-    for _ in range(_ONE_OFF_ITERATIONS - 1 if f.rank(rows, columns) else 0):
+    for _ in range(_ONE_OFF_ITERATIONS - 1 if quantized.rank else 0):
         quantized.store(buffer, norm, chosen, scale=scale)
     quantized.store(buffer, norm, chosen, scale=scale)
     return quantized

@@ -50,7 +50,9 @@ def symmetric_addmm(
             alpha,
             out[start:end, start:],
         )
-        if end < rows:
+        if height < rows:
+            diagonal = out[start:end, start:end]
+            torch.mul(diagonal + diagonal.mT, 0.5, out=diagonal)
             out[end:, start:end].copy_(out[start:end, end:].mT)
     return out
 
