@@ -24,6 +24,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",  # false alarms inside gcc 12's AVX-512 headers
+    "-Wno-psabi",  # vectors wider than the baseline's registers never cross an object file
     "-fvisibility=hidden",
     # No product is fused with a sum: results must not depend on the ISA level.
     "-ffp-contract=off",
@@ -108,7 +109,7 @@ setup(
         Extension(
             "lowbit_muon.backends._cpu",
             sources=[str(SOURCES / name) for name in ("bindings.cpp", "codec.cpp", "isa.cpp")],
-            depends=[str(path) for path in sorted(SOURCES.glob("**/*")) if path.is_file()],
+            depends=["setup.py"] + [str(path) for path in sorted(SOURCES.glob("**/*")) if path.is_file()],
             include_dirs=[get_include()],
             language="c++",
         )

@@ -40,31 +40,61 @@ def empty_codes(
 
 
 def store_panels(
-    panels: Panels, packed: Tensor, scales: Tensor, state_format: StateFormat, backend: Backend
-) -> None:
-    """Quantise a matrix that comes in panels of rows into `packed` and `scales`, in place."""
-    layout = state_format.code_layout()
-    book = state_format.code_book()
-    if state_format.granularity == "tensor":
-        scales.fill_(_tensor_scale(panels, state_format, layout))
-    for rows, values in panels():
-        if state_format.companded_scale:
-            values = compress(values, state_format.mu)
-        if state_format.granularity == "tensor":
-            row_scales = scales.expand(values.shape[0], 1)
-            backend.encode(values, row_scales, book, layout, packed=packed[rows])
+    panels: Panels,
+    packed: Tensor,
+    scales: Tensor,
+    state_format: StateFormat,
+    backend: Backend,
+    *,
+    measure_noise: bool = False,
+) -> float:
+    """Quantise a matrix that comes in panels of rows into `packed` and `scales`, in place.
+
+    A rotating format overwrites the panels, and so does `measure_noise`: they must not be parts of
+    anything needed. Returns the squared Frobenius norm of the error if it is to be measured, or 0.
+    """
+    layout, book = state_format.code_layout(), state_format.code_book()
+    single_scale = state_format.granularity == "tensor"
+    if single_scale:
+        scales.fill_(_tensor_scale(panels, state_format, layout, backend))
+    noise = 0.0
+    for rows, panel in panels():
+        values = _to_code_domain(panel, state_format, backend)
+        panel_scales = scales.expand(values.shape[0], 1) if single_scale else scales[rows]
+        if single_scale:
+            backend.encode(values, panel_scales, book, layout, packed=packed[rows])
         else:
-            backend.quantize(values, book, layout, packed=packed[rows], scales=scales[rows])
+            backend.quantize(values, book, layout, packed=packed[rows], scales=panel_scales)
+        if measure_noise:
+            codes = packed_codes(packed[rows], panel_scales, book, layout, values.shape[1])
+            noise += backend.accumulate(values, buffer_weight=-1.0, codes=codes)
+    return noise
 
 
-def _tensor_scale(panels: Panels, state_format: StateFormat, layout: CodeLayout) -> float:
+def _to_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> Tensor:
+    """Values as the codebook sees them: rotated (in place) or companded, if the format says so."""
+    if state_format.rotate:
+        backend.rotate(values)
+    return compress(values, state_format.mu) if state_format.companded_scale else values
+
+
+def _from_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> None:
+    """Inverse of `_to_code_domain`, in place."""
+    if state_format.companded_scale:
+        values.copy_(expand(values, state_format.mu))
+    if state_format.rotate:
+        backend.rotate(values, inverse=True)
+
+
+def _tensor_scale(
+    panels: Panels, state_format: StateFormat, layout: CodeLayout, backend: Backend
+) -> float:
     """The one scale of a matrix: its statistic times clip, 0 if that underflows float32."""
     largest = squares = 0.0
     count = 0
     for _, values in panels():
         if values.numel():
-            if state_format.companded_scale:
-                values = compress(values, state_format.mu)
+            values = _to_code_domain(values, state_format, backend)
             largest = max(largest, float(values.abs().max()))
             squares += float(values.double().square().sum())
             count += values.numel()
@@ -88,8 +118,7 @@ def load(
         packed, scales, state_format.code_book(), state_format.code_layout(), buffer.shape[1]
     )
     backend.accumulate(buffer, codes=codes)
-    if state_format.companded_scale:
-        buffer.copy_(expand(buffer, state_format.mu))
+    _from_code_domain(buffer, state_format, backend)
 
 
 def store_factor(
@@ -100,11 +129,9 @@ def store_factor(
     Stored transposed, so that a column's codes and scale are a row: packed [rank, bytes],
     scales [rank, 1].
     """
-    values = factor.mT.contiguous()
-    if state_format.companded_scale:
-        values = compress(values, state_format.mu)
+    values = factor.mT.clone(memory_format=torch.contiguous_format)
     backend.quantize(
-        values,
+        _to_code_domain(values, state_format, backend),
         state_format.factor_code_book(),
         state_format.factor_layout(),
         packed=packed,
@@ -121,6 +148,5 @@ def load_factor(
         packed, scales, state_format.factor_code_book(), state_format.factor_layout(), length
     )
     backend.accumulate(values, codes=codes)
-    if state_format.companded_scale:
-        values = expand(values, state_format.mu)
+    _from_code_domain(values, state_format, backend)
     return values.mT

@@ -20,6 +20,7 @@ CodebookKind = Literal["mu_law", "linear", "power_law", "table"]
 Tread = Literal["mid_rise", "mid_tread"]
 Granularity = Literal["tensor", "row", "block"]
 Statistic = Literal["rms", "absmax"]
+ResidualAfter = Literal["stored", "exact"]
 
 CODE_BITS = (2, 3, 4, 8)
 DENSE_BITS = (16, 32)
@@ -100,6 +101,21 @@ class CodeLayout:
         return -(-columns // self.effective_block(columns))
 
 
+def rotation_signs(columns: int) -> tuple[list[float], list[float]]:
+    """+1 or -1 for each column, twice: the signs before each of a rotation's two transforms.
+
+    Bits 0 and 1 of the finaliser of MurmurHash3 (https://github.com/aappleby/smhasher) of the
+    column's number: fixed for ever, the same in every backend, and unlike a Walsh function.
+    """
+    hashes = []
+    for column in range(columns):
+        h = column + 1
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+        hashes.append(h ^ (h >> 16))
+    return [1.0 - 2 * (h & 1) for h in hashes], [1.0 - (h & 2) for h in hashes]
+
+
 def mu_law_compress(value: float, mu: float) -> float:
     """sign(x) ln(1 + mu |x|) / ln(1 + mu), the mu-law of ITU-T G.711, for |x| <= 1."""
     return math.copysign(math.log1p(mu * abs(value)) / math.log1p(mu), value)
@@ -138,8 +154,12 @@ class StateFormat:
     factor_rank / factor_divisor: a low-rank part of this rank, or of rank
       max(1, min(rows, columns) // factor_divisor), kept beside the codes; 0 and 0 for none.
     factor_bits: bits of the low-rank factors' codes, one scale for each column of a factor.
+    residual_after: the codes hold what is left after the factors as they are stored, which makes up
+      for their quantisation, or, as in MuonQ, after the exact ones.
     spectral, spectral_shift: store Y = U y(S) V^T with y^3 + c*y = s instead of M = U S V^T
       (singular values scaled to sum of squares one), c = spectral_shift.
+    rotate: codes and factors are taken after a fixed orthogonal transform of their rows, so that a
+      few large columns do not spoil a row's scale (`backends.base.Backend.rotate`).
     normalize: gradient and momentum are divided by their Frobenius norms in every step and the
       momentum is a sum (MuonQ).
     """
@@ -160,8 +180,10 @@ class StateFormat:
     factor_rank: int = 0
     factor_divisor: int = 0
     factor_bits: int = 4
+    residual_after: ResidualAfter = "stored"
     spectral: bool = False
-    spectral_shift: float = 0.01
+    spectral_shift: float = 0.03
+    rotate: bool = False
     normalize: bool = False
 
     def __post_init__(self) -> None:
@@ -258,6 +280,7 @@ def _check_format(f: StateFormat) -> None:
         "tread": ("mid_rise", "mid_tread"),
         "granularity": ("tensor", "row", "block"),
         "statistic": ("rms", "absmax"),
+        "residual_after": ("stored", "exact"),
     }
     for field, allowed in choices.items():
         _expect(getattr(f, field) in allowed, field, f"one of {allowed}", getattr(f, field))
@@ -294,6 +317,8 @@ def _check_format(f: StateFormat) -> None:
             f"2 to {2**f.bits} finite levels",
             f.table,
         )
+    for field in ("snap_levels", "companded_scale", "spectral", "rotate", "normalize"):
+        _expect(isinstance(getattr(f, field), bool), field, "a bool", getattr(f, field))
     if f.companded_scale:
         _expect(f.codebook == "mu_law", "codebook", "'mu_law' with companded_scale", f.codebook)
     if not f.is_dense:

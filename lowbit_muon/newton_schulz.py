@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.checks import is_real_number
-from lowbit_muon.symmetric import gram, symmetric_addmm, symmetric_from_spectrum, symmetric_mm
+from lowbit_muon.symmetric import gram, symmetric_addmm, symmetric_from_spectrum
 
 Triple = tuple[float, float, float]
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
@@ -116,7 +116,6 @@ def gram_is_precise(coefficients: Sequence[Triple], dtype: torch.dtype) -> bool:
     return growth * torch.finfo(dtype).eps <= 1 / 8
 
 
-@torch.no_grad()
 def composed_polynomial(eigenvalues: Tensor, coefficients: Sequence[Triple]) -> Tensor:
     """p_T(...p_1(s))/s with s = sqrt(eigenvalue), elementwise; finite at 0, where it is prod(a_t).
 
@@ -143,7 +142,6 @@ def spectrum_operator(
     return symmetric_from_spectrum(eigenvectors, composed_polynomial(eigenvalues, coefficients))
 
 
-@torch.no_grad()
 def gram_operator(
     gram_matrix: Tensor, coefficients: Sequence[Triple], *, overwrite: bool = False
 ) -> Tensor:
@@ -167,12 +165,12 @@ def gram_operator(
         symmetric_addmm(r, r, r, beta=b, alpha=c, out=h)
         h.diagonal(dim1=-2, dim2=-1).add_(a)
         if step + 1 < len(coefficients):
-            symmetric_mm(h, r, out=spare)
-            r = symmetric_mm(spare, h, out=next_r)
+            symmetric_addmm(None, h, r, out=spare)
+            r = symmetric_addmm(None, spare, h, out=next_r)
         if q is None:
             q, h = h, torch.empty_like(r)
         else:
-            symmetric_mm(h, q, out=spare)
+            symmetric_addmm(None, h, q, out=spare)
             q, spare = spare, q
     assert q is not None
     return q
@@ -236,7 +234,7 @@ def orthogonalize(
         result = torch.empty(x.shape, dtype=scaled.dtype, device=x.device)
         result = result.mT if _is_tall(x) else result
         torch.matmul(operator, scaled, out=result)
-    return (result.mT if _is_tall(x) else result).to(x.dtype)
+    return (result.mT if _is_tall(x) else result).to(x.dtype).contiguous()
 
 
 def choose_method(
@@ -323,7 +321,7 @@ def _newton_schulz(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
     polynomial = torch.empty_like(a_matrix)
     addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
     for a, b, c in coefficients:
-        gram(x, out=a_matrix)
+        symmetric_addmm(None, x, x.mT, out=a_matrix)
         symmetric_addmm(a_matrix, a_matrix, a_matrix, beta=b, alpha=c, out=polynomial)
         addmm(x, polynomial, x, beta=a, out=spare)
         x, spare = spare, x

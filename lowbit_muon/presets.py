@@ -20,10 +20,10 @@ _NF4 = (
 PRESETS: dict[str, StateFormat] = {
     f.name: f
     for f in (
-        StateFormat("spectral4", spectral=True, **_GAUSSIAN_4),  # type: ignore[arg-type]
-        StateFormat("spectral3", spectral=True, **_GAUSSIAN_3),  # type: ignore[arg-type]
-        StateFormat("spectral2", spectral=True, **_GAUSSIAN_2),  # type: ignore[arg-type]
-        StateFormat("mulaw4", factor_divisor=16, **_GAUSSIAN_4),  # type: ignore[arg-type]
+        StateFormat("spectral4", spectral=True, rotate=True, **_GAUSSIAN_4),  # type: ignore[arg-type]
+        StateFormat("spectral3", spectral=True, rotate=True, **_GAUSSIAN_3),  # type: ignore[arg-type]
+        StateFormat("spectral2", spectral=True, rotate=True, **_GAUSSIAN_2),  # type: ignore[arg-type]
+        StateFormat("mulaw4", factor_divisor=16, rotate=True, **_GAUSSIAN_4),  # type: ignore[arg-type]
         # MuonQ as published (arXiv 2605.11396): mu = 255, 15 mid-tread levels, absmax scales in the
         # companded domain, one for the residual and one for each factor column, rank min(m, n)/16.
         StateFormat(
@@ -37,6 +37,7 @@ PRESETS: dict[str, StateFormat] = {
             companded_scale=True,
             snap_levels=False,
             factor_divisor=16,
+            residual_after="exact",
             normalize=True,
         ),
         # 8-bit Muon (arXiv 2509.23106): linear, blocks of 2048, absmax.

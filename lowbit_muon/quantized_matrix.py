@@ -67,8 +67,9 @@ class QuantizedMatrix:
         tensors["codes"], tensors["scales"] = codec.empty_codes(
             m, n, f.code_layout(), single_scale=f.granularity == "tensor", device=device
         )
-        if f.stores_norm:
-            tensors["norm"] = torch.zeros(1, dtype=torch.float64, device=device)
+        for role, present in (("norm", f.stores_norm), ("noise", f.spectral)):
+            if present:
+                tensors[role] = torch.zeros(1, dtype=torch.float64, device=device)
         matrix = cls(f, shape, tensors)
         if matrix.rank:
             for side, length in zip(("left", "right"), shape, strict=True):
@@ -100,7 +101,7 @@ class QuantizedMatrix:
             value = check_tensor(role, tensors[role], expected.dtype, tuple(expected.shape))
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"{role}: expected finite values, got inf or nan")
-            if role.endswith(("scales", "norm")) and bool((value < 0).any()):
+            if role.endswith(("scales", "norm", "noise")) and bool((value < 0).any()):
                 raise ValueError(f"{role}: expected values >= 0, got {float(value.min())}")
             checked[role] = value
         return cls(state_format, shape, checked)
@@ -144,12 +145,12 @@ class QuantizedMatrix:
             return 1.0, None
         if f.spectral:
             return self._decode_spectral(out, backend), None
-        if f.companded_scale:
+        if f.companded_scale or f.rotate:
             codec.load(out, tensors["codes"], tensors["scales"], f, backend)
             if self.rank:
                 left, right = self.oriented_factors(backend)
                 out.addmm_(left, right.mT)
-            return float(tensors["norm"]), None
+            return (float(tensors["norm"]) if f.stores_norm else 1.0), None
         codes = codec.packed_codes(
             tensors["codes"], tensors["scales"], f.code_book(), f.code_layout(), out.shape[1]
         )
@@ -167,7 +168,8 @@ class QuantizedMatrix:
         codec.load(
             companded, self.tensors["codes"], self.tensors["scales"], self.state_format, backend
         )
-        spectral_expand(companded, self.state_format.spectral_shift, out=out)
+        noise = float(self.tensors["noise"])
+        spectral_expand(companded, self.state_format.spectral_shift, noise=noise, out=out)
         decoded_norm = math.sqrt(backend.accumulate(out, buffer_weight=1.0))
         # Decoding noise would change the norm a little in every step, and that adds up.
         return norm / decoded_norm if decoded_norm > 0 else 0.0
@@ -190,10 +192,12 @@ class QuantizedMatrix:
             norm = norm if norm >= _SMALLEST_NORM else 0.0
             tensors["norm"].fill_(norm)
             oriented_norm = norm * scale
-            if f.spectral:
+            if f.spectral and norm:
                 oriented = spectral_compand(
                     oriented, oriented_norm, f.spectral_shift, out=torch.empty_like(oriented)
                 )
+            elif f.spectral:
+                oriented = torch.zeros_like(oriented)
             elif oriented_norm != 1:
                 oriented = oriented / oriented_norm if norm else torch.zeros_like(oriented)
         elif scale != 1:
@@ -204,19 +208,25 @@ class QuantizedMatrix:
         left, right = self._factorise(oriented, backend) if self.rank else (None, None)
 
         def panels() -> Iterable[tuple[slice, Tensor]]:
-            # Only a residual is made panel by panel; other formats have all of it already.
-            step = PANEL_ROWS if left is not None else max(1, oriented.shape[0])
-            for start in range(0, oriented.shape[0], step):
-                rows = slice(start, start + step)
-                if left is None or right is None:
-                    yield rows, oriented[rows]
-                else:
+            # In panels of rows, so that a residual or a rotated copy never exists as a whole.
+            for start in range(0, oriented.shape[0], PANEL_ROWS):
+                rows = slice(start, start + PANEL_ROWS)
+                if left is not None and right is not None:
                     yield rows, torch.addmm(oriented[rows], left[rows], right.mT, alpha=-1)
+                else:
+                    yield rows, oriented[rows].clone() if f.rotate else oriented[rows]
 
-        codec.store_panels(panels, tensors["codes"], tensors["scales"], f, backend)
+        noise = codec.store_panels(
+            panels, tensors["codes"], tensors["scales"], f, backend, measure_noise=f.spectral
+        )
+        if f.spectral:
+            tensors["noise"].fill_(noise)
 
     def _factorise(self, oriented: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-        """One power iteration from the stored right factor; stores both, returns them oriented."""
+        """One power iteration from the stored right factor; stores both.
+
+        Returns, oriented, the factors whose product the residual is to be taken from.
+        """
         wide = self.shape[0] <= self.shape[1]
         previous = self._load_factor("right", backend)
         left, right = power_iteration(oriented if wide else oriented.mT, previous)
@@ -226,6 +236,8 @@ class QuantizedMatrix:
         else:
             left = torch.zeros_like(left)
         self._store_factor("left", left, backend)
+        if self.state_format.residual_after == "stored":
+            return self.oriented_factors(backend)
         return (left, right) if wide else (right, left)
 
     def _store_factor(self, side: str, factor: Tensor, backend: Backend | None = None) -> None:

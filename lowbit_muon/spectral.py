@@ -52,6 +52,16 @@ def spectral_compand(matrix: Tensor, norm: float, shift: float, *, out: Tensor) 
     return torch.mm(operator.div_(norm), matrix, out=out)
 
 
-def spectral_expand(companded: Tensor, shift: float, *, out: Tensor) -> Tensor:
-    """(Y Y^T + shift I) Y for Y float32 [m, n], written into `out` [m, n]."""
-    return torch.addmm(companded, gram(companded), companded, beta=shift, out=out)
+def spectral_expand(
+    companded: Tensor, shift: float, *, noise: float = 0.0, out: Tensor
+) -> Tensor:
+    """(Y Y^T + c I) Y for Y float32 [m, n], written into `out` [m, n].
+
+    noise: squared Frobenius norm of the error E that Y was quantised with. White E of variance v
+    an entry adds (m + n) v Y to the expectation of the cubic (E E^T ~ n v I, E^T E ~ m v I), as if
+    the shift were larger; left in, it would amplify the small directions in every step. So
+    c = shift - noise * (1/m + 1/n).
+    """
+    m, n = companded.shape
+    unbiased = shift - noise * (1 / m + 1 / n)
+    return torch.addmm(companded, gram(companded), companded, beta=unbiased, out=out)

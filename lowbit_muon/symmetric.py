@@ -1,9 +1,9 @@
 """Products known to be symmetric: one triangle is computed by block rows, the other mirrored.
 
-torch has no symmetric matrix product on CPUs (BLAS syrk is not exposed). `torch.mm(out=)` on block
-row i of B, from the diagonal rightwards, does (1 + 1/B)/2 of the full product's arithmetic. Three
-dimensions are a batch and take the full product: batches are of small matrices, where splitting
-costs more than it saves.
+torch has no symmetric matrix product on CPUs (BLAS syrk is not exposed). `torch.addmm(out=)` on
+block row i of B, from the diagonal rightwards, does (1 + 1/B)/2 of the full product's arithmetic.
+Three dimensions are a batch and take the full product: batches are of small matrices, where
+splitting costs more than it saves. Nothing here records gradients.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From bench/results/orthogonalize.json ("gram"): below 256 rows the extra calls cost what the
-# triangle saves, and beyond 8 block rows (56% of the arithmetic) nothing more is gained.
+# From bench/results/orthogonalize.json, "product_seconds": below _MIN_ROWS the extra calls cost
+# what the triangle saves, and beyond 8 block rows (56% of the arithmetic) nothing more is gained.
+_MIN_ROWS = 384
 _ROWS_PER_BLOCK = 128
 _MAX_BLOCKS = 8
 
 
-@torch.no_grad()
 def symmetric_addmm(
     addend: Tensor | None,
     left: Tensor,
@@ -30,41 +30,48 @@ def symmetric_addmm(
     """beta*addend + alpha*(left @ right), where the caller knows both terms to be symmetric.
 
     addend: [m, m] or None for no such term; left: [m, k]; right: [k, m]; or all three with one
-    leading batch dimension. `out` may be `addend` but neither factor. Only the upper triangle is
-    used as computed (diagonal blocks whole), so an asymmetric product gives a wrong result.
-    Returns `out`.
+    leading batch dimension; not checked. `out` may be `addend` but must overlap neither factor.
+    Returns `out`: symmetric to rounding, and exactly where it was computed by block rows, which
+    read nothing of the products below the diagonal blocks.
     """
     if out is None:
         out = left.new_empty(*left.shape[:-1], left.shape[-2])
+    if addend is None:
+        addend, beta = out, 0.0  # with beta = 0 the addend is not read
+    rows = left.shape[-2]
     if out.ndim == 3:
-        return _product(addend, left, right, beta, alpha, out)
-    rows = left.shape[0]
-    height = _block_height(rows)
+        return torch.baddbmm(addend, left, right, beta=beta, alpha=alpha, out=out)
+    if rows < _MIN_ROWS:
+        return torch.addmm(addend, left, right, beta=beta, alpha=alpha, out=out)
+    height = -(-rows // min(rows // _ROWS_PER_BLOCK, _MAX_BLOCKS))
     for start in range(0, rows, height):
         end = min(start + height, rows)
-        _product(
-            None if addend is None else addend[start:end, start:],
+        torch.addmm(
+            addend[start:end, start:],
             left[start:end],
             right[:, start:],
-            beta,
-            alpha,
-            out[start:end, start:],
+            beta=beta,
+            alpha=alpha,
+            out=out[start:end, start:],
         )
-        if height < rows:
-            diagonal = out[start:end, start:end]
-            torch.mul(diagonal + diagonal.mT, 0.5, out=diagonal)
-            out[end:, start:end].copy_(out[start:end, end:].mT)
+        # Rounding leaves the diagonal block asymmetric. Between blocks that are exactly symmetric
+        # this would not stay rounding: H R H of the Gram iteration is then no longer a similarity
+        # of R, and a rank-one matrix of 512 rows comes out with 40 times the error.
+        diagonal = out[start:end, start:end]
+        torch.mul(diagonal + diagonal.mT, 0.5, out=diagonal)
+        out[end:, start:end].copy_(out[start:end, end:].mT)
     return out
 
 
 def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """X X^T of x [m, n] or [b, m, n]; returns [m, m] or [b, m, m] in x's dtype.
 
-    Meant for m <= n; for a tall matrix pass its transpose view, which costs nothing. A matrix with
-    neither stride 1 is copied by torch for every block row.
+    Meant for m <= n; of a tall matrix pass the transpose view, which costs nothing. A matrix with
+    neither stride 1 is copied by torch for every block row. Raises ValueError for another number
+    of dimensions or an `out` of another shape or dtype.
     """
     if x.ndim not in (2, 3):
-        raise ValueError(f"x: expected 2 or 3 dimensions, got shape {tuple(x.shape)}")
+        raise ValueError(f"x: expected [m, n] or [b, m, n], got shape {tuple(x.shape)}")
     _check_out(out, x, (*x.shape[:-1], x.shape[-2]))
     return symmetric_addmm(None, x, x.mT, out=out)
 
@@ -72,8 +79,8 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
 def symmetric_mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """a @ b of commuting symmetric matrices [m, m] or [b, m, m], so that the product is symmetric.
 
-    Commuting is the caller's promise (polynomials of one matrix do) and is not checked. `out` must
-    not overlap a or b.
+    That they commute is the caller's promise (polynomials of one matrix do) and is not checked.
+    `out` must overlap neither. Raises ValueError for wrong shapes or `out`.
     """
     if a.ndim not in (2, 3) or a.shape[-1] != a.shape[-2] or a.shape != b.shape:
         raise ValueError(
@@ -87,10 +94,10 @@ def symmetric_mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 def symmetric_from_spectrum(
     vectors: Tensor, values: Tensor, *, out: Tensor | None = None
 ) -> Tensor:
-    """V diag(values) V^T for orthogonal V [m, m], values [m] (or [b, m, m], [b, m]).
+    """V diag(values) V^T for V [m, m] (columns) and values [m], or [b, m, m] and [b, m].
 
     With (eigenvalues, V) = torch.linalg.eigh(R) and values = f(eigenvalues) this is f(R). Takes
-    one m x m temporary besides `out`.
+    one m x m temporary besides `out`. Raises ValueError for wrong shapes or `out`.
     """
     if vectors.ndim not in (2, 3) or vectors.shape[:-1] != values.shape:
         raise ValueError(
@@ -101,22 +108,6 @@ def symmetric_from_spectrum(
     return symmetric_addmm(None, vectors * values.unsqueeze(-2), vectors.mT, out=out)
 
 
-def _block_height(rows: int) -> int:
-    blocks = min(max(rows // _ROWS_PER_BLOCK, 1), _MAX_BLOCKS)
-    return max(-(-rows // blocks), 1)
-
-
-def _product(
-    addend: Tensor | None, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor
-) -> Tensor:
-    if addend is None:  # with beta = 0 the addend is ignored, NaN included
-        addend, beta = out, 0.0
-    operation = torch.addmm if out.ndim == 2 else torch.baddbmm
-    return operation(addend, left, right, beta=beta, alpha=alpha, out=out)
-
-
 def _check_out(out: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
     if out is not None and (tuple(out.shape) != shape or out.dtype != like.dtype):
-        raise ValueError(
-            f"out: expected {like.dtype} {shape}, got {out.dtype} {tuple(out.shape)}"
-        )
+        raise ValueError(f"out: expected {like.dtype} {shape}, got {out.dtype} {tuple(out.shape)}")

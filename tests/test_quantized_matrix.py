@@ -24,7 +24,7 @@ def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_round_trip_keeps_shape_and_stays_finite(name: str, shape: tuple[int, int]) -> None:
     x = torch.randn(shape)
-    q = quantize(x, name)
+    q = quantize(x, name, backend="reference")
     decoded = q.dequantize()
     assert decoded.shape == x.shape
     assert decoded.dtype == torch.float32
@@ -141,9 +141,9 @@ def test_one_off_factors_find_the_top_subspace() -> None:
     v, _ = torch.linalg.qr(torch.randn(160, 6))
     x = u @ torch.diag(torch.logspace(1, 0, 6)) @ v.mT + 1e-3 * torch.randn(96, 160)
     error = relative_error(quantize(x, "mulaw4").dequantize(), x)
-    # Rank 6 holds all but the noise, so what is left is the factors' own 4-bit error, relative
-    # sqrt(0.0098) each, in two factors.
-    assert error < 1.1 * math.sqrt(2 * 0.0098)
+    # Rank 6 holds all but the noise, so the residual is the factors' own 4-bit error, relative
+    # sqrt(0.0098) in each of two, and is quantised to 4 bits itself.
+    assert error < 1.1 * math.sqrt(2 * 0.0098) * math.sqrt(0.0098)
     assert torch.equal(
         quantize(x, "mulaw4", seed=3).dequantize(), quantize(x, "mulaw4", seed=3).dequantize()
     )

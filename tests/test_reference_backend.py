@@ -10,7 +10,13 @@ import torch
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference import ReferenceBackend, pack, unpack
-from lowbit_muon.formats import CODE_BITS, CodeLayout, StateFormat, nearest_codebook
+from lowbit_muon.formats import (
+    CODE_BITS,
+    CodeLayout,
+    StateFormat,
+    nearest_codebook,
+    rotation_signs,
+)
 
 BACKEND = ReferenceBackend()
 COLUMNS = [1, 2, 3, 5, 63, 64, 65, 127, 128, 129, 200, 255, 257, 511, 512, 513]
@@ -163,3 +169,30 @@ def test_a_short_codebook_leaves_codes_unused() -> None:
     x = torch.linspace(-5, 5, 31).view(1, -1)
     packed = BACKEND.encode(x, torch.ones(1, 1), book, layout(2))
     assert unpack(packed, layout(2), 31).max() == 2
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 64, 96, 127, 577])
+def test_rotation_is_orthogonal_flat_and_inverted(columns: int) -> None:
+    matrix = torch.eye(columns)
+    BACKEND.rotate(matrix)
+    # log2(columns) + 1 roundings of float32 for each of two transforms, on entries of at most one
+    tolerance = 2 * (columns.bit_length() + 1) * 2**-24 * math.sqrt(columns)
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(columns), rtol=0, atol=tolerance)
+    # A single column is spread: no entry keeps more than a few times the flat share.
+    assert matrix.abs().max() <= min(1.0, 6 / math.sqrt(columns)) + tolerance
+    BACKEND.rotate(matrix, inverse=True)
+    torch.testing.assert_close(matrix, torch.eye(columns), rtol=0, atol=tolerance)
+
+
+def test_rotation_is_the_documented_product() -> None:
+    columns, size = 6, 4
+    hadamard = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    first, second = (torch.tensor(signs) for signs in rotation_signs(columns))
+    assert set(first.tolist()) <= {-1.0, 1.0}
+    a, b = torch.eye(columns), torch.eye(columns)
+    a[:size, :size] = hadamard
+    b[-size:, -size:] = hadamard
+    x = torch.randn(3, columns)
+    expected = x @ torch.diag(first) @ a @ torch.diag(second) @ b
+    BACKEND.rotate(x)
+    torch.testing.assert_close(x, expected)

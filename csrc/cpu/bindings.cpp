@@ -23,6 +23,10 @@ PYBIND11_MODULE(_cpu, m) {
           arg("grad") = 0, arg("grad_type") = "float32", arg("grad_row_stride") = 0,
           arg("grad_column_stride") = 0, arg("grad_weight") = 1.0f, arg("threads"));
 
+    m.def("rotate", &lowbit::rotate, release_gil(), py::kw_only(), arg("rows"), arg("columns"),
+          arg("x"), arg("x_stride"), arg("first_signs"), arg("second_signs"), arg("inverse"),
+          arg("threads"));
+
     m.def("isa", &lowbit::current_isa);
     m.def("supported_isas", &lowbit::supported_isas);
     m.def("set_isa", &lowbit::set_isa, arg("name"));

@@ -1,6 +1,7 @@
 #include "codec.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -48,13 +49,49 @@ void set_levels(CodebookTables& tables, const float* levels, size_t count) {
 }
 
 void set_thresholds(CodebookTables& tables, int bits, const float* thresholds, size_t count) {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    std::copy_n(thresholds, count, tables.thresholds);
+    std::fill(tables.thresholds + count, tables.thresholds + kMaxLevels, infinity);
     for (int step = 0; step < bits; ++step) {
         const size_t span = size_t{1} << (bits - step);  // codes below one node
         for (size_t node = 0; node < size_t{1} << step; ++node) {
-            const size_t split = node * span + span / 2 - 1;
-            tables.steps[step][node] =
-                split < count ? thresholds[split] : std::numeric_limits<float>::infinity();
+            tables.steps[step][node] = tables.thresholds[node * span + span / 2 - 1];
         }
+    }
+}
+
+// Cells of `scale` to the unit that begin at the first threshold; true if they serve for `bits`.
+bool try_cells(CodebookTables& tables, int bits, size_t count, float scale) {
+    tables.cell_scale = scale;
+    tables.cell_offset = count == 0 ? 0.0f : -tables.thresholds[0] * scale;
+    tables.cell_last = bits == 8 ? static_cast<float>(count) : kCells - 1;
+    if (!std::isfinite(tables.cell_offset)) {
+        return false;
+    }
+    std::fill_n(tables.cell_bases, kCells, 0);
+    int previous = -1;
+    for (size_t i = 0; i < count; ++i) {
+        const float place = std::fma(tables.thresholds[i], scale, tables.cell_offset);
+        const int cell = static_cast<int>(
+            std::nearbyint(std::min(std::max(place, 0.0f), tables.cell_last)));
+        if (cell == previous || (bits == 8 && cell != static_cast<int>(i))) {
+            return false;
+        }
+        for (int above = cell + 1; above < kCells; ++above) {
+            ++tables.cell_bases[above];
+        }
+        previous = cell;
+    }
+    return true;
+}
+
+void set_cells(CodebookTables& tables, int bits, size_t count) {
+    const float width = count < 2 ? 1.0f : tables.thresholds[count - 1] - tables.thresholds[0];
+    const int fewest = std::max(static_cast<int>(count) - 1, 1);
+    const int most = bits == 8 ? fewest : kCells - 1;
+    tables.has_cells = false;
+    for (int cells = most; cells >= fewest && !tables.has_cells; --cells) {
+        tables.has_cells = try_cells(tables, bits, count, static_cast<float>(cells) / width);
     }
 }
 
@@ -111,6 +148,7 @@ void quantize(size_t rows, size_t columns, uintptr_t x, size_t x_stride,
     const float* const splits =
         threshold_count == 0 ? nullptr : pointer<const float>(thresholds, "thresholds");
     set_thresholds(tables, bits, splits, threshold_count);
+    set_cells(tables, bits, threshold_count);
 
     QuantizeArgs args = {};
     args.x = pointer<const float>(x, "x");
@@ -168,6 +206,26 @@ double accumulate(size_t rows, size_t columns, uintptr_t buffer, size_t buffer_s
     args.row_sums = row_sums.data();
     run_rows(codec_kernels().accumulate, args, rows, threads);
     return std::accumulate(row_sums.begin(), row_sums.end(), 0.0);
+}
+
+void rotate(size_t rows, size_t columns, uintptr_t x, size_t x_stride, uintptr_t first_signs,
+            uintptr_t second_signs, bool inverse, int threads) {
+    if (rows == 0 || columns == 0) {
+        return;
+    }
+    RotateArgs args = {};
+    args.x = pointer<float>(x, "x");
+    args.x_stride = x_stride;
+    args.columns = columns;
+    args.size = 1;
+    while (args.size <= columns / 2) {
+        args.size *= 2;
+    }
+    args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(args.size)));
+    args.first_signs = pointer<const float>(first_signs, "first_signs");
+    args.second_signs = pointer<const float>(second_signs, "second_signs");
+    args.inverse = inverse;
+    run_rows(rotation_kernel(), args, rows, threads);
 }
 
 }  // namespace lowbit

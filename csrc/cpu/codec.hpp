@@ -40,4 +40,12 @@ double accumulate(size_t rows, size_t columns,
                   ptrdiff_t grad_row_stride, ptrdiff_t grad_column_stride, float grad_weight,
                   int threads);
 
+// Rows of x, in place, by the orthogonal matrix of `Backend.rotate` or its inverse.
+void rotate(size_t rows, size_t columns,
+            uintptr_t x,  // float32 [rows, columns]
+            size_t x_stride,
+            uintptr_t first_signs,   // float32 [columns]
+            uintptr_t second_signs,  // float32 [columns]
+            bool inverse, int threads);
+
 }  // namespace lowbit

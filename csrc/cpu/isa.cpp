@@ -11,16 +11,20 @@ namespace lowbit {
 
 namespace baseline {
 extern const CodecKernels codec_kernels;
+extern const RotationKernel rotation_kernel;
 }
 #if defined(LOWBIT_X86_LEVELS)
 namespace avx2 {
 extern const CodecKernels codec_kernels;
+extern const RotationKernel rotation_kernel;
 }
 namespace avx512 {
 extern const CodecKernels codec_kernels;
+extern const RotationKernel rotation_kernel;
 }
 namespace avx512vnni {
 extern const CodecKernels codec_kernels;
+extern const RotationKernel rotation_kernel;
 }
 #endif
 
@@ -30,6 +34,7 @@ struct Level {
     const char* name;
     bool supported;
     const CodecKernels* codec;
+    RotationKernel rotation;
 };
 
 #if defined(LOWBIT_X86_LEVELS)
@@ -43,7 +48,7 @@ bool has_f16c() {
 // The conditions repeat the compiler flags of each level in setup.py.
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
-        std::vector<Level> found = {{"baseline", true, &baseline::codec_kernels}};
+        std::vector<Level> found = {{"baseline", true, &baseline::codec_kernels, baseline::rotation_kernel}};
 #if defined(LOWBIT_X86_LEVELS)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -52,9 +57,9 @@ const std::vector<Level>& levels() {
                             __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-        found.push_back({"avx2", avx2, &avx2::codec_kernels});
-        found.push_back({"avx512", avx512, &avx512::codec_kernels});
-        found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels});
+        found.push_back({"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel});
+        found.push_back({"avx512", avx512, &avx512::codec_kernels, avx512::rotation_kernel});
+        found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels, avx512vnni::rotation_kernel});
 #endif
         return found;
     }();
@@ -78,6 +83,10 @@ std::atomic<const Level*>& current() {
 
 const CodecKernels& codec_kernels() {
     return *current().load()->codec;
+}
+
+RotationKernel rotation_kernel() {
+    return current().load()->rotation;
 }
 
 std::string current_isa() {

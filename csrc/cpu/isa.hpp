@@ -10,6 +10,7 @@ namespace lowbit {
 
 // Kernels of the level in use: the highest this processor supports, unless set_isa chose another.
 const CodecKernels& codec_kernels();
+RotationKernel rotation_kernel();
 
 std::string current_isa();
 // Lowest first.

@@ -1,4 +1,4 @@
-"""What a backend offers: four-line contract between the codec and the kernels.
+"""What a backend offers: the contract between the codec and the kernels.
 
 A new backend implements `Backend` and adds one line to the registry in `backends/__init__.py`.
 Matrices here are oriented: the short side is rows (m), the long side columns (n).
@@ -66,4 +66,14 @@ class Backend(Protocol):
 
         Absent terms are left out; with buffer_weight 0 the buffer is not read. Returns the sum of
         squares of the result in float64, which is not finite if any element is not.
+        """
+
+    def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
+        """Multiply float32 x [m, n] by the fixed orthogonal matrix, in place.
+
+        Each row for itself: x <- x D1 A D2 B with p the largest power of two not above n, A the
+        Walsh-Hadamard transform (natural order, divided by sqrt(p)) of the first p columns, B that
+        of the last p (left out if p is n), and D1, D2 signs by column (`formats.rotation_signs`).
+        Two overlapping transforms spread a single large column over all others, for every n. With
+        `inverse`, the inverse.
         """

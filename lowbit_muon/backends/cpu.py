@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.formats import Codebook, CodeLayout
+from lowbit_muon.formats import Codebook, CodeLayout, rotation_signs
 
 ISA_VARIABLE = "LOWBIT_MUON_ISA"
 _GRAD_TYPES = {
@@ -156,12 +156,7 @@ class CpuBackend:
         grad_weight: float = 1.0,
     ) -> float:
         """See `Backend.accumulate`."""
-        _check(buffer, "buffer", None, torch.float32)
-        if not _has_plain_rows(buffer):
-            raise ValueError(
-                f"buffer: expected contiguous rows that do not overlap, got strides "
-                f"{buffer.stride()} for shape {tuple(buffer.shape)}"
-            )
+        _check_writable(buffer, "buffer")
         kept: list[Tensor] = []  # alive until the kernel has run
         return float(
             self._extension.accumulate(
@@ -174,6 +169,22 @@ class CpuBackend:
                 **_code_arguments(codes, code_weight, buffer.shape, kept),
                 **_grad_arguments(grad, grad_weight, buffer.shape),
             )
+        )
+
+
+    def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
+        """See `Backend.rotate`."""
+        _check_writable(x, "x")
+        first_signs, second_signs = _signs(x.shape[1])
+        self._extension.rotate(
+            rows=x.shape[0],
+            columns=x.shape[1],
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            first_signs=first_signs.data_ptr(),
+            second_signs=second_signs.data_ptr(),
+            inverse=inverse,
+            threads=torch.get_num_threads(),
         )
 
 
@@ -225,6 +236,23 @@ def _tables(codebook: Codebook) -> tuple[Tensor, Tensor]:
         torch.tensor(codebook.levels, dtype=torch.float32),
         torch.tensor(codebook.thresholds, dtype=torch.float32),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(columns: int) -> tuple[Tensor, Tensor]:
+    """The signs of a rotation, float32 [columns] each."""
+    first, second = rotation_signs(columns)
+    return torch.tensor(first, dtype=torch.float32), torch.tensor(second, dtype=torch.float32)
+
+
+def _check_writable(x: Tensor, name: str) -> None:
+    """Raise unless a kernel can write rows of float32 into `x`."""
+    _check(x, name, None, torch.float32)
+    if not _has_plain_rows(x):
+        raise ValueError(
+            f"{name}: expected contiguous rows that do not overlap, got strides "
+            f"{x.stride()} for shape {tuple(x.shape)}"
+        )
 
 
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:

@@ -6,11 +6,13 @@ product and sum, in the order written, which the kernels reproduce bit for bit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.formats import CHUNK_BYTES, Codebook, CodeLayout
+from lowbit_muon.formats import CHUNK_BYTES, Codebook, CodeLayout, rotation_signs
 
 # Scales below the smallest normal float32 are stored as zero: their reciprocal would overflow.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -95,6 +97,19 @@ def decode(codes: PackedCodes) -> Tensor:
     return values[indices] * expand_scales(codes.scales, codes.layout, codes.columns)
 
 
+def hadamard_transform_(x: Tensor) -> None:
+    """Walsh-Hadamard transform of each row, in place: float32 [m, p], p a power of two."""
+    size = x.shape[1]
+    half = 1
+    while half < size:
+        pairs = x.view(x.shape[0], size // (2 * half), 2, half)
+        first, second = pairs[:, :, 0].clone(), pairs[:, :, 1].clone()
+        torch.add(first, second, out=pairs[:, :, 0])
+        torch.sub(first, second, out=pairs[:, :, 1])
+        half *= 2
+    x *= 1 / math.sqrt(size)
+
+
 class ReferenceBackend:
     """`Backend` in torch operations; runs on any device."""
 
@@ -155,3 +170,24 @@ class ReferenceBackend:
         if grad is not None:
             buffer += grad.float() * grad_weight
         return float(buffer.double().square().sum())
+
+    def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
+        """See `Backend.rotate`."""
+        columns = x.shape[1]
+        if not x.numel():
+            return
+        size = 1 << (columns.bit_length() - 1)
+        first, second = (
+            torch.tensor(signs, dtype=x.dtype, device=x.device) for signs in rotation_signs(columns)
+        )
+        parts = [(first, slice(0, size))]
+        if size < columns:
+            parts.append((second, slice(columns - size, columns)))
+        for signs, part in reversed(parts) if inverse else parts:
+            if not inverse:
+                x *= signs
+            transformed = x[:, part].contiguous()
+            hadamard_transform_(transformed)
+            x[:, part] = transformed
+            if inverse:
+                x *= signs

@@ -1,3 +1,4 @@
 #define LOWBIT_ISA avx2
 #define LOWBIT_LANES_FILE "lanes_avx2.inl"
 #include "codec.inl"
+#include "rotation.inl"

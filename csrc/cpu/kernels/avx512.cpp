@@ -1,3 +1,4 @@
 #define LOWBIT_ISA avx512
 #define LOWBIT_LANES_FILE "lanes_avx512.inl"
 #include "codec.inl"
+#include "rotation.inl"

@@ -1,3 +1,4 @@
 #define LOWBIT_ISA baseline
 #define LOWBIT_LANES_FILE "lanes_generic.inl"
 #include "codec.inl"
+#include "rotation.inl"

@@ -50,28 +50,39 @@ struct PanelCodes {
     alignas(64) uint8_t code[kPanelColumns + kCodeSlack];
 };
 
-// Bits [SHIFT, SHIFT + BITS) of a chunk's codes; `width` bytes hold 8 / BITS codes each.
-template <int BITS, int SHIFT>
-inline void pack_chunk(const uint8_t* __restrict codes, size_t width, uint8_t* __restrict packed) {
-    constexpr unsigned mask = (1u << BITS) - 1;
-    for (size_t j = 0; j < width; ++j) {
-        unsigned byte = 0;
-        for (size_t i = 0; i < 8 / BITS; ++i) {
-            byte |= ((codes[i * width + j] >> SHIFT) & mask) << (i * BITS);
-        }
-        packed[j] = static_cast<uint8_t>(byte);
+// Field FIELD and those above it of the byte that holds every width-th code from `codes` on, each
+// cut to bits [SHIFT, SHIFT + BITS).
+template <int BITS, int SHIFT, int FIELD = 0>
+inline uint8_t pack_byte(const uint8_t* codes, size_t width) {
+    if constexpr (FIELD == 8 / BITS) {
+        return 0;
+    } else {
+        constexpr uint8_t mask = (1u << BITS) - 1;
+        const uint8_t code = (codes[FIELD * width] >> SHIFT) & mask;
+        const uint8_t above = pack_byte<BITS, SHIFT, FIELD + 1>(codes, width);
+        return static_cast<uint8_t>(code << (FIELD * BITS)) | above;
     }
 }
 
 template <int BITS, int SHIFT>
+inline void pack_chunk(const uint8_t* __restrict codes, size_t width, uint8_t* __restrict packed) {
+    for (size_t j = 0; j < width; ++j) {
+        packed[j] = pack_byte<BITS, SHIFT>(codes + j, width);
+    }
+}
+
+// The reverse of pack_chunk for fields from FIELD on; with SHIFT > 0 adds to the codes.
+template <int BITS, int SHIFT, int FIELD = 0>
 inline void unpack_chunk(const uint8_t* __restrict packed, size_t width, uint8_t* __restrict codes) {
-    constexpr unsigned mask = (1u << BITS) - 1;
-    for (size_t i = 0; i < 8 / BITS; ++i) {
+    if constexpr (FIELD < 8 / BITS) {
+        constexpr uint8_t mask = (1u << BITS) - 1;
+        uint8_t* __restrict const to = codes + FIELD * width;
         for (size_t j = 0; j < width; ++j) {
-            const unsigned bits = ((packed[j] >> (i * BITS)) & mask) << SHIFT;
-            const unsigned lower = SHIFT == 0 ? 0 : codes[i * width + j];
-            codes[i * width + j] = static_cast<uint8_t>(lower | bits);
+            const uint8_t bits = (packed[j] >> (FIELD * BITS)) & mask;
+            const uint8_t lower = SHIFT == 0 ? 0 : to[j];
+            to[j] = static_cast<uint8_t>(bits << SHIFT) | lower;
         }
+        unpack_chunk<BITS, SHIFT, FIELD + 1>(packed, width, codes);
     }
 }
 
@@ -125,31 +136,29 @@ inline void unpack(const uint8_t* row, size_t panel, size_t count, size_t column
 // ---- Statistics ----
 
 inline double sum_lanes(F64x16 sums) {
-    double lane[kLanes];
-    store_sums(lane, sums);
-    for (size_t half = kLanes / 2; half > 0; half /= 2) {
-        for (size_t i = 0; i < half; ++i) {
-            lane[i] += lane[i + half];
-        }
-    }
-    return lane[0];
+    double s[kLanes];
+    store_sums(s, sums);
+    return (((s[0] + s[8]) + (s[4] + s[12])) + ((s[2] + s[10]) + (s[6] + s[14]))) +
+           (((s[1] + s[9]) + (s[5] + s[13])) + ((s[3] + s[11]) + (s[7] + s[15])));
 }
 
+// Sum of squares in 32 lanes; the lane of an element is its index mod 32.
 inline double sum_of_squares(const float* x, size_t count) {
+    constexpr size_t group = 2 * kLanes;
     F64x16 even = zero_sums();
-    F64x16 odd = zero_sums();  // a second set hides the latency of the additions
+    F64x16 odd = zero_sums();
     size_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-        even = add_squares(even, load(x + i));
-        odd = add_squares(odd, load(x + i + kLanes));
-    }
-    for (; i + kLanes <= count; i += kLanes) {
-        even = add_squares(even, load(x + i));
+    for (; i + group <= count; i += group) {
+        even = add_squares(even, x + i);
+        odd = add_squares(odd, x + i + kLanes);
     }
     if (i < count) {
-        odd = add_squares(odd, load_first(x + i, count - i));
+        float rest[group] = {};
+        memcpy(rest, x + i, (count - i) * sizeof *rest);
+        even = add_squares(even, rest);
+        odd = add_squares(odd, rest + kLanes);
     }
-    return sum_lanes(even) + sum_lanes(odd);
+    return sum_lanes(even + odd);
 }
 
 inline float largest_magnitude(const float* x, size_t count) {
@@ -185,27 +194,47 @@ inline float block_scale(const float* x, size_t count, Statistic statistic, floa
 // ---- Encoding ----
 
 template <int BITS, int STEP = 0>
-inline I32x16 search(const CodebookTables& codebook, F32x16 z, I32x16 node) {
+inline I32x16 search_tree(const CodebookTables& codebook, F32x16 z, I32x16 node) {
     if constexpr (STEP == BITS) {
         return node;
     } else {
         const F32x16 threshold = lookup<STEP>(codebook.steps[STEP], node);
-        return search<BITS, STEP + 1>(codebook, z, descend(node, z, threshold));
+        const I32x16 child = add_greater(twice(node), z, threshold);
+        return search_tree<BITS, STEP + 1>(codebook, z, child);
     }
 }
 
-// Codes of `count` values that share a scale. Writes whole groups of sixteen codes.
-template <int BITS>
-inline void encode_segment(const float* x, size_t count, float scale,
+// Number of thresholds below z.
+template <int BITS, bool CELLS>
+inline I32x16 search(const CodebookTables& codebook, F32x16 z) {
+    if constexpr (CELLS) {
+        return search_cells<BITS>(codebook, z);
+    } else if constexpr (BITS <= kCountedBits) {
+        I32x16 count = zero_codes();
+        for (int i = 0; i < (1 << BITS) - 1; ++i) {
+            count = add_greater(count, z, broadcast(codebook.thresholds[i]));
+        }
+        return count;
+    } else {
+        return search_tree<BITS>(codebook, z, zero_codes());
+    }
+}
+
+// Codes of `count` values that share a scale. Writes whole groups of sixteen codes. `next_row` is
+// what the thread reads next: the statistic of a row is bound by memory and its codes by
+// arithmetic, so the one fetches for the other.
+template <int BITS, bool CELLS>
+inline void encode_segment(const float* x, const float* next_row, size_t count, float scale,
                            const CodebookTables& codebook, uint8_t* __restrict codes) {
     const F32x16 inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
     size_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        store_codes(codes + i, search<BITS>(codebook, load(x + i) * inverse, zero_codes()));
+        __builtin_prefetch(next_row + i);
+        store_codes(codes + i, search<BITS, CELLS>(codebook, load(x + i) * inverse));
     }
     if (i < count) {
         const F32x16 z = load_first(x + i, count - i) * inverse;
-        store_codes(codes + i, search<BITS>(codebook, z, zero_codes()));
+        store_codes(codes + i, search<BITS, CELLS>(codebook, z));
     }
 }
 
@@ -214,7 +243,7 @@ inline size_t segment_end(size_t column, size_t end, size_t block_size) {
     return min_size(end, (column / block_size + 1) * block_size);
 }
 
-template <int BITS>
+template <int BITS, bool CELLS>
 void quantize_rows(const QuantizeArgs& args, size_t begin, size_t end) {
     PanelCodes codes;
     for (size_t r = begin; r < end; ++r) {
@@ -231,8 +260,8 @@ void quantize_rows(const QuantizeArgs& args, size_t begin, size_t end) {
             const size_t panel_end = min_size(panel + kPanelColumns, args.columns);
             for (size_t c = panel; c < panel_end;) {
                 const size_t next = segment_end(c, panel_end, args.block_size);
-                encode_segment<BITS>(x + c, next - c, scales[c / args.block_size], *args.codebook,
-                                     codes.code + (c - panel));
+                encode_segment<BITS, CELLS>(x + c, x + args.x_stride + c, next - c, scales[c / args.block_size],
+                                            *args.codebook, codes.code + (c - panel));
                 c = next;
             }
             pack<BITS>(codes, panel, panel_end - panel, args.columns,
@@ -241,16 +270,26 @@ void quantize_rows(const QuantizeArgs& args, size_t begin, size_t end) {
     }
 }
 
+template <int BITS>
+void quantize_bits(const QuantizeArgs& args, size_t begin, size_t end) {
+    if constexpr (kHasCells<BITS>) {
+        if (args.codebook->has_cells) {
+            return quantize_rows<BITS, true>(args, begin, end);
+        }
+    }
+    quantize_rows<BITS, false>(args, begin, end);
+}
+
 void quantize(const QuantizeArgs& args, size_t begin, size_t end) {
     switch (args.bits) {
         case 2:
-            return quantize_rows<2>(args, begin, end);
+            return quantize_bits<2>(args, begin, end);
         case 3:
-            return quantize_rows<3>(args, begin, end);
+            return quantize_bits<3>(args, begin, end);
         case 4:
-            return quantize_rows<4>(args, begin, end);
+            return quantize_bits<4>(args, begin, end);
         default:
-            return quantize_rows<8>(args, begin, end);
+            return quantize_bits<8>(args, begin, end);
     }
 }
 
@@ -376,70 +415,62 @@ inline F32x16 combine(const Terms& terms, F32x16 buffer, F32x16 level, F32x16 gr
 
 // Columns that share a scale. BITS 0: without codes. `grad` may be null.
 template <int BITS>
-inline F64x16 accumulate_segment(float* buffer, const uint8_t* codes, const float* grad,
-                                 size_t count, const Terms& terms, const float* levels,
-                                 F64x16 squares) {
+inline void accumulate_segment(float* buffer, const uint8_t* codes, const float* grad, size_t count,
+                               const Terms& terms, const float* levels) {
     constexpr bool has_codes = BITS != 0;
     const F32x16 none = broadcast(0.0f);
     size_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        const F32x16 sum = combine<has_codes>(
-            terms, terms.has_buffer ? load(buffer + i) : none,
-            has_codes ? lookup<BITS>(levels, load_codes(codes + i)) : none,
-            terms.has_grad ? load(grad + i) : none);
-        store(buffer + i, sum);
-        squares = add_squares(squares, sum);
+        store(buffer + i, combine<has_codes>(
+                              terms, terms.has_buffer ? load(buffer + i) : none,
+                              has_codes ? lookup<BITS>(levels, load_codes(codes + i)) : none,
+                              terms.has_grad ? load(grad + i) : none));
     }
     if (i < count) {
         const size_t rest = count - i;
-        const F32x16 sum = combine<has_codes>(
-            terms, terms.has_buffer ? load_first(buffer + i, rest) : none,
-            has_codes ? lookup<BITS>(levels, load_codes(codes + i)) : none,
-            terms.has_grad ? load_first(grad + i, rest) : none);
+        const F32x16 sum =
+            combine<has_codes>(terms, terms.has_buffer ? load_first(buffer + i, rest) : none,
+                               has_codes ? lookup<BITS>(levels, load_codes(codes + i)) : none,
+                               terms.has_grad ? load_first(grad + i, rest) : none);
         store_first(buffer + i, sum, rest);
-        // Lanes past the end hold decoded padding.
-        float valid[kLanes] = {};
-        store_first(valid, sum, rest);
-        squares = add_squares(squares, load(valid));
     }
-    return squares;
 }
 
+// `grad` may be null. Returns the sum of squares of the result.
 template <int BITS>
-inline F64x16 accumulate_panel(const AccumulateArgs& args, size_t row, size_t panel, size_t count,
-                               const float* grad, F64x16 squares) {
+inline double accumulate_panel(const AccumulateArgs& args, size_t row, size_t panel, size_t count,
+                               const float* grad) {
     float* const buffer = args.buffer + row * args.buffer_stride + panel;
     Terms terms = {broadcast(args.buffer_weight), broadcast(0.0f),
                    broadcast(args.code_weight),   broadcast(args.grad_weight),
                    args.buffer_weight != 0.0f,    grad != nullptr};
     if constexpr (BITS == 0) {
-        return accumulate_segment<BITS>(buffer, nullptr, grad, count, terms, nullptr, squares);
+        accumulate_segment<BITS>(buffer, nullptr, grad, count, terms, nullptr);
     } else {
         PanelCodes codes;
         unpack<BITS>(args.packed + row * args.row_bytes, panel, count, args.columns, codes);
         const float* const scales = args.scales + row * args.blocks;
         for (size_t c = 0; c < count;) {
-            const size_t next =
-                segment_end(panel + c, panel + count, args.block_size) - panel;
+            const size_t next = segment_end(panel + c, panel + count, args.block_size) - panel;
             terms.scale = broadcast(scales[(panel + c) / args.block_size]);
-            squares = accumulate_segment<BITS>(buffer + c, codes.code + c,
-                                               terms.has_grad ? grad + c : nullptr, next - c, terms,
-                                               args.codebook->levels, squares);
+            accumulate_segment<BITS>(buffer + c, codes.code + c, terms.has_grad ? grad + c : nullptr,
+                                     next - c, terms, args.codebook->levels);
             c = next;
         }
-        return squares;
     }
+    // A pass of its own over the panel in L1: faster than squares in the loop above, whose lanes
+    // would depend on the blocks.
+    return sum_of_squares(buffer, count);
 }
 
 template <int BITS>
 void accumulate_rows(const AccumulateArgs& args, size_t begin, size_t end) {
     GradPanel grad(args);
     const size_t tile_rows = grad.is_strided() ? kTileRows : 1;
-    F64x16 squares[kTileRows];
     for (size_t row = begin; row < end; row += tile_rows) {
         const size_t rows = min_size(tile_rows, end - row);
         for (size_t r = 0; r < rows; ++r) {
-            squares[r] = zero_sums();
+            args.row_sums[row + r] = 0.0;
         }
         for (size_t panel = 0; panel < args.columns; panel += kPanelColumns) {
             const size_t count = min_size(kPanelColumns, args.columns - panel);
@@ -448,12 +479,9 @@ void accumulate_rows(const AccumulateArgs& args, size_t begin, size_t end) {
             }
             for (size_t r = 0; r < rows; ++r) {
                 const float* const floats = grad.floats(row, r, panel, count);
-                squares[r] =
-                    accumulate_panel<BITS>(args, row + r, panel, count, floats, squares[r]);
+                args.row_sums[row + r] +=
+                    accumulate_panel<BITS>(args, row + r, panel, count, floats);
             }
-        }
-        for (size_t r = 0; r < rows; ++r) {
-            args.row_sums[row + r] = sum_lanes(squares[r]);
         }
     }
 }

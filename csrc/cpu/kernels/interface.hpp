@@ -16,12 +16,25 @@ constexpr size_t kMaxLevels = size_t{1} << kMaxBits;
 // of 512 columns starts on a chunk boundary in every plane.
 constexpr size_t kPanelColumns = 512;
 
+constexpr int kCells = 32;
+
 struct CodebookTables {
-    // levels[code], padded to 256 with the last level.
+    // levels[code], padded to 256 with the last level; thresholds, padded with +inf.
     alignas(64) float levels[kMaxLevels];
+    alignas(64) float thresholds[kMaxLevels];
     // Thresholds as a search tree: node i of step s (i < 2^s) splits the codes that share the
-    // leading bits i. Missing thresholds are +inf.
+    // leading bits i.
     alignas(64) float steps[kMaxBits][kMaxLevels / 2];
+
+    // Cells: equal parts of the z axis,
+    //   cell(z) = round(clamp(fma(z, cell_scale, cell_offset), 0, cell_last)).
+    // It never decreases with z. So where no two thresholds share a cell,
+    //   code(z) = base + (z > thresholds[base]), base = number of thresholds in cells before z's.
+    // Up to 4 bits there are 32 cells and base = cell_bases[cell]. With 8 bits there are as many
+    // cells as codes and base = cell, as equally spaced thresholds allow.
+    bool has_cells;
+    float cell_scale, cell_offset, cell_last;
+    alignas(64) int32_t cell_bases[kCells];
 };
 
 enum class Statistic { given, absmax, rms };
@@ -67,10 +80,22 @@ struct AccumulateArgs {
     double* row_sums;  // [rows]: sum of squares of each row of the result
 };
 
+struct RotateArgs {
+    float* x;  // [rows, columns], changed in place
+    size_t x_stride;
+    size_t columns;
+    size_t size;                // of each transform: the largest power of two <= columns
+    float scale;                // 1 / sqrt(size)
+    const float* first_signs;   // [columns], +1 or -1, before the transform of the first columns
+    const float* second_signs;  // [columns], before that of the last columns
+    bool inverse;
+};
+
 // Kernels work on rows [begin, end) in one thread; rows are independent of each other.
 struct CodecKernels {
     void (*quantize)(const QuantizeArgs& args, size_t begin, size_t end);
     void (*accumulate)(const AccumulateArgs& args, size_t begin, size_t end);
 };
+using RotationKernel = void (*)(const RotateArgs& args, size_t begin, size_t end);
 
 }  // namespace lowbit

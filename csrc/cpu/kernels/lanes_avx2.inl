@@ -71,11 +71,12 @@ template <int LOG2>
 inline __m256 lookup_8(const float* table, __m256i index) {
     if constexpr (LOG2 <= 3) {
         return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    } else if constexpr (LOG2 == 4) {
-        const __m256 low = lookup_8<3>(table, index);
-        const __m256 high = lookup_8<3>(table + 8, index);
-        // blendv looks at the sign bit: move bit 3 there.
-        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    } else if constexpr (LOG2 <= 5) {
+        const __m256 low = lookup_8<LOG2 - 1>(table, index);
+        const __m256 high = lookup_8<LOG2 - 1>(table + (1 << (LOG2 - 1)), index);
+        // blendv looks at the sign bit: move the topmost index bit there.
+        const __m256i upper = _mm256_slli_epi32(index, 32 - LOG2);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(upper));
     } else {
         return _mm256_i32gather_ps(table, index, sizeof(float));
     }
@@ -90,14 +91,35 @@ inline F32x16 lookup(const float* table, I32x16 index) {
     }
 }
 
-inline __m256i descend_8(__m256i node, __m256 z, __m256 threshold) {
-    const __m256i right = _mm256_castps_si256(_mm256_cmp_ps(z, threshold, _CMP_GT_OQ));
-    return _mm256_sub_epi32(_mm256_add_epi32(node, node), right);  // true is -1
+inline I32x16 twice(I32x16 x) {
+    return {_mm256_add_epi32(x.low, x.low), _mm256_add_epi32(x.high, x.high)};
 }
-// 2 * node + (z > threshold)
-inline I32x16 descend(I32x16 node, F32x16 z, F32x16 threshold) {
-    return {descend_8(node.low, z.low, threshold.low),
-            descend_8(node.high, z.high, threshold.high)};
+inline __m256i add_greater_8(__m256i base, __m256 z, __m256 threshold) {
+    const __m256i greater = _mm256_castps_si256(_mm256_cmp_ps(z, threshold, _CMP_GT_OQ));
+    return _mm256_sub_epi32(base, greater);  // true is -1
+}
+// base + (z > threshold)
+inline I32x16 add_greater(I32x16 base, F32x16 z, F32x16 threshold) {
+    return {add_greater_8(base.low, z.low, threshold.low),
+            add_greater_8(base.high, z.high, threshold.high)};
+}
+
+constexpr int kCountedBits = 0;
+// A lookup among 32 cells takes more operations than the tree for up to 4 bits.
+template <int BITS>
+constexpr bool kHasCells = BITS == 8;
+
+inline __m256i cell_of_8(const CodebookTables& codebook, __m256 z) {
+    const __m256 place = _mm256_fmadd_ps(z, _mm256_set1_ps(codebook.cell_scale),
+                                         _mm256_set1_ps(codebook.cell_offset));
+    const __m256 clamped = _mm256_min_ps(_mm256_max_ps(place, _mm256_setzero_ps()),
+                                         _mm256_set1_ps(codebook.cell_last));
+    return _mm256_cvtps_epi32(clamped);
+}
+template <int BITS>
+inline I32x16 search_cells(const CodebookTables& codebook, F32x16 z) {
+    const I32x16 base = {cell_of_8(codebook, z.low), cell_of_8(codebook, z.high)};
+    return add_greater(base, z, lookup<BITS>(codebook.thresholds, base));
 }
 
 inline __m256i max_magnitude_8(__m256i largest, __m256 x) {
@@ -118,16 +140,19 @@ inline F64x16 zero_sums() {
     const __m256d zero = _mm256_setzero_pd();
     return {{zero, zero, zero, zero}};
 }
-inline __m256d add_squares_4(__m256d sums, __m128 x) {
-    const __m256d wide = _mm256_cvtps_pd(x);
-    return _mm256_fmadd_pd(wide, wide, sums);
-}
 // A float squared is exact in double, so fused and separate rounding agree.
-inline F64x16 add_squares(F64x16 sums, F32x16 x) {
-    return {{add_squares_4(sums.v[0], _mm256_castps256_ps128(x.low)),
-             add_squares_4(sums.v[1], _mm256_extractf128_ps(x.low, 1)),
-             add_squares_4(sums.v[2], _mm256_castps256_ps128(x.high)),
-             add_squares_4(sums.v[3], _mm256_extractf128_ps(x.high, 1))}};
+inline F64x16 add_squares(F64x16 sums, const float* x) {
+    for (int i = 0; i < 4; ++i) {
+        const __m256d wide = _mm256_cvtps_pd(_mm_loadu_ps(x + 4 * i));
+        sums.v[i] = _mm256_fmadd_pd(wide, wide, sums.v[i]);
+    }
+    return sums;
+}
+inline F64x16 operator+(F64x16 a, F64x16 b) {
+    for (int i = 0; i < 4; ++i) {
+        a.v[i] = _mm256_add_pd(a.v[i], b.v[i]);
+    }
+    return a;
 }
 inline void store_sums(double* to, F64x16 sums) {
     for (int i = 0; i < 4; ++i) {

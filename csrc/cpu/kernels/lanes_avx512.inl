@@ -72,11 +72,31 @@ inline F32x16 lookup(const float* table, I32x16 index) {
     }
 }
 
-// 2 * node + (z > threshold)
-inline I32x16 descend(I32x16 node, F32x16 z, F32x16 threshold) {
-    const __mmask16 right = _mm512_cmp_ps_mask(z.v, threshold.v, _CMP_GT_OQ);
-    const __m512i twice = _mm512_add_epi32(node.v, node.v);
-    return {_mm512_mask_add_epi32(twice, right, twice, _mm512_set1_epi32(1))};
+inline I32x16 twice(I32x16 x) {
+    return {_mm512_add_epi32(x.v, x.v)};
+}
+// base + (z > threshold)
+inline I32x16 add_greater(I32x16 base, F32x16 z, F32x16 threshold) {
+    const __mmask16 greater = _mm512_cmp_ps_mask(z.v, threshold.v, _CMP_GT_OQ);
+    return {_mm512_mask_add_epi32(base.v, greater, base.v, _mm512_set1_epi32(1))};
+}
+
+constexpr int kCountedBits = 0;
+template <int BITS>
+constexpr bool kHasCells = true;
+
+template <int BITS>
+inline I32x16 search_cells(const CodebookTables& codebook, F32x16 z) {
+    const __m512 place = _mm512_fmadd_ps(z.v, _mm512_set1_ps(codebook.cell_scale),
+                                         _mm512_set1_ps(codebook.cell_offset));
+    const __m512 clamped = _mm512_min_ps(_mm512_max_ps(place, _mm512_setzero_ps()),
+                                         _mm512_set1_ps(codebook.cell_last));
+    I32x16 base = {_mm512_cvtps_epi32(clamped)};
+    if constexpr (BITS <= 4) {
+        base.v = _mm512_permutex2var_epi32(_mm512_load_si512(codebook.cell_bases), base.v,
+                                           _mm512_load_si512(codebook.cell_bases + 16));
+    }
+    return add_greater(base, z, lookup<BITS>(codebook.thresholds, base));
 }
 
 // Magnitudes compare like their bit patterns, and so a NaN is the largest of all.
@@ -93,10 +113,13 @@ inline F64x16 zero_sums() {
     return {_mm512_setzero_pd(), _mm512_setzero_pd()};
 }
 // A float squared is exact in double, so fused and separate rounding agree.
-inline F64x16 add_squares(F64x16 sums, F32x16 x) {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
+inline F64x16 add_squares(F64x16 sums, const float* x) {
+    const __m512d low = _mm512_cvtps_pd(_mm256_loadu_ps(x));
+    const __m512d high = _mm512_cvtps_pd(_mm256_loadu_ps(x + 8));
     return {_mm512_fmadd_pd(low, low, sums.low), _mm512_fmadd_pd(high, high, sums.high)};
+}
+inline F64x16 operator+(F64x16 a, F64x16 b) {
+    return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)};
 }
 inline void store_sums(double* to, F64x16 sums) {
     _mm512_storeu_pd(to, sums.low);

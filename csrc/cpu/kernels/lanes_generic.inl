@@ -1,19 +1,42 @@
-// Sixteen lanes for any processor, in the vector extensions of gcc and clang.
+// Sixteen lanes as four vectors of four, in the vector extensions of gcc and clang: SSE2, NEON, ...
 
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef double F64x16 __attribute__((vector_size(128)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
-typedef uint8_t U8x16 __attribute__((vector_size(16)));
+typedef float F32x4 __attribute__((vector_size(16)));
+typedef int32_t I32x4 __attribute__((vector_size(16)));
+typedef double F64x4 __attribute__((vector_size(32)));
+typedef uint32_t U32x4 __attribute__((vector_size(16)));
+typedef uint16_t U16x4 __attribute__((vector_size(8)));
+typedef uint8_t U8x4 __attribute__((vector_size(4)));
 
-inline F32x16 broadcast(float value) {
-    return value - F32x16{};
-}
-inline F32x16 load(const float* from) {
-    F32x16 x;
+struct F32x16 {
+    F32x4 v[4];
+};
+struct I32x16 {
+    I32x4 v[4];
+};
+struct F64x16 {
+    F64x4 v[4];
+};
+
+// `q` is the index of the vector in each of these expressions.
+#define LOWBIT_EACH(Result, expression) \
+    Result out;                         \
+    for (int q = 0; q < 4; ++q) {       \
+        out.v[q] = (expression);        \
+    }                                   \
+    return out
+
+template <typename Vector, typename Element>
+inline Vector load_vector(const Element* from) {
+    Vector x;
     memcpy(&x, from, sizeof x);
     return x;
+}
+
+inline F32x16 broadcast(float value) {
+    LOWBIT_EACH(F32x16, (F32x4{value, value, value, value}));
+}
+inline F32x16 load(const float* from) {
+    LOWBIT_EACH(F32x16, load_vector<F32x4>(from + 4 * q));
 }
 inline F32x16 load_first(const float* from, size_t count) {
     F32x16 x = {};
@@ -26,69 +49,94 @@ inline void store(float* to, F32x16 x) {
 inline void store_first(float* to, F32x16 x, size_t count) {
     memcpy(to, &x, count * sizeof *to);
 }
-inline U32x16 load_words(const uint16_t* from) {
-    U16x16 words;
-    memcpy(&words, from, sizeof words);
-    return __builtin_convertvector(words, U32x16);
+inline F32x16 operator*(F32x16 a, F32x16 b) {
+    LOWBIT_EACH(F32x16, a.v[q] * b.v[q]);
+}
+inline F32x16 operator+(F32x16 a, F32x16 b) {
+    LOWBIT_EACH(F32x16, a.v[q] + b.v[q]);
+}
+inline U32x4 load_words(const uint16_t* from) {
+    return __builtin_convertvector(load_vector<U16x4>(from), U32x4);
 }
 inline F32x16 load_bfloat16(const uint16_t* from) {
-    return (F32x16)(load_words(from) << 16);
+    LOWBIT_EACH(F32x16, (F32x4)(load_words(from + 4 * q) << 16));
 }
-inline F32x16 load_float16(const uint16_t* from) {
-    const U32x16 half = load_words(from);
-    const U32x16 magnitude = (half & 0x7fff) << 13;
+inline F32x4 expand_float16(U32x4 half) {
+    const U32x4 magnitude = (half & 0x7fff) << 13;
     // The exponent bias grows from 15 to 127. Multiplying, not adding to the exponent, normalises
     // subnormal halves as well; infinities and NaNs get an exponent of all ones.
-    const U32x16 finite = (U32x16)((F32x16)magnitude * 0x1p112f);
-    const U32x16 special = (U32x16)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
-    return (F32x16)((half & 0x8000) << 16 | finite | special);
+    const U32x4 finite = (U32x4)((F32x4)magnitude * 0x1p112f);
+    const U32x4 special = (U32x4)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
+    return (F32x4)((half & 0x8000) << 16 | finite | special);
+}
+inline F32x16 load_float16(const uint16_t* from) {
+    LOWBIT_EACH(F32x16, expand_float16(load_words(from + 4 * q)));
 }
 
 inline I32x16 zero_codes() {
-    return I32x16{};
+    LOWBIT_EACH(I32x16, I32x4{});
 }
 inline I32x16 load_codes(const uint8_t* from) {
-    U8x16 codes;
-    memcpy(&codes, from, sizeof codes);
-    return __builtin_convertvector(codes, I32x16);
+    LOWBIT_EACH(I32x16, __builtin_convertvector(load_vector<U8x4>(from + 4 * q), I32x4));
 }
 inline void store_codes(uint8_t* to, I32x16 codes) {
-    const U8x16 bytes = __builtin_convertvector(codes, U8x16);
-    memcpy(to, &bytes, sizeof bytes);
+    for (int q = 0; q < 4; ++q) {
+        const U8x4 bytes = __builtin_convertvector(codes.v[q], U8x4);
+        memcpy(to + 4 * q, &bytes, sizeof bytes);
+    }
 }
 
 // table[index] for index < 2^LOG2.
 template <int LOG2>
 inline F32x16 lookup(const float* table, I32x16 index) {
-    F32x16 out;
-    for (int lane = 0; lane < 16; ++lane) {
-        out[lane] = table[index[lane]];
-    }
-    return out;
+    LOWBIT_EACH(F32x16, (F32x4{table[index.v[q][0]], table[index.v[q][1]], table[index.v[q][2]],
+                               table[index.v[q][3]]}));
 }
 
-// 2 * node + (z > threshold)
-inline I32x16 descend(I32x16 node, F32x16 z, F32x16 threshold) {
-    return node + node - (z > threshold);  // true is -1
+inline I32x16 twice(I32x16 x) {
+    LOWBIT_EACH(I32x16, x.v[q] + x.v[q]);
 }
+// base + (z > threshold)
+inline I32x16 add_greater(I32x16 base, F32x16 z, F32x16 threshold) {
+    LOWBIT_EACH(I32x16, base.v[q] - (z.v[q] > threshold.v[q]));  // true is -1
+}
+
+// Comparing with all of 15 thresholds is faster than four lookups one lane at a time.
+constexpr int kCountedBits = 4;
+template <int BITS>
+constexpr bool kHasCells = false;
+template <int BITS>
+I32x16 search_cells(const CodebookTables& codebook, F32x16 z);
 
 // Magnitudes compare like their bit patterns, and so a NaN is the largest of all.
+inline I32x4 max_magnitude_4(I32x4 largest, F32x4 x) {
+    const I32x4 magnitude = (I32x4)x & 0x7fffffff;
+    const I32x4 greater = magnitude > largest;
+    return (magnitude & greater) | (largest & ~greater);
+}
 inline I32x16 max_magnitude(I32x16 largest, F32x16 x) {
-    const I32x16 magnitude = (I32x16)x & 0x7fffffff;
-    return magnitude > largest ? magnitude : largest;
+    LOWBIT_EACH(I32x16, max_magnitude_4(largest.v[q], x.v[q]));
 }
 inline void store_bits(uint32_t* to, I32x16 bits) {
     memcpy(to, &bits, sizeof bits);
 }
 
 inline F64x16 zero_sums() {
-    return F64x16{};
+    LOWBIT_EACH(F64x16, F64x4{});
+}
+inline F64x4 add_squares_4(F64x4 sums, const float* x) {
+    const F64x4 wide = __builtin_convertvector(load_vector<F32x4>(x), F64x4);
+    return sums + wide * wide;
 }
 // A float squared is exact in double, so fused and separate rounding agree.
-inline F64x16 add_squares(F64x16 sums, F32x16 x) {
-    const F64x16 wide = __builtin_convertvector(x, F64x16);
-    return sums + wide * wide;
+inline F64x16 add_squares(F64x16 sums, const float* x) {
+    LOWBIT_EACH(F64x16, add_squares_4(sums.v[q], x + 4 * q));
+}
+inline F64x16 operator+(F64x16 a, F64x16 b) {
+    LOWBIT_EACH(F64x16, a.v[q] + b.v[q]);
 }
 inline void store_sums(double* to, F64x16 sums) {
     memcpy(to, &sums, sizeof sums);
 }
+
+#undef LOWBIT_EACH
