@@ -35,7 +35,7 @@ def update_momentum(
 
     Raises NonFiniteGradientError, with nothing changed, if the new momentum is not finite.
     """
-    oriented_grad = orient(grad)
+    oriented_grad = orient(grad.float() if grad.dtype == torch.float64 else grad)
     buffer = torch.empty(oriented_grad.shape, dtype=torch.float32, device=grad.device)
     weight, codes = momentum.decode_parts(buffer, backend)
     normalize = momentum.state_format.normalize
