@@ -1,9 +1,11 @@
 """Muon with 4-bit momentum: a drop-in for `torch.optim.Muon`."""
 
+from lowbit_muon.aux_adam import MuonWithAuxAdam
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.momentum_state import NonFiniteGradientError
 from lowbit_muon.muon import Muon
 from lowbit_muon.newton_schulz import orthogonalize
+from lowbit_muon.param_groups import muon_param_groups
 from lowbit_muon.presets import PRESETS
 from lowbit_muon.quantized_matrix import QuantizedMatrix, quantize
 
@@ -12,10 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Muon",
+    "MuonWithAuxAdam",
     "NonFiniteGradientError",
     "QuantizedMatrix",
     "StateFormat",
     "__version__",
+    "muon_param_groups",
     "orthogonalize",
     "quantize",
 ]

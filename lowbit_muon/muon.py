@@ -11,31 +11,40 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
+from lowbit_muon import checkpoint
 from lowbit_muon.backends import check_backend_name, get_backend
 from lowbit_muon.backends.base import Backend
+from lowbit_muon.checkpoint_momentum import (
+    convert_momentum,
+    export_momentum,
+    torch_muon_group,
+)
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.momentum_state import NonFiniteGradientError, update_momentum
-from lowbit_muon.newton_schulz import orthogonalize, resolve_coefficients
+from lowbit_muon.newton_schulz import (
+    choose_method,
+    orthogonalize,
+    orthogonalizing_operator,
+    resolve_coefficients,
+)
+from lowbit_muon.parameter_state import (
+    flatten,
+    matrix_views,
+    read_matrix,
+    resolve_group_format,
+    write_matrix,
+)
 from lowbit_muon.presets import resolve_format
-from lowbit_muon.quantized_matrix import QuantizedMatrix
+from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
 
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
 
 AdjustLr = Literal["original", "match_rms_adamw"]
-
-
-@dataclass(frozen=True)
-class MatrixView:
-    """One matrix of a parameter: rows `rows` of its 2-D view [all rows, columns]."""
-
-    rows: slice
-    shape: tuple[int, int]
-    prefix: str  # of its keys in the parameter's state
 
 
 class Muon(Optimizer):
@@ -99,7 +108,7 @@ class Muon(Optimizer):
         row_splits: Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -156,20 +165,63 @@ class Muon(Optimizer):
             if group["nonfinite"] == "raise":
                 self._raise_if_nonfinite(group)
         for group in self.param_groups:
-            step = GroupStep.from_group(group)
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update_parameter(param, step, group)
+            self._step_group(group)
         return loss
 
     def state_bytes(self) -> int:
         """Bytes that the optimizer's state really takes (storage, not elements times bits)."""
-        return sum(
-            value.untyped_storage().nbytes()
+        storages = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
             for state in self.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
-        )
+        }
+        return sum(storages.values())
+
+    def state_dict(self) -> StateDict:
+        """As torch's, with our format version in each group; tensors and plain values only."""
+        return checkpoint.with_version(super().state_dict())
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of this class, or of torch.optim.Muon, KellerJordan's or Moonlight's Muon.
+
+        Every dtype is kept; the tensors are copies on the parameters' devices. A momentum stored in
+        another format is quantised to this optimizer's own `state_format`, which stays as it is,
+        like `backend`, `ns_input`, `nonfinite`, `batch_experts`, `row_splits` and `seed`.
+
+        Raises ValueError naming the group or parameter, before anything changes, for a state that
+        does not fit: groups, shapes, dtypes, entries, codes or scales out of range, newer version.
+        """
+        with checkpoint.converting(self):
+            super().load_state_dict(state_dict)
+
+    def export_full_precision(self) -> StateDict:
+        """A state dict that torch.optim.Muon loads and continues from.
+
+        Raises ValueError for formats that lose the momentum's size (`normalize`) and for
+        Newton-Schulz coefficients that torch.optim.Muon does not take.
+        """
+        return checkpoint.export(self)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group)
+
+    def _convert_state(
+        self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState
+    ) -> dict[str, Any]:
+        return convert_momentum(param, group, saved)
+
+    def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        return torch_muon_group(group)
+
+    def _export_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return export_momentum(param, group, self.state[param])
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        step = GroupStep.from_group(group)
+        for param in group["params"]:
+            if param.grad is not None:
+                self._update_parameter(param, step, group)
 
     def _update_parameter(self, param: Tensor, step: GroupStep, group: dict[str, Any]) -> None:
         check_gradient(param)
@@ -184,7 +236,7 @@ class Muon(Optimizer):
                 write_matrix(state, view, matrix)
         # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
         if len(views) > 1 and not bool(param.grad.isfinite().all()):  # type: ignore[union-attr]
-            _count_skipped(state, param)
+            count_skipped(state, param)
             return
         grad, weights = flatten(param.grad, group), flatten(param, group)  # type: ignore[arg-type]
         for view in views:
@@ -192,7 +244,7 @@ class Muon(Optimizer):
             try:
                 step.update_matrix(weights[view.rows], grad[view.rows], momentum)
             except NonFiniteGradientError:
-                _count_skipped(state, param)
+                count_skipped(state, param)
                 return
         state["step"] += 1
 
@@ -250,13 +302,19 @@ class GroupStep:
             backend=backend,
             from_stored=self.ns_input == "stored",
         )
-        update = orthogonalize(
-            x, len(self.coefficients), self.coefficients, eps=self.eps * scale
-        )
-        if weight.shape[0] > weight.shape[1]:
-            update = update.mT
-        weight.mul_(1 - self.lr * self.weight_decay)
-        weight.add_(update, alpha=-self.lr * update_scale(self.adjust_lr_fn, weight.shape))
+        decay = 1 - self.lr * self.weight_decay
+        step_size = self.lr * update_scale(self.adjust_lr_fn, weight.shape)
+        steps, eps, oriented = len(self.coefficients), self.eps * scale, orient(weight)
+        method = choose_method(x.shape, self.coefficients, x.dtype)
+        if method == "newton_schulz" or weight.dtype != x.dtype:
+            update = orthogonalize(x, steps, self.coefficients, method, eps=eps)
+            oriented.mul_(decay).add_(update, alpha=-step_size)
+        else:
+            operator, inverse_norm = orthogonalizing_operator(
+                x, steps, self.coefficients, method, eps=eps
+            )
+            # One product with the weight as its addend: the update itself is never stored.
+            oriented.addmm_(operator.mul_(inverse_norm), x, beta=decay, alpha=-step_size)
 
 
 def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
@@ -267,64 +325,6 @@ def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def flatten(tensor: Tensor, group: dict[str, Any]) -> Tensor:
-    """The parameter (or its gradient) as one matrix, a view: [out, in*...] or [experts*out, in]."""
-    if tensor.ndim == 2:
-        return tensor
-    if group["batch_experts"]:
-        return tensor.flatten(0, -2)
-    return tensor.flatten(1)
-
-
-def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
-    """The matrices of a parameter. Raises ValueError for a shape the group's options do not fit."""
-    if param.ndim < 2:
-        raise ValueError(
-            "params: expected parameters of 2 or more dimensions, got one of size "
-            f"{tuple(param.shape)}; give it to AdamW (MuonWithAuxAdam does)"
-        )
-    flat = flatten(param.detach(), group)
-    rows, columns = flat.shape
-    if flat.data_ptr() != param.data_ptr():
-        raise ValueError(
-            f"params: expected a parameter that can be viewed as a matrix, got size "
-            f"{tuple(param.shape)} with strides {param.stride()}"
-        )
-    if group["row_splits"] is not None:
-        sizes = list(group["row_splits"])
-    elif group["batch_experts"] and param.ndim > 2:
-        sizes = [param.shape[-2]] * math.prod(param.shape[:-2])
-    else:
-        return [MatrixView(slice(0, rows), (rows, columns), "")]
-    if sum(sizes) != rows:
-        raise ValueError(
-            f"row_splits: expected sizes that add up to {rows} rows, got {tuple(sizes)} "
-            f"for a parameter of size {tuple(param.shape)}"
-        )
-    views, start = [], 0
-    for index, size in enumerate(sizes):
-        views.append(MatrixView(slice(start, start + size), (size, columns), f"{index}."))
-        start += size
-    return views
-
-
-def write_matrix(state: dict[str, Any], view: MatrixView, matrix: QuantizedMatrix) -> None:
-    """Put a stored matrix into a parameter's state, one key for each of its tensors."""
-    state.update({view.prefix + role: tensor for role, tensor in matrix.tensors.items()})
-
-
-def read_matrix(
-    state: dict[str, Any], view: MatrixView, state_format: StateFormat
-) -> QuantizedMatrix:
-    """The stored matrix of a view; its tensors are those of the state, not copies."""
-    tensors = {
-        key.removeprefix(view.prefix): value
-        for key, value in state.items()
-        if isinstance(value, Tensor) and key.startswith(view.prefix)
-    }
-    return QuantizedMatrix(state_format, view.shape, tensors)
-
-
 def check_gradient(param: Tensor) -> None:
     """Raise, as torch.optim.Muon does, for a gradient that Muon cannot take."""
     if torch.is_complex(param):
@@ -332,12 +332,6 @@ def check_gradient(param: Tensor) -> None:
     assert param.grad is not None
     if param.grad.is_sparse:
         raise RuntimeError("Muon does not support sparse gradients")
-
-
-def resolve_group_format(group: dict[str, Any]) -> StateFormat:
-    """The format of a group, which may be a name, a `StateFormat` or its plain dict."""
-    value = group["state_format"]
-    return StateFormat.from_dict(value) if isinstance(value, dict) else resolve_format(value)
 
 
 def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
@@ -385,12 +379,13 @@ def check_group(group: dict[str, Any]) -> None:
     check_backend_name(group["backend"])
 
 
-def _count_skipped(state: dict[str, Any], param: Tensor) -> None:
+def count_skipped(state: dict[str, Any], param: Tensor) -> None:
+    """Count a gradient that was left out in the parameter's state, and warn of the first."""
     state["skipped"] += 1
     if state["skipped"] == 1:
         warnings.warn(
-            f"a gradient of a parameter of size {tuple(param.shape)} held inf or nan: the parameter "
-            "and its momentum were left as they were (nonfinite='skip')",
+            f"a gradient of a parameter of size {tuple(param.shape)} held inf or nan: the "
+            "parameter and its state were left as they were (nonfinite='skip')",
             RuntimeWarning,
             stacklevel=3,
         )

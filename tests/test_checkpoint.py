@@ -1,0 +1,655 @@
+"""State dicts of Muon: what they hold, what loads, what is refused, and that resuming is exact."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lowbit_muon import PRESETS, Muon, quantize
+from lowbit_muon.momentum_state import NonFiniteGradientError
+
+SHAPES = ((24, 40), (40, 24), (8, 4, 3, 3), (8, 64))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float32)
+
+
+def make_params(shapes: Any = SHAPES, dtypes: Any = DTYPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for shape, dtype in zip(shapes, dtypes, strict=False)
+    ]
+
+
+def run(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Steps first..last-1 with gradients that depend on the step and the parameter only."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(100 + step)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                grad = torch.randn(param.shape, generator=generator)
+                param.grad = (1e-2 * grad).to(param.dtype)
+        optimizer.step()
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal in value, dtype, structure and type."""
+    assert type(a) is type(b), (a, b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_equal_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    assert_same(a.state_dict(), b.state_dict())
+    for group_a, group_b in zip(a.param_groups, b.param_groups, strict=True):
+        for p, q in zip(group_a["params"], group_b["params"], strict=True):
+            assert torch.equal(p, q)
+
+
+def copy_params(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(param.detach().clone()) for param in params]
+
+
+def momentum_of(optimizer: Muon, index: int = 0) -> Tensor:
+    return optimizer.export_full_precision()["state"][index]["momentum_buffer"]
+
+
+# Saving and resuming
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_resume_is_bit_for_bit(name: str) -> None:
+    params = make_params()
+    optimizer = Muon(params, state_format=name)
+    run(optimizer, 0, 3)
+    saved, saved_params = through_file(optimizer.state_dict()), copy_params(params)
+    run(optimizer, 3, 6)
+    resumed = Muon(saved_params, state_format=name)
+    resumed.load_state_dict(saved)
+    assert_same(resumed.state_dict(), saved)
+    run(resumed, 3, 6)
+    assert_equal_optimizers(resumed, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, 8, 12), {"batch_experts": True}),
+        ((24, 16), {"row_splits": (8, 4, 12)}),
+        ((6, 5, 3), {}),
+        ((0, 7), {}),
+        ((1, 9), {}),
+        ((9, 1), {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["spectral4", "mulaw4", "muonq4"])
+def test_resume_of_stacks_splits_and_degenerate_shapes(
+    name: str, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    params = make_params([shape])
+    optimizer = Muon(params, state_format=name, **options)
+    run(optimizer, 0, 2)
+    saved, saved_params = through_file(optimizer.state_dict()), copy_params(params)
+    run(optimizer, 2, 4)
+    resumed = Muon(saved_params, state_format=name, **options)
+    resumed.load_state_dict(saved)
+    run(resumed, 2, 4)
+    assert_equal_optimizers(resumed, optimizer)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 140),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    name=st.sampled_from(sorted(PRESETS)),
+    scale=st.sampled_from([0.0, 1e-6, 1.0, 1e3]),
+)
+def test_any_state_survives_a_file(
+    rows: int, columns: int, dtype: torch.dtype, name: str, scale: float
+) -> None:
+    param = nn.Parameter(torch.ones(rows, columns, dtype=dtype))
+    optimizer = Muon([param], state_format=name)
+    param.grad = (scale * torch.randn(rows, columns)).to(dtype)
+    optimizer.step()
+    saved = through_file(optimizer.state_dict())
+    resumed = Muon([nn.Parameter(param.detach().clone())], state_format=name)
+    resumed.load_state_dict(saved)
+    assert_same(resumed.state_dict(), saved)
+
+
+def test_state_dict_holds_tensors_and_plain_values_only() -> None:
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                assert type(key) in (str, int)
+                check(inner)
+        elif type(value) in (list, tuple):
+            for inner in value:
+                check(inner)
+        else:
+            assert type(value) in (Tensor, str, int, float, bool, type(None)), value
+
+    optimizer = Muon(make_params(), state_format=PRESETS["nf4"])
+    run(optimizer, 0, 1)
+    state_dict = optimizer.state_dict()
+    check(state_dict)
+    assert [group["format_version"] for group in state_dict["param_groups"]] == [1]
+    assert "format_version" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_state_is_cast_to_the_parameters_dtype(name: str, dtype: torch.dtype) -> None:
+    """torch's own loading casts uint8 codes and float32 scales (MuonQ's state grows 3.8 times)."""
+    optimizer = Muon(make_params(dtypes=[dtype] * 4), state_format=name)
+    run(optimizer, 0, 1)
+    expected = [
+        {key: value.dtype for key, value in state.items() if isinstance(value, Tensor)}
+        for state in optimizer.state.values()
+    ]
+    size = optimizer.state_bytes()
+    optimizer.load_state_dict(optimizer.state_dict())
+    found = [
+        {key: value.dtype for key, value in state.items() if isinstance(value, Tensor)}
+        for state in optimizer.state.values()
+    ]
+    assert found == expected
+    assert optimizer.state_bytes() == size
+
+
+def test_loaded_tensors_are_copies_with_storage_of_their_own_size() -> None:
+    optimizer = Muon(make_params())
+    run(optimizer, 0, 1)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        padded = torch.zeros(2 * state["codes"].shape[0], state["codes"].shape[1] + 64).byte()
+        view = padded[: state["codes"].shape[0], : state["codes"].shape[1]]
+        state["codes"] = view.copy_(state["codes"])
+    before = copy.deepcopy(saved)
+    resumed = Muon(make_params())
+    resumed.load_state_dict(saved)
+    elements = sum(
+        value.numel() * value.element_size()
+        for state in resumed.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+    assert resumed.state_bytes() == elements
+    run(resumed, 1, 2)
+    assert_same(saved, before)
+
+
+def test_parameters_without_a_gradient_have_no_state_and_load() -> None:
+    params = make_params()
+    optimizer = Muon(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    saved = through_file(optimizer.state_dict())
+    assert list(saved["state"]) == [0]
+    resumed = Muon(make_params())
+    resumed.load_state_dict(saved)
+    assert [param in resumed.state for param in resumed.param_groups[0]["params"]] == [
+        True, False, False, False
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_deepcopy_and_pickle_go_on_identically(clone: Callable[[Muon], Muon]) -> None:
+    optimizer = Muon(make_params(), state_format="mulaw4", nonfinite="raise")
+    run(optimizer, 0, 2)
+    other = clone(optimizer)
+    run(optimizer, 2, 4)
+    assert other.state[other.param_groups[0]["params"][0]]["step"] == 2
+    run(other, 2, 4)
+    assert_equal_optimizers(other, optimizer)
+
+
+def test_schedulers_resume_and_cycle_the_momentum() -> None:
+    def build() -> tuple[Muon, Any]:
+        optimizer = Muon(make_params(), lr=1e-3)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=1e-2, total_steps=10
+        )
+
+    optimizer, scheduler = build()
+    for step in range(4):
+        run(optimizer, step, step + 1)
+        scheduler.step()
+    saved = through_file({"o": optimizer.state_dict(), "s": scheduler.state_dict()})
+    saved_params = copy_params(optimizer.param_groups[0]["params"])
+    resumed, resumed_scheduler = build()
+    with torch.no_grad():
+        for param, value in zip(resumed.param_groups[0]["params"], saved_params, strict=True):
+            param.copy_(value)
+    resumed.load_state_dict(saved["o"])
+    resumed_scheduler.load_state_dict(saved["s"])
+    assert resumed.param_groups[0]["momentum"] not in (0.95, build()[0].defaults["momentum"])
+    for opt, sched in ((optimizer, scheduler), (resumed, resumed_scheduler)):
+        for step in range(4, 8):
+            run(opt, step, step + 1)
+            sched.step()
+    assert_equal_optimizers(resumed, optimizer)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=4),
+    ],
+)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_schedulers_drive_the_learning_rate(make: Callable[[Any], Any], as_tensor: bool) -> None:
+    reference = torch.optim.SGD(make_params(SHAPES[:1]), lr=0.02)
+    optimizer = Muon(make_params(SHAPES[:1]), lr=torch.tensor(0.02) if as_tensor else 0.02)
+    scheduler, reference_scheduler = make(optimizer), make(reference)
+    for step in range(3):
+        run(optimizer, step, step + 1)
+        scheduler.step()
+        run(reference, step, step + 1)
+        reference_scheduler.step()
+        # A Tensor lr is float32: one rounding at first, then a difference, a product and a sum in
+        # each of three steps, of at most 2^-24 each.
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(
+            reference.param_groups[0]["lr"], rel=10 * 2**-24
+        )
+
+
+def test_tensor_lr_is_saved_and_loaded() -> None:
+    optimizer = Muon(make_params(), lr=torch.tensor(0.5))
+    run(optimizer, 0, 1)
+    saved = through_file(optimizer.state_dict())
+    resumed = Muon(make_params(), lr=torch.tensor(0.1))
+    resumed.load_state_dict(saved)
+    lr = resumed.param_groups[0]["lr"]
+    assert isinstance(lr, Tensor)
+    assert float(lr) == 0.5
+    assert lr is not saved["param_groups"][0]["lr"]
+
+
+def test_names_are_kept_and_named_in_errors() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 6, bias=False), "b": nn.Linear(6, 8, bias=False)})
+    optimizer = Muon(model.named_parameters())
+    run(optimizer, 0, 1)
+    saved = through_file(optimizer.state_dict())
+    assert saved["param_groups"][0]["param_names"] == ["a.weight", "b.weight"]
+    saved["state"][1]["codes"] = saved["state"][1]["codes"][:, :-1]
+    with pytest.raises(ValueError, match=r"parameter 1 \(group 0, b.weight\).*codes: expected"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_group_added_after_loading_trains() -> None:
+    optimizer = Muon(make_params(SHAPES[:1]), state_format="mulaw4")
+    run(optimizer, 0, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    added = nn.Parameter(torch.ones(5, 6))
+    optimizer.add_param_group({"params": added, "state_format": "spectral3"})
+    run(optimizer, 1, 2)
+    assert "norm" in optimizer.state[added]
+    resumed = Muon([{"params": make_params(SHAPES[:1])}, {"params": nn.Parameter(torch.ones(5, 6)),
+                    "state_format": "spectral3"}], state_format="mulaw4")  # fmt: skip
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    assert_same(resumed.state_dict(), optimizer.state_dict())
+
+
+# Hooks
+
+
+def test_user_hooks_run_around_the_conversion_and_ours_are_removed() -> None:
+    optimizer = Muon(make_params())
+    run(optimizer, 0, 1)
+    saved = optimizer.state_dict()
+    seen: list[str] = []
+
+    def pre_hook(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        assert state_dict["state"][0]["codes"].dtype == torch.uint8
+        seen.append("pre")
+        return {**state_dict, "state": {0: state_dict["state"][0]}}
+
+    def post_hook(opt: Any) -> None:
+        seen.append("post")
+        assert [state["codes"].dtype for state in opt.state.values()] == [torch.uint8]
+
+    optimizer.register_load_state_dict_pre_hook(pre_hook)
+    optimizer.register_load_state_dict_post_hook(post_hook)
+    for _ in range(2):
+        optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="param_groups"):
+        optimizer.load_state_dict({**saved, "param_groups": []})
+    assert seen == ["pre", "post"] * 2 + ["pre"]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+    assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
+
+
+# What is refused, with nothing changed
+
+
+def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A function that sets (or with a function, changes) state_dict[path]."""
+
+    def change(state_dict: dict[str, Any]) -> None:
+        *parents, last = [int(p) if p.isdigit() else p for p in path.split("/")]
+        place: Any = state_dict
+        for parent in parents:
+            place = place[parent]
+        place[last] = value(place[last]) if callable(value) else value
+
+    return change
+
+
+def remove(path: str) -> Callable[[dict[str, Any]], None]:
+    def change(state_dict: dict[str, Any]) -> None:
+        *parents, last = [int(p) if p.isdigit() else p for p in path.split("/")]
+        place: Any = state_dict
+        for parent in parents:
+            place = place[parent]
+        del place[last]
+
+    return change
+
+
+CORRUPTIONS = {
+    "codes truncated": ("mulaw4", edit("state/1/codes", lambda t: t[:, :-1]), r"codes: expected"),
+    "codes cast": ("mulaw4", edit("state/1/codes", lambda t: t.float()), r"codes: expected"),
+    "codes not a tensor": ("mulaw4", edit("state/1/codes", [1, 2]), r"codes: expected .* got list"),
+    "other shape": ("mulaw4", edit("state/1/codes", lambda t: t.mT), r"codes: expected"),
+    "scale nan": ("mulaw4", edit("state/1/scales", lambda t: t * float("nan")), "scales: .*finite"),
+    "scale negative": ("mulaw4", edit("state/1/scales", lambda t: -t), "scales: expected .*>= 0"),
+    "scale too large": (
+        "mulaw4", edit("state/1/left_scales", lambda t: t + 3e38), "finite matrix"
+    ),
+    "factor missing": ("mulaw4", remove("state/1/right_codes"), "missing .*right_codes"),
+    "norm infinite": ("spectral4", edit("state/1/norm", lambda t: t / 0), "norm: .*finite"),
+    "norm cast": ("spectral4", edit("state/1/norm", lambda t: t.float()), "norm: expected"),
+    "code without a level": (
+        "muonq4", edit("state/1/codes", lambda t: t | 255), "codes: expected codes below 15, got 15"
+    ),
+    "factor code without a level": (
+        "muonq4", edit("state/1/left_codes", lambda t: t | 255), "left_codes: expected .*below 15"
+    ),
+    "dense nan": ("fp32", edit("state/1/dense", lambda t: t / 0), "dense: .*finite"),
+    "unknown entry": ("spectral4", edit("state/1/extra", 1), "extra"),
+    "step missing": ("spectral4", remove("state/1/step"), "step: expected"),
+    "step negative": ("spectral4", edit("state/1/step", -1), "step: expected"),
+    "step fractional": ("spectral4", edit("state/1/step", 1.5), "step: expected"),
+    "entries no mapping": ("spectral4", edit("state/1", 3), "parameter 1: expected a mapping"),
+    "unknown parameter": (
+        "spectral4", edit("state", lambda s: {**s, 9: s[1]}), "expected only parameters .*9"
+    ),
+    "newer version": (
+        "spectral4", edit("param_groups/0/format_version", 2), "expected 1 to 1, got 2"
+    ),
+    "version of another type": (
+        "spectral4", edit("param_groups/0/format_version", "1"), "format_version: expected"
+    ),
+    "no version": ("spectral4", remove("param_groups/0/format_version"), "momentum_buffer"),
+    "unknown format": (
+        "spectral4", edit("param_groups/0/state_format", "spectral9"), "state_format: expected"
+    ),
+    "format with unknown field": (
+        "spectral4",
+        edit("param_groups/0/state_format", lambda f: {**f, "hue": 1}),
+        "unknown fields .*hue",
+    ),
+    "no format": ("spectral4", remove("param_groups/0/state_format"), "state_format"),
+    "bad splits": ("spectral4", edit("param_groups/0/row_splits", [1, 2]), "row_splits: expected"),
+    "learning rate nan": ("spectral4", edit("param_groups/0/lr", float("nan")), "lr: expected"),
+    "momentum one": ("spectral4", edit("param_groups/0/momentum", 1.0), "momentum: expected"),
+    "group missing": ("spectral4", edit("param_groups", []), "expected 1 groups"),
+    "group too small": ("spectral4", edit("param_groups/0/params", [0, 1]), r"expected 1 groups"),
+    "group of another kind": (
+        "spectral4", edit("param_groups/0", lambda g: {**g, "use_muon": False}), "use_muon"
+    ),
+    "no groups": ("spectral4", remove("param_groups"), "param_groups"),
+    "no state": ("spectral4", edit("state", None), "state_dict: expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_bad_state_is_refused_before_anything_changes(name: str) -> None:
+    state_format, corrupt, message = CORRUPTIONS[name]
+    source = Muon(make_params(), lr=0.5, state_format=state_format)
+    run(source, 0, 2)
+    saved = copy.deepcopy(source.state_dict())
+    optimizer = Muon(make_params(), state_format=state_format)
+    run(optimizer, 5, 7)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(before))  # the same state, unharmed, loads
+    corrupt(saved)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_a_failure_in_the_last_parameter_leaves_the_first_alone() -> None:
+    source = Muon(make_params())
+    run(source, 0, 2)
+    saved = copy.deepcopy(source.state_dict())
+    saved["state"][3]["scales"][0] = -1.0
+    optimizer = Muon(make_params())
+    with pytest.raises(ValueError, match="parameter 3"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+
+
+# Other formats and splits
+
+
+def test_formats_are_switched_on_the_way() -> None:
+    """spectral4 -> fp32 -> mulaw4 -> spectral3: each is what `quantize` makes of the last."""
+    optimizer = Muon(make_params(), state_format="spectral4", lr=0.5)
+    run(optimizer, 0, 3)
+    for name in ("fp32", "mulaw4", "bf16", "spectral3"):
+        other = Muon(make_params(), state_format=name, ns_input="stored", seed=3)
+        other.load_state_dict(through_file(optimizer.state_dict()))
+        for index, param in enumerate(make_params()):
+            previous = momentum_of(optimizer, index).flatten(1)
+            expected = quantize(previous, name, seed=3).dequantize().view(param.shape)
+            assert torch.equal(momentum_of(other, index), expected)
+        group = other.param_groups[0]
+        assert group["lr"] == 0.5
+        assert group["ns_input"] == "stored"
+        assert group["seed"] == 3
+        assert group["state_format"] == PRESETS[name].to_dict()
+        assert {state["step"] for state in other.state.values()} == {3}
+        optimizer = other
+    run(optimizer, 3, 5)
+
+
+def test_splits_are_changed_on_the_way() -> None:
+    whole = Muon(make_params([(24, 16)]), state_format="fp32")
+    run(whole, 0, 2)
+    split = Muon(make_params([(24, 16)]), state_format="fp32", row_splits=(8, 16))
+    split.load_state_dict(whole.state_dict())
+    assert set(split.state_dict()["state"][0]) == {"step", "skipped", "0.dense", "1.dense"}
+    assert torch.equal(momentum_of(split), momentum_of(whole))
+    again = Muon(make_params([(24, 16)]), state_format="fp32")
+    again.load_state_dict(split.state_dict())
+    assert_same(again.state_dict()["state"], whole.state_dict()["state"])
+
+
+def test_a_normalised_momentum_has_no_size_to_go_on_with() -> None:
+    optimizer = Muon(make_params(), state_format="muonq4")
+    run(optimizer, 0, 2)
+    other = Muon(make_params(), state_format="spectral4")
+    with pytest.raises(ValueError, match=r"'muonq4' divides .* 'spectral4' needs it"):
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="cannot be exported"):
+        optimizer.export_full_precision()
+
+
+def test_a_momentum_loaded_into_a_normalising_format_has_norm_one() -> None:
+    optimizer = Muon(make_params(), state_format="fp32")
+    run(optimizer, 0, 2)
+    other = Muon(make_params(), state_format="muonq4")
+    other.load_state_dict(optimizer.state_dict())
+    for state in other.state.values():
+        # One float32 rounding of each element of a matrix of norm one.
+        assert float(state["norm"]) == pytest.approx(1, abs=2**-23)
+
+
+# Other optimizers' states
+
+
+def test_a_state_of_torch_muon_loads_exactly_and_goes_back_exactly() -> None:
+    theirs = torch.optim.Muon(make_params(SHAPES[:2]), lr=0.01, momentum=0.9, weight_decay=0.0)
+    run(theirs, 0, 3)
+    ours = Muon(make_params(SHAPES[:2]), state_format="fp32", lr=0.5)
+    ours.load_state_dict(through_file(theirs.state_dict()))
+    options = ours.param_groups[0]
+    assert (options["lr"], options["momentum"], options["weight_decay"]) == (0.01, 0.9, 0.0)
+    for index, state in enumerate(theirs.state.values()):
+        assert torch.equal(momentum_of(ours, index), state["momentum_buffer"].float())
+    exported = through_file(ours.export_full_precision())
+    assert exported["param_groups"][0].keys() == theirs.state_dict()["param_groups"][0].keys()
+    back = torch.optim.Muon(copy_params(theirs.param_groups[0]["params"]), lr=0.7)
+    back.load_state_dict(exported)
+    assert_same(back.state_dict(), theirs.state_dict())
+    run(theirs, 3, 4)
+    run(back, 3, 4)
+    assert_equal_optimizers(back, theirs)
+
+
+@pytest.mark.parametrize("name", ["spectral4", "mulaw4"])
+def test_a_state_of_torch_muon_is_quantised_on_the_way(name: str) -> None:
+    theirs = torch.optim.Muon(make_params(SHAPES[:2]), lr=0.01)
+    run(theirs, 0, 3)
+    ours = Muon(make_params(SHAPES[:2]), state_format=name)
+    ours.load_state_dict(theirs.state_dict())
+    for index, state in enumerate(theirs.state.values()):
+        expected = quantize(state["momentum_buffer"].float(), name).dequantize()
+        assert torch.equal(momentum_of(ours, index), expected)
+    run(ours, 3, 4)
+
+
+def test_export_of_convolutions_and_experts_has_the_parameters_shape() -> None:
+    params = make_params([(8, 4, 3, 3), (3, 8, 12)])
+    optimizer = Muon(
+        [{"params": params[:1]}, {"params": params[1:], "batch_experts": True}],
+        state_format="fp32",
+        momentum=0.0,
+    )
+    run(optimizer, 0, 1)
+    for index, param in enumerate(params):
+        assert param.grad is not None
+        assert torch.equal(momentum_of(optimizer, index), param.grad.float())
+
+
+def test_export_refuses_coefficients_that_torch_does_not_take() -> None:
+    optimizer = Muon(make_params(), ns_coefficients="polar_express")
+    with pytest.raises(ValueError, match="ns_coefficients: expected one triple"):
+        optimizer.export_full_precision()
+
+
+def test_a_state_of_kellerjordans_muon_loads_and_keeps_our_other_options() -> None:
+    buffers = [torch.randn(8, 12), torch.randn(6, 4)]
+    saved = {
+        "state": {i: {"momentum_buffer": b} for i, b in enumerate(buffers)},
+        "param_groups": [{"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01, "params": [0, 1]}],
+    }
+    ours = Muon(make_params([(8, 12), (6, 4)]), state_format="fp32", ns_steps=3, nesterov=False)
+    ours.load_state_dict(saved)
+    options = ours.param_groups[0]
+    assert (options["lr"], options["momentum"], options["weight_decay"]) == (0.02, 0.9, 0.01)
+    assert (options["ns_steps"], options["nesterov"]) == (3, False)
+    for index, buffer in enumerate(buffers):
+        assert torch.equal(momentum_of(ours, index), buffer)
+
+
+def test_the_sum_of_moonlights_muon_becomes_an_average() -> None:
+    """Moonlight's M <- momentum*M + G is our momentum / (1 - momentum)."""
+    momentum, steps = 0.9, 4
+    ours = Muon(make_params([(8, 12)]), state_format="fp32", momentum=momentum)
+    total = torch.zeros(8, 12)
+    size = torch.zeros(8, 12)
+    for step in range(steps):
+        run(ours, step, step + 1)
+        grad = ours.param_groups[0]["params"][0].grad
+        total.mul_(momentum).add_(grad)
+        size.mul_(momentum).add_(grad.abs())
+    saved = {
+        "state": {0: {"use_muon": True, "momentum_buffer": total}},
+        "param_groups": [
+            {"lr": 1e-3, "wd": 0.2, "momentum": momentum, "nesterov": False, "ns_steps": 6,
+             "adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8, "params": [0]},
+        ],
+    }  # fmt: skip
+    loaded = Muon(make_params([(8, 12)]), state_format="fp32")
+    loaded.load_state_dict(saved)
+    # Both sides round a product and a sum in every step, and one scales in the end.
+    bound = (4 * steps + 2) * 2**-24 * (1 - momentum) * size
+    assert bool(((momentum_of(loaded) - momentum_of(ours)).abs() <= bound).all())
+    options = loaded.param_groups[0]
+    assert (options["weight_decay"], options["nesterov"], options["ns_steps"]) == (0.2, False, 6)
+    assert options["adjust_lr_fn"] == "match_rms_adamw"
+    assert options["eps"] == 1e-7
+    assert not {"wd", "adamw_eps", "adamw_betas"} & set(options)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"momentum_buffer": torch.ones(12, 8)}, r"expected shape \(8, 12\), got \(12, 8\)"),
+        ({"momentum_buffer": torch.full((8, 12), torch.nan)}, "finite"),
+        ({"momentum_buffer": torch.ones(8, 12).byte()}, "finite"),
+        ({"momentum_buffer": None}, "NoneType"),
+        ({"momentum_buffer": torch.ones(8, 12), "exp_avg": torch.ones(8, 12)}, "exp_avg"),
+        ({"exp_avg": torch.ones(8, 12)}, "expected 'momentum_buffer'"),
+        ({"use_muon": False, "momentum_buffer": torch.ones(8, 12)}, "use_muon"),
+    ],
+)
+def test_a_bad_foreign_state_is_refused(entries: dict[str, Any], message: str) -> None:
+    optimizer = Muon(make_params([(8, 12)]))
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = {"state": {0: entries}, "param_groups": [{"lr": 0.5, "params": [0]}]}
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+
+
+# Non-finite gradients and states
+
+
+def test_a_skipped_gradient_is_in_the_state_and_is_resumed() -> None:
+    params = make_params(SHAPES[:1])
+    optimizer = Muon(params)
+    run(optimizer, 0, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    params[0].grad = torch.full_like(params[0], torch.nan)
+    with pytest.warns(RuntimeWarning, match="inf or nan"):
+        optimizer.step()
+    before["state"][0]["skipped"] = 1
+    assert_same(optimizer.state_dict(), before)
+    resumed = Muon(make_params(SHAPES[:1]), nonfinite="raise")
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    assert resumed.state_dict()["state"][0]["skipped"] == 1
+    resumed.param_groups[0]["params"][0].grad = params[0].grad
+    with pytest.raises(NonFiniteGradientError):
+        resumed.step()
