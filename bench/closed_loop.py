@@ -45,11 +45,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, context, WIDTH] to the same."""
         normed = self.norms[0](x)
-        heads = (
+        query, key, value = (
             layer(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
 

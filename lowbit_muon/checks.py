@@ -29,9 +29,7 @@ def check_matrix(name: str, matrix: object) -> Tensor:
     return matrix
 
 
-def check_tensor(
-    name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Tensor:
+def check_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """`value` if it is a tensor of this dtype and shape, else ValueError."""
     if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
         got = (

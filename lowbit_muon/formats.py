@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Codebook:
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("levels: expected at least one level, got none")
-        if any(b <= a for a, b in zip(self.levels, self.levels[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(self.levels)):
             raise ValueError(f"levels: expected strictly ascending values, got {self.levels}")
         if len(self.thresholds) != len(self.levels) - 1:
             raise ValueError(
@@ -56,7 +57,7 @@ class Codebook:
 def nearest_codebook(levels: Sequence[float]) -> Codebook:
     """Codebook that maps each value to its nearest level (thresholds at the midpoints)."""
     return Codebook(
-        tuple(levels), tuple((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False))
+        tuple(levels), tuple((a + b) / 2 for a, b in itertools.pairwise(levels))
     )
 
 
@@ -273,7 +274,10 @@ def _is_count(value: object) -> bool:
 def _check_format(f: StateFormat) -> None:
     _expect(isinstance(f.name, str) and bool(f.name), "name", "a non-empty string", f.name)
     _expect(
-        _is_count(f.bits) and f.bits in CODE_BITS + DENSE_BITS, "bits", "2, 3, 4, 8, 16 or 32", f.bits
+        _is_count(f.bits) and f.bits in CODE_BITS + DENSE_BITS,
+        "bits",
+        "2, 3, 4, 8, 16 or 32",
+        f.bits,
     )
     choices = {
         "codebook": ("mu_law", "linear", "power_law", "table"),
@@ -308,8 +312,12 @@ def _check_format(f: StateFormat) -> None:
         "no low-rank factors together with spectral companding",
         (f.factor_rank, f.factor_divisor),
     )
-    _expect((f.table is not None) == (f.codebook == "table"), "table", "levels if and only if "
-            "codebook is 'table'", f.table)
+    _expect(
+        (f.table is not None) == (f.codebook == "table"),
+        "table",
+        "levels if and only if codebook is 'table'",
+        f.table,
+    )
     if f.table is not None:
         _expect(
             all(_is_number(level) for level in f.table) and 1 < len(f.table) <= 2**f.bits,

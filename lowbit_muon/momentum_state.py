@@ -59,9 +59,7 @@ def update_momentum(
     momentum.store(buffer, norm, backend, scale=scale)
     if from_stored:
         weight, codes = momentum.decode_parts(buffer, backend)
-        backend.accumulate(
-            buffer, buffer_weight=weight * scale, codes=codes, code_weight=scale
-        )
+        backend.accumulate(buffer, buffer_weight=weight * scale, codes=codes, code_weight=scale)
     if nesterov:
         backend.accumulate(
             buffer, buffer_weight=decay, grad=oriented_grad, grad_weight=grad_weight * scale

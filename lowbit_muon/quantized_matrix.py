@@ -41,11 +41,14 @@ def orient(matrix: Tensor) -> Tensor:
 class QuantizedMatrix:
     """One stored matrix.
 
-    shape: (rows, columns) of the matrix itself. tensors: all storage, by role:
-      dense [m, n]; codes uint8 [m, bytes], scales float32 [m, blocks] (or [1, 1]);
-      norm float64 [1] (Frobenius norm, for formats that store the matrix scaled to norm one); left_codes, right_codes uint8 [rank, bytes] and
-      left_scales, right_scales float32 [rank, 1] (factors of rows and of columns),
-    with m <= n the sorted shape.
+    shape: (rows, columns) of the matrix itself. tensors: all storage, by role, with m <= n the
+    sorted shape:
+      dense [m, n];
+      codes uint8 [m, bytes], scales float32 [m, blocks] or [1, 1];
+      norm float64 [1]: Frobenius norm, for formats that store the matrix scaled to norm one;
+      noise float64 [1]: squared Frobenius norm of the quantisation error of a spectral format's Y;
+      left_codes, right_codes uint8 [rank, bytes] and left_scales, right_scales float32 [rank, 1]:
+      the factors of rows and of columns.
     """
 
     state_format: StateFormat
@@ -191,15 +194,7 @@ class QuantizedMatrix:
         if f.stores_norm:
             norm = norm if norm >= _SMALLEST_NORM else 0.0
             tensors["norm"].fill_(norm)
-            oriented_norm = norm * scale
-            if f.spectral and norm:
-                oriented = spectral_compand(
-                    oriented, oriented_norm, f.spectral_shift, out=torch.empty_like(oriented)
-                )
-            elif f.spectral:
-                oriented = torch.zeros_like(oriented)
-            elif oriented_norm != 1:
-                oriented = oriented / oriented_norm if norm else torch.zeros_like(oriented)
+            oriented = self._at_norm_one(oriented, norm * scale)
         elif scale != 1:
             oriented = oriented / scale
         if f.is_dense:
@@ -221,6 +216,15 @@ class QuantizedMatrix:
         )
         if f.spectral:
             tensors["noise"].fill_(noise)
+
+    def _at_norm_one(self, oriented: Tensor, norm: float) -> Tensor:
+        """What the codes are made of: the matrix divided by its norm, or its companded spectrum."""
+        if norm == 0:
+            return torch.zeros_like(oriented)
+        if self.state_format.spectral:
+            shift = self.state_format.spectral_shift
+            return spectral_compand(oriented, norm, shift, out=torch.empty_like(oriented))
+        return oriented if norm == 1 else oriented / norm
 
     def _factorise(self, oriented: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         """One power iteration from the stored right factor; stores both.

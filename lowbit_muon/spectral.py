@@ -59,19 +59,13 @@ def encoding_operator(gram_matrix: Tensor, shift: float) -> Tensor:
 
 
 def spectral_compand(matrix: Tensor, norm: float, shift: float, *, out: Tensor) -> Tensor:
-    """Y for `matrix` float32 [m, n], m <= n, of Frobenius norm `norm`; written into `out` [m, n].
-
-    A zero matrix gives zeros.
+    """Y for `matrix` float32 [m, n], m <= n, of Frobenius norm `norm` > 0; written into `out` [m, n].
     """
-    if norm == 0:
-        return out.zero_()
     operator = encoding_operator(gram(matrix).div_(norm).div_(norm), shift)
     return torch.mm(operator.div_(norm), matrix, out=out)
 
 
-def spectral_expand(
-    companded: Tensor, shift: float, *, noise: float = 0.0, out: Tensor
-) -> Tensor:
+def spectral_expand(companded: Tensor, shift: float, *, noise: float = 0.0, out: Tensor) -> Tensor:
     """(Y Y^T + c I) Y for Y float32 [m, n], written into `out` [m, n].
 
     noise: squared Frobenius norm of the error E that Y was quantised with. White E of variance v

@@ -110,7 +110,12 @@ def test_mu_law_is_its_own_inverse(mu: float) -> None:
 @pytest.mark.parametrize("codebook", ["mu_law", "linear", "power_law"])
 def test_codebooks_are_symmetric_and_ascending(bits: int, tread: str, codebook: str) -> None:
     f = StateFormat(
-        "x", bits, codebook=codebook, exponent=1.5, tread=tread, snap_levels=False  # type: ignore[arg-type]
+        "x",
+        bits,
+        codebook=codebook,
+        exponent=1.5,
+        tread=tread,
+        snap_levels=False,  # type: ignore[arg-type]
     )
     book = f.code_book()
     assert len(book.levels) == (2**bits if tread == "mid_rise" else 2**bits - 1)

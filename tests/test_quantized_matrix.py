@@ -64,7 +64,9 @@ def test_dtypes_and_strides(name: str) -> None:
     assert torch.equal(quantize(x.double(), name).dequantize(), expected)
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
-        assert torch.equal(quantize(half, name).dequantize(), quantize(half.float(), name).dequantize())
+        assert torch.equal(
+            quantize(half, name).dequantize(), quantize(half.float(), name).dequantize()
+        )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -106,7 +108,9 @@ def test_all_combinations(bits: int, granularity: str, statistic: str, spectral:
     # (absmax of 75 normals: about 3 sigma); 3x for the cube of spectral formats, and the factors
     # have 4 bits (10%) on three of 24 directions whatever the residual has.
     step = 2 * max(f.clip, 3) / 2**bits
-    assert relative_error(decoded, x) < min(0.95, 3 * step / math.sqrt(12)) + (0 if spectral else 0.1)
+    assert relative_error(decoded, x) < min(0.95, 3 * step / math.sqrt(12)) + (
+        0 if spectral else 0.1
+    )
     tall = quantize(x.mT, f).dequantize()
     if not f.has_factors:  # the power iteration works on the matrix as it lies
         assert torch.equal(tall, decoded.mT)

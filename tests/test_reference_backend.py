@@ -22,7 +22,9 @@ BACKEND = ReferenceBackend()
 COLUMNS = [1, 2, 3, 5, 63, 64, 65, 127, 128, 129, 200, 255, 257, 511, 512, 513]
 
 
-def layout(bits: int, block_size: int = 0, statistic: str = "rms", clip: float = 0.02) -> CodeLayout:
+def layout(
+    bits: int, block_size: int = 0, statistic: str = "rms", clip: float = 0.02
+) -> CodeLayout:
     return CodeLayout(bits, block_size, statistic, clip)  # type: ignore[arg-type]
 
 

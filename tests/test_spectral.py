@@ -74,8 +74,29 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
 
 def test_zero_matrix_stays_zero() -> None:
     zero = torch.zeros(4, 9)
-    assert not spectral_compand(zero, 0.0, 0.01, out=torch.empty_like(zero)).any()
     assert not spectral_expand(zero, 0.01, out=torch.empty_like(zero)).any()
+
+
+def test_noise_is_taken_out_of_the_shift() -> None:
+    """Averaged over white noise on Y, decoding gives back M in every direction."""
+    exact = spectrum_matrix(SPECTRA["power law"], 100)
+    companded = spectral_compand(exact, 1.0, 0.03, out=torch.empty_like(exact))
+    deviation = 0.1 * companded.square().mean().sqrt()
+    biased, unbiased = torch.zeros_like(exact), torch.zeros_like(exact)
+    repeats = 400
+    for _ in range(repeats):
+        error = deviation * torch.randn_like(companded)
+        noise = float(error.square().sum())
+        noisy, out = companded + error, torch.empty_like(exact)
+        biased += spectral_expand(noisy, 0.03, out=out) / repeats
+        unbiased += spectral_expand(noisy, 0.03, noise=noise, out=out) / repeats
+    u, s, v = torch.linalg.svd(exact.double(), full_matrices=False)
+    sizes = [((u.mT @ mean.double()) * v).sum(dim=1) / s for mean in (biased, unbiased)]
+    # The effect to remove: (m + n) v y relative to s, in the smallest direction.
+    effect = float(deviation**2 * (64 + 100) * compand_singular_values(s[-1], 0.03) / s[-1])
+    assert sizes[0][-1] > 1 + 0.5 * effect
+    # What is left is the scatter of the mean, 1/sqrt(400) of one draw's.
+    assert (sizes[1] - 1).abs().mean() < 0.2 * effect
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

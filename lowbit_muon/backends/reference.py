@@ -125,7 +125,11 @@ class ReferenceBackend:
         scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.quantize`."""
-        found = block_scales(x, layout) if x.numel() else x.new_zeros(x.shape[0], layout.blocks(x.shape[1]))
+        found = (
+            block_scales(x, layout)
+            if x.numel()
+            else x.new_zeros(x.shape[0], layout.blocks(x.shape[1]))
+        )
         scales = found if scales is None else scales.copy_(found)
         return self.encode(x, scales, codebook, layout, packed=packed), scales
 
