@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
 
 .PHONY: venv finetune test bench lint format clean
 

@@ -50,7 +50,7 @@ OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\
 
 
 class BuildKernels(build_ext):
-    """Compiles each ISA level with its own flags; a failure costs the extension, not the install."""
+    """Compiles each ISA level with its own flags; where that fails, installs without them."""
 
     def build_extensions(self) -> None:
         for extension in list(self.extensions):
@@ -101,7 +101,10 @@ class BuildKernels(build_ext):
             source.write_text(code)
             command = [*self.compiler.compiler_so_cxx, *flags, str(source)]
             output = str(Path(folder, "probe.so"))
-            return subprocess.run([*command, "-shared", "-o", output], capture_output=True).returncode == 0
+            return (
+                subprocess.run([*command, "-shared", "-o", output], capture_output=True).returncode
+                == 0
+            )
 
 
 setup(
@@ -109,7 +112,8 @@ setup(
         Extension(
             "lowbit_muon.backends._cpu",
             sources=[str(SOURCES / name) for name in ("bindings.cpp", "codec.cpp", "isa.cpp")],
-            depends=["setup.py"] + [str(path) for path in sorted(SOURCES.glob("**/*")) if path.is_file()],
+            depends=["setup.py"]
+            + [str(path) for path in sorted(SOURCES.glob("**/*")) if path.is_file()],
             include_dirs=[get_include()],
             language="c++",
         )

@@ -14,8 +14,8 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("quantize", &lowbit::quantize, release_gil(), py::kw_only(), arg("rows"), arg("columns"),
           arg("x"), arg("x_stride"), arg("statistic"), arg("clip"), arg("bits"), arg("block_size"),
-          arg("thresholds"), arg("threshold_count"), arg("packed"), arg("row_bytes"),
-          arg("scales"), arg("threads"));
+          arg("thresholds"), arg("threshold_count"), arg("packed"), arg("row_bytes"), arg("scales"),
+          arg("threads"));
     m.def("accumulate", &lowbit::accumulate, release_gil(), py::kw_only(), arg("rows"),
           arg("columns"), arg("buffer"), arg("buffer_stride"), arg("buffer_weight"),
           arg("bits") = 0, arg("block_size") = 0, arg("levels") = 0, arg("level_count") = 0,

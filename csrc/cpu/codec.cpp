@@ -31,15 +31,15 @@ T* pointer(uintptr_t address, const char* name) {
 void check_codes(int bits, size_t block_size, size_t columns) {
     expect(bits == 2 || bits == 3 || bits == 4 || bits == 8,
            "bits: expected 2, 3, 4 or 8, got " + std::to_string(bits));
-    expect(block_size >= 1 && block_size <= columns,
-           "block_size: expected 1.." + std::to_string(columns) + ", got " +
-               std::to_string(block_size));
+    expect(block_size >= 1 && block_size <= columns, "block_size: expected 1.." +
+                                                         std::to_string(columns) + ", got " +
+                                                         std::to_string(block_size));
 }
 
 void check_count(const char* name, size_t count, size_t least, size_t most) {
     expect(count >= least && count <= most,
-           std::string(name) + ": expected " + std::to_string(least) + ".." +
-               std::to_string(most) + ", got " + std::to_string(count));
+           std::string(name) + ": expected " + std::to_string(least) + ".." + std::to_string(most) +
+               ", got " + std::to_string(count));
 }
 
 void set_levels(CodebookTables& tables, const float* levels, size_t count) {
@@ -72,8 +72,8 @@ bool try_cells(CodebookTables& tables, int bits, size_t count, float scale) {
     int previous = -1;
     for (size_t i = 0; i < count; ++i) {
         const float place = std::fma(tables.thresholds[i], scale, tables.cell_offset);
-        const int cell = static_cast<int>(
-            std::nearbyint(std::min(std::max(place, 0.0f), tables.cell_last)));
+        const int cell =
+            static_cast<int>(std::nearbyint(std::min(std::max(place, 0.0f), tables.cell_last)));
         if (cell == previous || (bits == 8 && cell != static_cast<int>(i))) {
             return false;
         }

@@ -35,7 +35,7 @@ double accumulate(size_t rows, size_t columns,
                   size_t row_bytes,
                   uintptr_t scales,  // float32 [rows, ceil(columns / block_size)]
                   float code_weight,
-                  uintptr_t grad,  // [rows, columns]
+                  uintptr_t grad,                // [rows, columns]
                   const std::string& grad_type,  // "float32", "bfloat16" or "float16"
                   ptrdiff_t grad_row_stride, ptrdiff_t grad_column_stride, float grad_weight,
                   int threads);

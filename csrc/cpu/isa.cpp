@@ -12,20 +12,20 @@ namespace lowbit {
 namespace baseline {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
-}
+}  // namespace baseline
 #if defined(LOWBIT_X86_LEVELS)
 namespace avx2 {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
-}
+}  // namespace avx2
 namespace avx512 {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
-}
+}  // namespace avx512
 namespace avx512vnni {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
-}
+}  // namespace avx512vnni
 #endif
 
 namespace {
@@ -48,18 +48,20 @@ bool has_f16c() {
 // The conditions repeat the compiler flags of each level in setup.py.
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
-        std::vector<Level> found = {{"baseline", true, &baseline::codec_kernels, baseline::rotation_kernel}};
+        std::vector<Level> found = {
+            {"baseline", true, &baseline::codec_kernels, baseline::rotation_kernel}};
 #if defined(LOWBIT_X86_LEVELS)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("bmi2") && has_f16c();
-        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                            __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool avx512 =
+            avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
         found.push_back({"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel});
         found.push_back({"avx512", avx512, &avx512::codec_kernels, avx512::rotation_kernel});
-        found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels, avx512vnni::rotation_kernel});
+        found.push_back(
+            {"avx512vnni", vnni, &avx512vnni::codec_kernels, avx512vnni::rotation_kernel});
 #endif
         return found;
     }();

@@ -171,7 +171,6 @@ class CpuBackend:
             )
         )
 
-
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
         _check_writable(x, "x")
@@ -282,9 +281,7 @@ def _readable(x: Tensor, name: str) -> Tensor:
     return x if _has_plain_rows(x) else x.contiguous()
 
 
-def _output(
-    tensor: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
+def _output(tensor: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     if tensor is None:
         return torch.empty(shape, dtype=dtype)
     _check(tensor, name, shape, dtype)

@@ -62,8 +62,8 @@ inline I32x16 load_codes(const uint8_t* from) {
 inline void store_codes(uint8_t* to, I32x16 codes) {
     const __m256i words = _mm256_packus_epi32(codes.low, codes.high);  // 0-3 8-11 | 4-7 12-15
     const __m256i ordered = _mm256_permute4x64_epi64(words, _MM_SHUFFLE(3, 1, 2, 0));
-    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(ordered),
-                                           _mm256_extracti128_si256(ordered, 1));
+    const __m128i bytes =
+        _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
 

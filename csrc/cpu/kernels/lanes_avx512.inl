@@ -61,8 +61,8 @@ inline F32x16 lookup(const float* table, I32x16 index) {
     } else if constexpr (LOG2 <= 4) {
         return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
     } else if constexpr (LOG2 == 5) {
-        return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v,
-                                       _mm512_loadu_ps(table + 16))};
+        return {
+            _mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
     } else {
         constexpr int half = 1 << (LOG2 - 1);
         const __mmask16 upper = _mm512_test_epi32_mask(index.v, _mm512_set1_epi32(half));
