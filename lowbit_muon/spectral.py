@@ -59,8 +59,7 @@ def encoding_operator(gram_matrix: Tensor, shift: float) -> Tensor:
 
 
 def spectral_compand(matrix: Tensor, norm: float, shift: float, *, out: Tensor) -> Tensor:
-    """Y for `matrix` float32 [m, n], m <= n, of Frobenius norm `norm` > 0; written into `out` [m, n].
-    """
+    """Y [m, n], written into `out`, for float32 `matrix` [m, n], m <= n, of Frobenius norm > 0."""
     operator = encoding_operator(gram(matrix).div_(norm).div_(norm), shift)
     return torch.mm(operator.div_(norm), matrix, out=out)
 
