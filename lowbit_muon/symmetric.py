@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From bench/results/orthogonalize.json, "product_seconds": below _MIN_ROWS the extra calls cost
+# From bench/results/orthogonalize.json, "product_seconds": with fewer rows the extra calls cost
 # what the triangle saves, and beyond 8 block rows (56% of the arithmetic) nothing more is gained.
 _MIN_ROWS = 384
-_ROWS_PER_BLOCK = 128
+_ROWS_PER_BLOCK = 96
 _MAX_BLOCKS = 8
 
 
@@ -26,24 +26,27 @@ def symmetric_addmm(
     beta: float = 1.0,
     alpha: float = 1.0,
     out: Tensor | None = None,
+    blocks: int | None = None,
 ) -> Tensor:
     """beta*addend + alpha*(left @ right), where the caller knows both terms to be symmetric.
 
     addend: [m, m] or None for no such term; left: [m, k]; right: [k, m]; or all three with one
     leading batch dimension; not checked. `out` may be `addend` but must overlap neither factor.
-    Returns `out`: symmetric to rounding, and exactly where it was computed by block rows, which
-    read nothing of the products below the diagonal blocks.
+    blocks: the number of block rows of a single product, by default chosen by m.
+    Returns `out`, symmetric to rounding, and exactly so if it was computed by block rows.
     """
     if out is None:
         out = left.new_empty(*left.shape[:-1], left.shape[-2])
     if addend is None:
         addend, beta = out, 0.0  # with beta = 0 the addend is not read
     rows = left.shape[-2]
+    if blocks is None:
+        blocks = min(rows // _ROWS_PER_BLOCK, _MAX_BLOCKS) if rows >= _MIN_ROWS else 1
     if out.ndim == 3:
         return torch.baddbmm(addend, left, right, beta=beta, alpha=alpha, out=out)
-    if rows < _MIN_ROWS:
+    if blocks == 1:
         return torch.addmm(addend, left, right, beta=beta, alpha=alpha, out=out)
-    height = -(-rows // min(rows // _ROWS_PER_BLOCK, _MAX_BLOCKS))
+    height = -(-rows // blocks)
     for start in range(0, rows, height):
         end = min(start + height, rows)
         torch.addmm(
@@ -63,17 +66,17 @@ def symmetric_addmm(
     return out
 
 
-def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+def gram(x: Tensor, *, out: Tensor | None = None, blocks: int | None = None) -> Tensor:
     """X X^T of x [m, n] or [b, m, n]; returns [m, m] or [b, m, m] in x's dtype.
 
     Meant for m <= n; of a tall matrix pass the transpose view, which costs nothing. A matrix with
-    neither stride 1 is copied by torch for every block row. Raises ValueError for another number
-    of dimensions or an `out` of another shape or dtype.
+    neither stride 1 is copied by torch for every block row. blocks: see `symmetric_addmm`. Raises
+    ValueError for another number of dimensions or an `out` of another shape or dtype.
     """
     if x.ndim not in (2, 3):
         raise ValueError(f"x: expected [m, n] or [b, m, n], got shape {tuple(x.shape)}")
     _check_out(out, x, (*x.shape[:-1], x.shape[-2]))
-    return symmetric_addmm(None, x, x.mT, out=out)
+    return symmetric_addmm(None, x, x.mT, out=out, blocks=blocks)
 
 
 def symmetric_mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """A Llama decoder in plain torch, with the module names of Hugging Face's `LlamaModel`.
 
-Only what a CPU fine-tune needs: rotary attention with grouped key/value heads, gated MLP, RMS norms and
-a tied output head whose loss is taken in chunks, because the logits of 1,024 tokens over 49,152
+Only what a CPU fine-tune needs: rotary attention with grouped key/value heads, gated MLP, RMS norms
+and a tied output head whose loss is taken in chunks, because the logits of 1,024 tokens over 49,152
 classes would be 200 MB, and as much again for their gradient.
 """
 
@@ -34,7 +34,7 @@ class LlamaConfig:
 
 
 def rotary_table(positions: int, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [positions, head_size] of rotary embedding (Su et al. 2021, arXiv 2104.09864)."""
+    """Cosine and sine [positions, head_size] of rotary positions (Su et al., arXiv 2104.09864)."""
     half = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), config.rope_base**-half)
     angles = torch.cat([angles, angles], dim=-1)
@@ -97,7 +97,7 @@ class DecoderLayer(nn.Module):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a linear head; the gradient is made in the forward pass, chunk by chunk.
+    """Mean cross-entropy of a linear head, with its gradient made in the forward pass, by chunks.
 
     Holds at most `chunk` rows of logits, and multiplies no more than the plain backward pass does.
     """

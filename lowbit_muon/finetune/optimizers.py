@@ -1,0 +1,63 @@
+"""The optimizers that a fine-tune compares, all over the same groups of parameters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from lowbit_muon.aux_adam import AuxAdam, MuonWithAuxAdam
+from lowbit_muon.finetune.errors import FinetuneError
+from lowbit_muon.finetune.settings import FinetuneSettings
+from lowbit_muon.param_groups import muon_param_groups
+
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-8
+
+
+def build_optimizer(model: nn.Module, settings: FinetuneSettings) -> MuonWithAuxAdam:
+    """The optimizer that the settings name, over all parameters of the model.
+
+    The AdamW methods are torch.optim.AdamW and bitsandbytes' AdamW8bit on the matrices as well.
+    Raises FinetuneError if bitsandbytes is asked for and does not work.
+    """
+    groups = muon_param_groups(
+        model,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.uses_nesterov,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+        aux_lr=settings.aux_lr,
+        aux_betas=ADAM_BETAS,
+        aux_eps=ADAM_EPS,
+        aux_weight_decay=0.0,
+    )
+    if settings.optimizer == "muon":
+        return MuonWithAuxAdam(groups, state_format=settings.format, seed=settings.seed)
+    try:
+        return MuonWithAuxAdam(
+            [_adamw_group(group, settings) for group in groups],
+            aux_adam=cast(AuxAdam, settings.optimizer),
+        )
+    except RuntimeError as error:
+        raise FinetuneError(f"--optimizer: {error}; pip install bitsandbytes") from None
+
+
+def _adamw_group(group: dict[str, Any], settings: FinetuneSettings) -> dict[str, Any]:
+    if not group["use_muon"]:
+        return group
+    return {
+        "params": group["params"],
+        "param_names": group["param_names"],
+        "use_muon": False,
+        "lr": settings.adamw_lr,
+        "betas": ADAM_BETAS,
+        "eps": ADAM_EPS,
+        "weight_decay": settings.weight_decay,
+    }
+
+
+def count_matrices(optimizer: MuonWithAuxAdam) -> int:
+    """How many parameters Muon takes."""
+    return sum(len(group["params"]) for group in optimizer.param_groups if group["use_muon"])

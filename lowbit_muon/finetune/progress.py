@@ -1,0 +1,57 @@
+"""What a run shows while it works: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+MIB = 2**20
+PLAIN_LINES = 10  # of progress in a whole run
+
+
+def plain_console() -> Console:
+    """A console that prints text as it is: no markup in it, and no line breaks added to it."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainingProgress:
+    """Shows loss, tokens/s and optimizer state of the steps of a run; a context manager."""
+
+    def __init__(self, console: Console, first_step: int, steps: int) -> None:
+        self.console = console
+        self.steps = steps
+        self._every = max(1, steps // PLAIN_LINES)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, status="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, loss: float, tokens_per_second: float, state_bytes: int) -> None:
+        """Show that `done` steps are done; `loss` is the last one's."""
+        status = (
+            f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+            f"state {state_bytes / MIB:,.1f} MiB"
+        )
+        self._bar.update(self._task, completed=done, status=status)
+        if not self.console.is_terminal and (done % self._every == 0 or done == self.steps):
+            self.console.print(f"step {done}/{self.steps}  {status}")

@@ -1,0 +1,253 @@
+"""One fine-tune from start to end: evaluate, train, save, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lowbit_muon.finetune.checkpoint import CheckpointStore
+from lowbit_muon.finetune.errors import FinetuneError
+from lowbit_muon.finetune.llama import Llama
+from lowbit_muon.finetune.optimizers import build_optimizer, count_matrices
+from lowbit_muon.finetune.progress import MIB, TrainingProgress
+from lowbit_muon.finetune.report import peak_memory_bytes, plot_run, write_json
+from lowbit_muon.finetune.settings import FinetuneSettings
+from lowbit_muon.finetune.smollm2 import load_model
+from lowbit_muon.finetune.text import make_corpus, read_text
+
+PROMPT_TOKENS = 16
+SAMPLE_TEMPERATURE = 0.7
+SAMPLE_TOP_K = 40
+
+
+@dataclass
+class History:
+    """What a run has measured so far; saved in its checkpoints. Losses in nats per token."""
+
+    train_loss: list[float] = field(default_factory=list)  # of each step
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
+    samples: list[tuple[int, str]] = field(default_factory=list)  # (steps done, text)
+    model_seconds: list[float] = field(default_factory=list)  # forward and backward, each step
+    optimizer_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return len(self.train_loss)
+
+
+class FinetuneRun:
+    """A model, its data and its optimizer, at some step of a fine-tune."""
+
+    def __init__(self, settings: FinetuneSettings, folder: Path, console: Console) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.folder = folder
+        self.console = console
+        self.model, self.tokenizer = load_model(settings.model)
+        self.corpus = make_corpus(
+            read_text(settings.text),
+            self.tokenizer.encode,
+            settings.held_out_tokens,
+            settings.sequence_length,
+        )
+        self.optimizer = build_optimizer(self.model, settings)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.history = History()
+        self.store = CheckpointStore(folder / "checkpoints")
+        self.saved_step: int | None = None
+
+    def restore(self, payload: dict[str, Any]) -> None:
+        """Continue from what `save` wrote; empties `payload`, or its tensors stay in memory."""
+        self.model.load_state_dict(payload["model"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.history = History(**payload["history"])
+        self.saved_step = self.history.steps
+        payload.clear()
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the next step depends on, unless it is there."""
+        if self.saved_step == self.history.steps:
+            return
+        self.store.save(
+            self.history.steps,
+            {
+                "settings": dataclasses.asdict(self.settings),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "history": dataclasses.asdict(self.history),
+            },
+        )
+        self.saved_step = self.history.steps
+
+    def train(self) -> dict[str, Any]:
+        """Run the steps that are left; returns what `result.json` holds."""
+        settings, history = self.settings, self.history
+        if settings.eval_before and not history.held_out and history.steps == 0:
+            self.observe()
+        with TrainingProgress(self.console, history.steps, settings.steps) as progress:
+            while history.steps < settings.steps:
+                loss = self.step()
+                seconds = history.model_seconds[-1] + history.optimizer_seconds[-1]
+                rate = settings.tokens_per_step / seconds
+                progress.step(history.steps, loss, rate, self.optimizer.state_bytes())
+                if _due(history.steps, settings.eval_every) and history.steps < settings.steps:
+                    self.evaluate()
+                if _due(history.steps, settings.save_every) and history.steps < settings.steps:
+                    self.save()
+        if not history.held_out or history.held_out[-1][0] < history.steps:
+            self.observe()
+        if settings.save_every:
+            self.save()
+        return self.result()
+
+    def step(self) -> float:
+        """One optimizer step; returns the training loss before it."""
+        settings, history = self.settings, self.history
+        step = history.steps
+        factor = settings.learning_rate_factor(step)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        started = time.perf_counter()
+        batch = self.corpus.batch(step, settings.sequences_per_step, settings.seed)
+        # One sequence at a time: as fast per token on a CPU, and activations take a fraction.
+        loss = 0.0
+        for sequence in batch:
+            part = self.model.loss(sequence[None]) / len(batch)
+            part.backward()
+            loss += part.item()
+        if not math.isfinite(loss):
+            raise FinetuneError(
+                f"the training loss is {loss} in step {step + 1}: the run diverged; lower --lr"
+            )
+        between = time.perf_counter()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        history.train_loss.append(loss)
+        history.model_seconds.append(between - started)
+        history.optimizer_seconds.append(time.perf_counter() - between)
+        return loss
+
+    def observe(self) -> None:
+        """Held-out loss and a text sample at this point of the run."""
+        loss = self.evaluate()
+        self.console.print(
+            f"held-out loss after {self.history.steps} steps: {loss:.4f} "
+            f"(perplexity {math.exp(loss):.2f})"
+        )
+        if self.settings.sample_tokens:
+            text = self.sample()
+            self.history.samples.append((self.history.steps, text))
+            self.console.print(f"sample: {text!r}")
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over all held-out text, noted in the history."""
+        losses = [self.model.loss(window).item() for window in self.corpus.held_out_windows()]
+        loss = statistics.fmean(losses)
+        self.history.held_out.append((self.history.steps, loss))
+        return loss
+
+    def sample(self) -> str:
+        """A prompt and the model's continuation, drawn with a fixed seed."""
+        prompt = self.tokenizer.encode(self.settings.prompt)
+        if not prompt:
+            prompt = self.corpus.held_out[:PROMPT_TOKENS].tolist()
+        ids = continue_text(self.model, prompt, self.settings.sample_tokens)
+        return self.tokenizer.decode(ids)
+
+    def result(self) -> dict[str, Any]:
+        """The run in plain values: settings, losses, sizes in bytes, seconds."""
+        history, settings = self.history, self.settings
+        return {
+            "method": settings.method,
+            "settings": dataclasses.asdict(settings),
+            "uses_nesterov": settings.uses_nesterov,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "muon_matrices": count_matrices(self.optimizer),
+            "train_tokens": self.corpus.train.numel(),
+            "held_out_tokens": len(self.corpus.held_out_windows()) * settings.sequence_length,
+            "held_out_before": dict(history.held_out).get(0),
+            "held_out_after": history.held_out[-1][1],
+            "state_bytes": self.optimizer.state_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "seconds_per_step": statistics.median(
+                map(sum, zip(history.model_seconds, history.optimizer_seconds, strict=True))
+            ),
+            "optimizer_seconds_per_step": statistics.median(history.optimizer_seconds),
+            "torch_threads": torch.get_num_threads(),
+            "torch_version": torch.__version__,
+            **dataclasses.asdict(history),
+        }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@torch.no_grad()
+def continue_text(model: Llama, prompt: Sequence[int], tokens: int, seed: int = 0) -> list[int]:
+    """`prompt` and `tokens` more ids, each drawn from the most likely SAMPLE_TOP_K."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([list(prompt)])
+    for _ in range(tokens):
+        scores: Tensor = model.logits(model(ids)[0, -1])
+        best, choices = scores.topk(min(SAMPLE_TOP_K, scores.numel()))
+        drawn = torch.multinomial((best / SAMPLE_TEMPERATURE).softmax(0), 1, generator=generator)
+        ids = torch.cat([ids, choices[drawn][None]], dim=1)
+    return [int(token) for token in ids[0]]
+
+
+def finetune(
+    settings: FinetuneSettings, folder: Path, console: Console, payload: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Run a fine-tune into `folder`, from its start or from a checkpoint's `payload`.
+
+    Leaves `result.json`, `loss.png`, `loss.svg` and checkpoints there; returns the result.
+    """
+    started = time.perf_counter()
+    run = FinetuneRun(settings, folder, console)
+    console.print(
+        f"{settings.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+        f"{count_matrices(run.optimizer)} matrices with Muon; "
+        f"{run.corpus.train.numel():,} tokens to train on, {run.corpus.held_out.numel():,} held out"
+    )
+    if payload is not None:
+        run.restore(payload)
+        console.print(f"continuing after step {run.history.steps} of {settings.steps}")
+    elif settings.save_every:
+        console.print(
+            f"if interrupted, continue with: lowbit-muon finetune --resume --out {folder}"
+        )
+    result = run.train()
+    result["wall_seconds"] = time.perf_counter() - started
+    write_json(folder / "result.json", result)
+    plot_run(folder, result, console)
+    console.print(
+        f"{settings.method}: held-out loss {result['held_out_after']:.4f}, "
+        f"state {result['state_bytes'] / MIB:,.1f} MiB, "
+        f"peak {result['peak_memory_bytes'] / MIB:,.0f} MiB, "
+        f"{result['seconds_per_step']:.2f} s/step, {result['wall_seconds']:.0f} s in all; "
+        f"written to {folder}"
+    )
+    return result
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The `result.json` of a finished run, or None if the folder holds none that is whole."""
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result
