@@ -40,7 +40,7 @@ class FinetuneSettings:
     held_out_tokens: int = _option(32768, "tokens never trained on, spread over the text")
     optimizer: str = _option("muon", "muon, or AdamW for all parameters", ("muon", *ADAMW_METHODS))
     format: str = _option("spectral4", "how Muon's momentum is stored", tuple(PRESETS))
-    lr: float = _option(1e-3, "Muon's learning rate (matched to AdamW's update size)")
+    lr: float = _option(5e-4, "Muon's learning rate (matched to AdamW's update size)")
     aux_lr: float = _option(1e-4, "AdamW's learning rate for embedding and norms beside Muon")
     adamw_lr: float = _option(2e-4, "learning rate of the matrices with --optimizer adamw*")
     weight_decay: float = _option(0.1, "decoupled weight decay of the matrices")
