@@ -34,6 +34,7 @@ ROWS = (64, 128, 192, 256, 384, 576, 768, 1024, 2048)
 QUICK_ROWS = (64, 256, 576)
 ASPECTS = (1.0, 8 / 3, 4.0)
 BLOCKS = (2, 4, 8, 12)
+FLOP_BUDGET = 4e11  # for the repeats of the baseline at one shape: a few seconds
 Result = dict[str, Any]
 
 
@@ -92,7 +93,7 @@ def measure(rows: int, aspect: float, generator: torch.Generator, most: int) -> 
     x = decaying_matrix(rows, round(rows * aspect), generator)
     found = errors(x)
     plain_flop = STEPS * (4 * aspect + 2) * rows**3
-    repeats = int(min(max(2e11 * most / plain_flop, 3), most))
+    repeats = int(min(max(FLOP_BUDGET / plain_flop, 3), most))
     square = torch.empty(rows, rows)
     products: dict[str, Callable[[], Tensor]] = {
         "torch.mm": lambda: torch.mm(x, x.mT, out=square),

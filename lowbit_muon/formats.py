@@ -56,9 +56,7 @@ class Codebook:
 
 def nearest_codebook(levels: Sequence[float]) -> Codebook:
     """Codebook that maps each value to its nearest level (thresholds at the midpoints)."""
-    return Codebook(
-        tuple(levels), tuple((a + b) / 2 for a, b in itertools.pairwise(levels))
-    )
+    return Codebook(tuple(levels), tuple((a + b) / 2 for a, b in itertools.pairwise(levels)))
 
 
 @dataclass(frozen=True)

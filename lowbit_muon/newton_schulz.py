@@ -243,13 +243,14 @@ def choose_method(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> str:
-    """What "auto" takes for a matrix of this shape, [.., m, n], from
-    bench/results/orthogonalize.json (one and two threads of an AVX-512 CPU).
+    """What "auto" takes for a matrix of this shape, [.., m, n].
 
     The Gram form saves products once n > 1.5 m, for any number of steps: 4T-3 of m^3 and two of
-    m^2 n against T of m^3 and 2T of m^2 n. An eigendecomposition costs five m x m products from
-    about 576 rows, and from 256 rows on less than the Gram iteration at any n; its error is larger,
-    though below that of bfloat16. It is taken on CPUs only, where it was measured.
+    m^2 n against T of m^3 and 2T of m^2 n. With 256 and 576 rows, five steps and two threads an
+    eigendecomposition takes 0.5 to 0.75 of its time, with 64 rows 1.3 to 1.4
+    (bench/results/orthogonalize.json; nothing was measured between, nor with more cores). Its
+    error is larger, 4e-3 to 6e-3 against 2e-4, and a seventh of bfloat16's. It is taken on CPUs
+    only, where it was measured.
     """
     if not gram_is_precise(coefficients, dtype):
         return "newton_schulz"
