@@ -1,0 +1,35 @@
+"""What README says runs, and its table of formats is what the formats take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit_muon import PRESETS, QuantizedMatrix
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert re.fullmatch(r"\d+ bytes of state\n", capsys.readouterr().out)
+
+
+def test_the_table_of_formats_is_true() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([\d., ]+) \|", README, flags=re.MULTILINE)
+    stated = {}
+    for names, bits in rows:
+        formats, values = re.findall(r"`(\w+)`", names), bits.split(", ")
+        # One figure stands for all formats of its row.
+        for index, name in enumerate(formats):
+            stated[name] = float(values[min(index, len(values) - 1)])
+    assert set(stated) == set(PRESETS)
+    for name, bits in stated.items():
+        stored = QuantizedMatrix.zeros(
+            (576, 1536), PRESETS[name], seed=0, device=torch.device("cpu")
+        )
+        assert round(stored.bits_per_element, 2) == bits
