@@ -77,7 +77,7 @@ def rounding(shift: float) -> float:
 
     Each product leaves about one unit of float32 in W = c C, whose norm is about one, and first
     order perturbation theory turns an error of C between the largest direction and any other into
-    the same error of the decoded matrix. Four units for each product; up to 2.4 were measured, over
+    the same error of the decoded matrix. Four units for each product; up to 2.8 were measured, over
     40 seeds, 7 sizes and all spectra.
     """
     return 4 * root_coefficients(shift).matrix_products * 2**-24 / shift
@@ -258,22 +258,19 @@ def test_table_follows_the_plan() -> None:
 
 @pytest.mark.parametrize("shift", [0.03, 0.01])
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_a_thousand_feedback_steps(
-    spectrum: str, shift: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thousand_feedback_steps(spectrum: str, shift: float) -> None:
     """M <- 0.95*decode(encode(M)) + 0.05*G with G = M keeps every direction.
 
     With a gain of 1 - E a step, a direction settles where (1 - 0.95 (1 - E)) M = 0.05 G, so its
     size is off by at most E*19/(1 - E*19). Rounding is forgotten as the momentum is.
     """
-    monkeypatch.setattr(spectral, "encoding_operator", iterate_root)
     decay = 0.95
     grad = spectrum_matrix(SPECTRA[spectrum](48), 60)
     u, s, _ = torch.linalg.svd(grad.double(), full_matrices=False)
     current, companded = grad.clone(), torch.empty_like(grad)
     for _ in range(1000):
         norm = float(current.norm())
-        spectral_compand(current, norm, shift, out=companded)
+        spectral_compand(current, norm, shift, method="products", out=companded)
         spectral_expand(companded, shift, out=current)
         current.mul_(decay * norm / current.norm()).add_(grad, alpha=1 - decay)
     difference = (u.mT @ (current.double() - grad.double())).norm(dim=1)
@@ -292,7 +289,10 @@ def test_quantised_feedback_is_as_good_as_with_the_exact_encoder(
     left, _ = torch.linalg.qr(torch.randn(rows, 8))
     right, _ = torch.linalg.qr(torch.randn(columns, 8))
     signal = (left * torch.logspace(0, -2, 8)) @ right.mT
-    encoders = {"exact": encoding_operator, "iterated": iterate_root}
+    encoders = {
+        "exact": encoding_operator,
+        "iterated": lambda gram_matrix, shift, _: iterate_root(gram_matrix, shift),
+    }
     state_format = dataclasses.replace(PRESETS["spectral4"], spectral_shift=0.03)
     stored = {
         name: QuantizedMatrix.zeros((rows, columns), state_format, seed=0, device=CPU)
@@ -313,8 +313,8 @@ def test_quantised_feedback_is_as_good_as_with_the_exact_encoder(
         decoded = matrix.dequantize()
         errors[name] = float((orthogonalize(decoded) - update).norm() / update.norm())
         sizes = torch.linalg.svdvals(decoded) / spectrum
-        # Four-bit noise moves the spectrum itself, by 0.73 to 1.57 over 30 seeds.
+        # Four-bit noise moves the spectrum itself, by 0.74 to 1.59 over 30 seeds.
         assert float(sizes.min()) > 0.6, name
         assert float(sizes.max()) < 1.8, name
-    # The ratio was 0.91 to 1.03 over 30 seeds: the encoders leave different quantisation noise.
+    # The ratio was 0.94 to 1.04 over 30 seeds: the encoders leave different quantisation noise.
     assert errors["iterated"] < 1.1 * errors["exact"]

@@ -72,6 +72,18 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
     assert bool((difference <= 0.02 * s + ROUNDING).all())
 
 
+@pytest.mark.parametrize("shift", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_encoding_by_products_alone(spectrum: str, shift: float) -> None:
+    """What devices without a fast `eigh` take; direction by direction in test_root_iteration."""
+    matrix = spectrum_matrix(SPECTRA[spectrum], 100)
+    out = torch.empty_like(matrix)
+    companded = spectral_compand(matrix, 1.0, shift, method="products", out=out)
+    decoded = spectral_expand(companded, shift, out=torch.empty_like(matrix))
+    # The largest defect of the three programs is 0.4%; rounding is far below it.
+    assert (decoded - matrix).norm() <= 0.005
+
+
 def test_zero_matrix_stays_zero() -> None:
     zero = torch.zeros(4, 9)
     assert not spectral_expand(zero, 0.01, out=torch.empty_like(zero)).any()
