@@ -111,7 +111,10 @@ setup(
     ext_modules=[
         Extension(
             "lowbit_muon.backends._cpu",
-            sources=[str(SOURCES / name) for name in ("bindings.cpp", "codec.cpp", "isa.cpp")],
+            sources=[
+                str(SOURCES / name)
+                for name in ("bindings.cpp", "codec.cpp", "isa.cpp", "product.cpp")
+            ],
             depends=["setup.py"]
             + [str(path) for path in sorted(SOURCES.glob("**/*")) if path.is_file()],
             include_dirs=[get_include()],

@@ -15,6 +15,7 @@ averaged over the matrices after the last step:
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 from pathlib import Path
@@ -31,6 +32,7 @@ from lowbit_muon.finetune.settings import FinetuneSettings
 from lowbit_muon.finetune.training import FinetuneRun
 from lowbit_muon.momentum_state import update_momentum
 from lowbit_muon.quantized_matrix import orient
+from lowbit_muon.row_source import RowSource
 
 EXACT, BASELINE = "fp32", "muonq4"
 FORMATS = ("spectral4", "spectral3", "spectral2", "mulaw4", BASELINE, "nf4", "linear8", "mulaw8")
@@ -54,14 +56,18 @@ class Watched:
         assert self.parameter.grad is not None
         backend = get_backend("auto", self.parameter.device)
         for name, momentum in self.stored.items():
-            self.inputs[name], _ = update_momentum(
+            update_momentum(
                 momentum,
                 self.parameter.grad,
                 decay=DECAY,
                 # As MuonQ is published, with its own normalisation and without Nesterov.
                 nesterov=name != BASELINE,
                 backend=backend,
+                use=functools.partial(self._note, name),
             )
+
+    def _note(self, name: str, x: RowSource, norm: float, scale: float) -> None:
+        self.inputs[name] = x.dense()
 
     def errors(self) -> dict[str, dict[str, float]]:
         """The four figures of each format."""

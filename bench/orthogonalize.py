@@ -4,7 +4,7 @@
 
 For each shape the error against float64 comes first: a method whose error exceeds that of
 torch.optim.Muon's bfloat16 function, the peer, stops the run. `lowbit_muon.newton_schulz` and
-`lowbit_muon.symmetric` take their thresholds from the results in bench/results/orthogonalize.json.
+`lowbit_muon.products` take their thresholds from the results in bench/results/orthogonalize.json.
 Where other programs keep the cores busy set OMP_WAIT_POLICY=passive, or threads that wait in a loop
 for one that is not running distort what is measured.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ BASELINE, PEER = "plain fp32", "torch.optim.Muon"
 ROWS = (64, 128, 192, 256, 384, 576, 768, 1024, 2048)
 QUICK_ROWS = (64, 256, 576)
 ASPECTS = (1.0, 8 / 3, 4.0)
-BLOCKS = (2, 4, 8, 12)
 FLOP_BUDGET = 4e11  # for the repeats of the baseline at one shape: a few seconds
 Result = dict[str, Any]
 
@@ -99,8 +97,6 @@ def measure(rows: int, aspect: float, generator: torch.Generator, most: int) -> 
         "torch.mm": lambda: torch.mm(x, x.mT, out=square),
         "gram": lambda: gram(x, out=square),
     }
-    for blocks in BLOCKS:
-        products[f"{blocks} blocks"] = partial(gram, x, out=square, blocks=blocks)
     return {
         "shape": list(x.shape),
         "repeats": repeats,

@@ -37,7 +37,7 @@ from lowbit_muon.spectral import companding_gain
 # (shift, steps of the chain, quadratic forms, floor). The floor is three times what rounding of a
 # float32 Gram matrix of trace one was seen to do (-9e-8, rank one). It sets the smallest shift: at
 # 0.003 it would be -11 c^3, where no bounded factor is within reach of this many products.
-TABLE_PLAN = ((0.1, 3, 3, 3e-7), (0.03, 4, 4, 3e-7), (0.01, 6, 3, 3e-7), (0.005, 7, 4, 3e-7))
+TABLE_PLAN = ((0.1, 3, 3, 3e-7), (0.03, 5, 3, 3e-7), (0.01, 6, 3, 3e-7), (0.005, 7, 4, 3e-7))
 LARGEST_EIGENVALUE = 1.1  # a trace of one is only kept to the accuracy of the norm
 # Of c^3. A fit from one start may stop at twice the defect that the best of these reaches.
 START_OFFSETS = (0.05, 0.1, 0.2, 0.4)

@@ -1,20 +1,107 @@
-"""The momentum update: decode, add the gradient, encode, and hand over what is orthogonalised."""
+"""The momentum update: decode, add the gradient, hand over what is orthogonalised, encode.
+
+Formats with a companded spectrum are decoded into one float32 buffer. All others are never decoded
+as a whole: `StoredSum` reads the codes again for every product (`row_source`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.base import Backend, reads_integer_codes
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient, rescaling
+from lowbit_muon.row_source import SCRATCH_FLOATS, DenseRows, RowSource
 
 _EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
+
+# What takes the matrix X [m, n] that is to be orthogonalised: (X, ||X||_F, scale). X is scale times
+# the momentum, or times what Nesterov makes of it.
+Use = Callable[[RowSource, float, float], None]
 
 
 class NonFiniteGradientError(ValueError):
     """A gradient with inf or nan; raised before state or weights change."""
+
+
+class StoredSum(RowSource):
+    """alpha * M + gamma * G of a stored momentum M and a gradient G, decoded as it is read."""
+
+    def __init__(
+        self,
+        momentum: QuantizedMatrix,
+        backend: Backend,
+        *,
+        alpha: float = 1.0,
+        addend: Tensor | None = None,  # [m, n], any float dtype but float64, any strides
+        gamma: float = 1.0,
+    ) -> None:
+        super().__init__(sorted(momentum.shape), backend, momentum.device)
+        self._decoder = momentum.decoder(backend)
+        self._alpha, self._addend, self._gamma = alpha, addend, gamma
+
+    def load(self, rows: slice, out: Tensor) -> float:
+        """See `RowSource.load`; returns the sum of squares as well."""
+        addend = None if self._addend is None else self._addend[rows]
+        return self._decoder.load(
+            rows, out, weight=self._alpha, addend=addend, addend_weight=self._gamma
+        )
+
+    def squares(self) -> float:
+        """The sum of squares, in float64; not finite if any element is not."""
+        total = 0.0
+        for rows in self.slices():
+            total += self.load(rows, self.panel_memory(rows))
+        return total
+
+    def weighted(self, alpha: float, gamma: float) -> StoredSum:
+        """The same matrices with other weights, sharing the scratch memory."""
+        other = object.__new__(StoredSum)
+        other.__dict__.update(self.__dict__, _alpha=alpha, _gamma=gamma)
+        return other
+
+
+class StoredSpectrum(RowSource):
+    """The codes' own matrix Y of a spectral format, which has the momentum's polar factor.
+
+    Only integer products of the codes are taken: Y is never decoded.
+    """
+
+    def __init__(self, momentum: QuantizedMatrix, backend: Backend) -> None:
+        super().__init__(sorted(momentum.shape), backend, momentum.device)
+        self._codes = momentum.codes()
+        self._rotate = momentum.state_format.rotate
+        self._gram = backend.code_gram(self._codes)
+
+    def load(self, rows: slice, out: Tensor) -> None:
+        """See `RowSource.load`."""
+        self.backend.accumulate(out, codes=self._codes.row_slice(rows))
+        if self._rotate:
+            self.backend.rotate(out, inverse=True)
+
+    def gram(self) -> Tensor:
+        """Y Y^T, [m, m], which a rotation of the columns does not change."""
+        return self._gram
+
+    def norm(self) -> float:
+        """||Y||_F."""
+        return math.sqrt(float(self._gram.diagonal().double().sum()))
+
+    def add_product(self, a: Tensor, out: Tensor, *, alpha: float, beta: float) -> None:
+        """See `RowSource.add_product`; by panels of the result, which are rotated back."""
+        for rows in self.slices():
+            update = self.backend.code_product(a[rows], self._codes)
+            if self._rotate:
+                self.backend.rotate(update, inverse=True)
+            part = out[rows]
+            if beta == 0:
+                part.copy_(update.mul_(alpha))
+            else:
+                part.mul_(beta).add_(update, alpha=alpha)
 
 
 def update_momentum(
@@ -24,47 +111,127 @@ def update_momentum(
     decay: float,
     nesterov: bool,
     backend: Backend,
+    use: Use,
     from_stored: bool = False,
-) -> tuple[Tensor, float]:
-    """M <- decay*M + (1 - decay)*G in the stored matrix; returns what is to be orthogonalised.
+) -> None:
+    """M <- decay*M + (1 - decay)*G in the stored matrix, and `use` of what is orthogonalised.
 
-    Returns (X, scale): X float32 [m, n] (short side first) is scale times M, or with Nesterov
-    scale times decay*M + (1 - decay)*G; M as it was before it was quantised, or with `from_stored`
-    as the codes have it. A format with `normalize` instead divides G by its Frobenius norm, sums,
-    and divides M by its norm (arXiv 2605.11396); X is then of that size, scale 1.
+    That is M, or with Nesterov decay*M + (1 - decay)*G, as it was before it was quantised; with
+    `from_stored` it is what the codes hold, without Nesterov's look-ahead. A format with
+    `normalize` divides G by its Frobenius norm, sums, and divides M by its norm
+    (arXiv 2605.11396).
 
-    Raises NonFiniteGradientError, with nothing changed, if the new momentum is not finite.
+    Raises NonFiniteGradientError, with nothing changed and nothing used, if the new momentum is not
+    finite.
     """
-    oriented_grad = orient(grad.float() if grad.dtype == torch.float64 else grad)
-    buffer = torch.empty(oriented_grad.shape, dtype=torch.float32, device=grad.device)
-    weight, codes = momentum.decode_parts(buffer, backend)
+    oriented = orient(grad.float() if grad.dtype == torch.float64 else grad)
     normalize = momentum.state_format.normalize
-    grad_weight = 1 / (_norm(grad) + _EPS) if normalize else 1 - decay
-    squares = backend.accumulate(
-        buffer,
-        buffer_weight=decay * weight,
-        codes=codes,
-        code_weight=decay,
-        grad=oriented_grad,
-        grad_weight=grad_weight,
+    terms = _Terms(
+        momentum=momentum,
+        grad=oriented,
+        decay=decay,
+        # (a norm is not finite if any element is not)
+        grad_weight=1 / (_norm(grad) + _EPS) if normalize else 1 - decay,
+        nesterov=nesterov,
+        backend=backend,
     )
-    if not math.isfinite(squares):
-        raise NonFiniteGradientError(_describe(grad))
-    norm = math.sqrt(squares)
-    scale = 1 / (norm + _EPS) if normalize else rescaling(norm)
+    m, n = oriented.shape
+    in_memory = momentum.state_format.spectral or m * n <= SCRATCH_FLOATS
+    (_update_in_memory if in_memory else _update_by_panels)(terms, None if from_stored else use)
+    if from_stored:
+        _use_stored(momentum, backend, use)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What goes into one momentum update."""
+
+    momentum: QuantizedMatrix
+    grad: Tensor  # [m, n]
+    decay: float
+    grad_weight: float
+    nesterov: bool
+    backend: Backend
+
+    def norm_and_scale(self, squares: float) -> tuple[float, float]:
+        """The new momentum's norm and what it is multiplied by before products square it."""
+        if not math.isfinite(squares):
+            raise NonFiniteGradientError(_describe(self.grad))
+        norm = math.sqrt(squares)
+        normalize = self.momentum.state_format.normalize
+        return norm, 1 / (norm + _EPS) if normalize else rescaling(norm)
+
+    def store(self, source: RowSource, norm: float, scale: float) -> None:
+        """Store the new momentum, of which `source` is `scale` times."""
+        if self.momentum.state_format.normalize:
+            norm, scale = norm * scale, 1.0  # what is stored is the scaled momentum itself
+        self.momentum.store(source, norm, scale=scale)
+
+
+def _update_in_memory(terms: _Terms, use: Use | None) -> None:
+    """With one float32 buffer [m, n]: spectral formats, and what fits the scratch memory."""
+    momentum, backend, grad = terms.momentum, terms.backend, terms.grad
+    buffer = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+    if momentum.state_format.spectral:
+        momentum.decode_spectral(buffer, backend)
+        squares = backend.accumulate(
+            buffer, buffer_weight=terms.decay, grad=grad, grad_weight=terms.grad_weight
+        )
+    else:
+        squares = StoredSum(
+            momentum, backend, alpha=terms.decay, addend=grad, gamma=terms.grad_weight
+        ).load(slice(0, grad.shape[0]), buffer)
+    norm, scale = terms.norm_and_scale(squares)
     if scale != 1:
         buffer.mul_(scale)
-    if normalize:
-        norm, scale = norm * scale, 1.0
-    momentum.store(buffer, norm, backend, scale=scale)
-    if from_stored:
-        weight, codes = momentum.decode_parts(buffer, backend)
-        backend.accumulate(buffer, buffer_weight=weight * scale, codes=codes, code_weight=scale)
-    if nesterov:
-        backend.accumulate(
-            buffer, buffer_weight=decay, grad=oriented_grad, grad_weight=grad_weight * scale
+    source = DenseRows(buffer, backend)
+    terms.store(source, norm, scale)
+    if use is None:
+        return
+    if terms.nesterov:
+        squares = backend.accumulate(
+            buffer, buffer_weight=terms.decay, grad=grad, grad_weight=terms.grad_weight * scale
         )
-    return buffer, scale
+        use(DenseRows(buffer, backend), math.sqrt(squares), scale)
+    else:
+        use(source, norm * scale, scale)
+
+
+def _update_by_panels(terms: _Terms, use: Use | None) -> None:
+    """Without a buffer [m, n]: the codes are decoded for every product, and replaced last."""
+    fresh = StoredSum(
+        terms.momentum, terms.backend, alpha=terms.decay, addend=terms.grad, gamma=terms.grad_weight
+    )
+    norm, scale = terms.norm_and_scale(fresh.squares())
+    alpha, gamma = scale * terms.decay, scale * terms.grad_weight
+    scaled = fresh.weighted(alpha, gamma)
+    if use is not None and terms.nesterov:
+        # decay * (decay*M + w*G) + w*G
+        ahead = fresh.weighted(terms.decay * alpha, (1 + terms.decay) * gamma)
+        use(ahead, math.sqrt(ahead.squares()), scale)
+    elif use is not None:
+        use(scaled, norm * scale, scale)
+    terms.store(scaled, norm, scale)
+
+
+def _use_stored(momentum: QuantizedMatrix, backend: Backend, use: Use) -> None:
+    """`use` of what the codes hold."""
+    if momentum.state_format.spectral and reads_integer_codes(momentum.codes()):
+        spectrum = StoredSpectrum(momentum, backend)
+        use(spectrum, spectrum.norm(), 1.0)
+        return
+    source: RowSource
+    if momentum.state_format.spectral:
+        buffer = torch.empty(sorted(momentum.shape), dtype=torch.float32, device=momentum.device)
+        momentum.decode_spectral(buffer, backend)
+        source, squares = DenseRows(buffer, backend), backend.accumulate(buffer, buffer_weight=1.0)
+    else:
+        source = StoredSum(momentum, backend)
+        squares = source.squares()
+    scale = rescaling(math.sqrt(squares))
+    if scale != 1:
+        source = DenseRows(source.dense() * scale, backend)
+    use(source, math.sqrt(squares) * scale, scale)
 
 
 def _norm(grad: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,15 @@ from lowbit_muon.checkpoint_momentum import (
 )
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.formats import StateFormat
-from lowbit_muon.momentum_state import NonFiniteGradientError, update_momentum
+from lowbit_muon.momentum_state import (
+    NonFiniteGradientError,
+    StoredSpectrum,
+    update_momentum,
+)
 from lowbit_muon.newton_schulz import (
     choose_method,
+    operator_of_gram,
     orthogonalize,
-    orthogonalizing_operator,
     resolve_coefficients,
 )
 from lowbit_muon.parameter_state import (
@@ -39,10 +44,14 @@ from lowbit_muon.parameter_state import (
 )
 from lowbit_muon.presets import resolve_format
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
+from lowbit_muon.row_source import RowSource
 
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
+# With ns_input="stored" a spectral format's codes are orthogonalised: their singular values are
+# roots of the momentum's, and with two steps fewer the smallest come out as with all of them.
+STEPS_SAVED_BY_STORED_SPECTRUM = 2
 
 AdjustLr = Literal["original", "match_rms_adamw"]
 
@@ -294,27 +303,33 @@ class GroupStep:
         if weight.numel() == 0:
             return
         backend: Backend = get_backend(self.backend_name, weight.device)
-        x, scale = update_momentum(
+        update_momentum(
             momentum,
             grad,
             decay=self.momentum,
             nesterov=self.nesterov,
             backend=backend,
+            use=functools.partial(self._update_weight, weight),
             from_stored=self.ns_input == "stored",
         )
+
+    def _update_weight(self, weight: Tensor, x: RowSource, norm: float, scale: float) -> None:
+        """W <- (1 - lr*wd) W - lr*update_scale*orthogonalize(X); X is `scale` times too large."""
         decay = 1 - self.lr * self.weight_decay
         step_size = self.lr * update_scale(self.adjust_lr_fn, weight.shape)
-        steps, eps, oriented = len(self.coefficients), self.eps * scale, orient(weight)
-        method = choose_method(x.shape, self.coefficients, x.dtype)
-        if method == "newton_schulz" or weight.dtype != x.dtype:
-            update = orthogonalize(x, steps, self.coefficients, method, eps=eps)
+        eps, oriented = self.eps * scale, orient(weight)
+        coefficients = self.coefficients
+        if isinstance(x, StoredSpectrum):  # its small singular values are larger already
+            coefficients = coefficients[STEPS_SAVED_BY_STORED_SPECTRUM:] or coefficients[-1:]
+        if choose_method(x.shape, coefficients, torch.float32, x.device) == "newton_schulz":
+            update = orthogonalize(
+                x.dense(), len(coefficients), coefficients, "newton_schulz", eps=eps
+            )
             oriented.mul_(decay).add_(update, alpha=-step_size)
         else:
-            operator, inverse_norm = orthogonalizing_operator(
-                x, steps, self.coefficients, method, eps=eps
-            )
+            operator, inverse_norm = operator_of_gram(x.gram(), norm, coefficients, eps=eps)
             # One product with the weight as its addend: the update itself is never stored.
-            oriented.addmm_(operator.mul_(inverse_norm), x, beta=decay, alpha=-step_size)
+            x.add_product(operator, oriented, alpha=-step_size * inverse_norm, beta=decay)
 
 
 def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.checks import is_real_number
-from lowbit_muon.symmetric import gram, symmetric_addmm, symmetric_from_spectrum
+from lowbit_muon.products import gram, multiply, symmetric_addmm, symmetric_from_spectrum
 
 Triple = tuple[float, float, float]
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
@@ -199,6 +199,23 @@ def orthogonalizing_operator(
     return _operator(scaled, inverse, triples, method), (inverse / divisor).to(scaled.dtype)
 
 
+def operator_of_gram(
+    gram_matrix: Tensor, norm: float, coefficients: Sequence[Triple], *, eps: float
+) -> tuple[Tensor, float]:
+    """`orthogonalizing_operator` for who has X X^T [m, m], float32 and finite, and ||X||_F.
+
+    coefficients: from `resolve_coefficients`. Takes the Gram form where it is precise and an
+    eigendecomposition elsewhere.
+    """
+    divisor = max(norm, eps)
+    inverse = 1 / divisor if divisor > 0 else 0.0
+    r = gram_matrix * inverse * inverse
+    if gram_is_precise(coefficients, r.dtype):
+        return gram_operator(r, coefficients, overwrite=True), inverse
+    eigenvalues, eigenvectors = torch.linalg.eigh(r)
+    return spectrum_operator(eigenvalues, eigenvectors, coefficients), inverse
+
+
 @torch.no_grad()
 def orthogonalize(
     x: Tensor,
@@ -233,7 +250,7 @@ def orthogonalize(
         # in x's orientation: a transposed output costs nothing here and a copy later
         result = torch.empty(x.shape, dtype=scaled.dtype, device=x.device)
         result = result.mT if _is_tall(x) else result
-        torch.matmul(operator, scaled, out=result)
+        multiply(operator, scaled, out=result)
     return (result.mT if _is_tall(x) else result).to(x.dtype).contiguous()
 
 
@@ -246,18 +263,14 @@ def choose_method(
     """What "auto" takes for a matrix of this shape, [.., m, n].
 
     The Gram form saves products once n > 1.5 m, for any number of steps: 4T-3 of m^3 and two of
-    m^2 n against T of m^3 and 2T of m^2 n. With 256 and 576 rows, five steps and two threads an
-    eigendecomposition takes 0.5 to 0.75 of its time, with 64 rows 1.3 to 1.4
-    (bench/results/orthogonalize.json; nothing was measured between, nor with more cores). Its
-    error is larger, 4e-3 to 6e-3 against 2e-4, and a seventh of bfloat16's. It is taken on CPUs
-    only, where it was measured.
+    m^2 n against T of m^3 and 2T of m^2 n. All but the last are symmetric, and the CPU kernels
+    compute a triangle: for them it is never behind (bench/results/orthogonalize.json).
     """
     if not gram_is_precise(coefficients, dtype):
         return "newton_schulz"
     rows, columns = sorted(shape[-2:])
-    if rows >= 256 and torch.device(device).type == "cpu":
-        return "eigh"
-    return "gram" if columns > 1.5 * rows else "newton_schulz"
+    triangles = len(shape) == 2 and torch.device(device).type == "cpu" and dtype == torch.float32
+    return "gram" if triangles or columns > 1.5 * rows else "newton_schulz"
 
 
 def _is_tall(x: Tensor) -> bool:
@@ -338,10 +351,10 @@ def _newton_schulz(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
     spare = torch.empty_like(x)  # keeps the strides of a transposed x
     a_matrix = x.new_empty(*x.shape[:-1], x.shape[-2])
     polynomial = torch.empty_like(a_matrix)
-    addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
     for a, b, c in coefficients:
         symmetric_addmm(None, x, x.mT, out=a_matrix)
         symmetric_addmm(a_matrix, a_matrix, a_matrix, beta=b, alpha=c, out=polynomial)
-        addmm(x, polynomial, x, beta=a, out=spare)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        multiply(polynomial, x, out=spare)
         x, spare = spare, x
     return x

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 _EPS = 1e-7  # MuonQ's guard against columns that have died
 
 
-def power_iteration(matrix: Tensor, right_factor: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of block power iteration.
+# A product with the matrix: [columns, rank] -> [rows, rank], or of its transpose the other way.
+Product = Callable[[Tensor], Tensor]
 
-    matrix: float32 [rows, columns]; right_factor: the last one, float32 [columns, rank].
-    Q = R / column norms; P = qr(M Q); R = M^T P. Returns (P [rows, rank] with orthonormal
-    columns, R [columns, rank]); P R^T is the projection of the matrix on P.
+
+def power_iteration(
+    times: Product, transposed_times: Product, right_factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of block power iteration for M [rows, columns], given by its products.
+
+    times: V -> M V; transposed_times: V -> M^T V; right_factor: the last one, float32
+    [columns, rank]. Q = R / column norms; P = qr(M Q); R = M^T P. Returns (P [rows, rank] with
+    orthonormal columns, R [columns, rank]); P R^T is the projection of M on P.
     """
     # Entries of at most one keep the norm of the columns within float32.
     largest = right_factor.abs().amax()
     directions = right_factor / torch.where(largest > 0, largest, 1)
     directions /= directions.norm(dim=0, keepdim=True) + _EPS
-    left_factor, _ = torch.linalg.qr(matrix @ directions)
-    return left_factor, matrix.mT @ left_factor
+    left_factor, _ = torch.linalg.qr(times(directions))
+    return left_factor, transposed_times(left_factor)
 
 
 def random_right_factor(columns: int, rank: int, seed: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ the rows. The low-rank factors keep the original orientation, as MuonQ's power i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +15,14 @@ from torch import Tensor
 
 from lowbit_muon import codec
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import Backend, PackedCodes
+from lowbit_muon.backends.base import Backend, PackedCodes, reads_integer_codes
 from lowbit_muon.checks import check_matrix, check_tensor
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.power_iteration import power_iteration, random_right_factor
 from lowbit_muon.presets import resolve_format
-from lowbit_muon.spectral import spectral_compand, spectral_expand
+from lowbit_muon.row_source import DenseRows, RowSource
+from lowbit_muon.spectral import encoding_operator, spectral_expand, spectral_expand_codes
 
-# A panel of rows of the residual: large enough for the matrix product, small beside the matrix.
-PANEL_ROWS = 128
 # Norms outside this range are scaled to one before a Gram matrix squares them in float32.
 _SAFE_NORMS = (1e-12, 1e15)
 # Spectral formats divide by the norm; momentum below this is stored as zero.
@@ -115,6 +114,11 @@ class QuantizedMatrix:
         return self.state_format.rank(*self.shape)
 
     @property
+    def device(self) -> torch.device:
+        """Where the matrix is stored."""
+        return next(iter(self.tensors.values())).device
+
+    @property
     def nbytes(self) -> int:
         """Real storage, in bytes."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
@@ -126,90 +130,104 @@ class QuantizedMatrix:
 
     def dequantize(self, backend: Backend | None = None) -> Tensor:
         """The stored matrix, float32 [rows, columns]."""
-        device = next(iter(self.tensors.values())).device
-        backend = backend or get_backend("auto", device)
+        backend = backend or get_backend("auto", self.device)
         m, n = sorted(self.shape)
-        oriented = torch.empty(m, n, dtype=torch.float32, device=device)
-        weight, codes = self.decode_parts(oriented, backend)
-        backend.accumulate(oriented, buffer_weight=weight, codes=codes)
+        oriented = torch.empty(m, n, dtype=torch.float32, device=self.device)
+        if self.state_format.spectral:
+            self.decode_spectral(oriented, backend)
+        else:
+            self.decoder(backend).load(slice(0, m), oriented)
         return oriented if self.shape[0] <= self.shape[1] else oriented.mT.contiguous()
 
-    def decode_parts(self, out: Tensor, backend: Backend) -> tuple[float, PackedCodes | None]:
-        """Decode as far as matrix products are needed: M = weight*out + decode(codes).
-
-        out: float32 [m, n], overwritten unless the weight is 0. The caller adds the codes in the
-        same pass over memory in which it adds the gradient.
-        """
+    def decoder(self, backend: Backend) -> RowDecoder:
+        """Decodes any rows of a format that is not spectral."""
         f, tensors = self.state_format, self.tensors
-        if not out.numel():
-            return 0.0, None
-        if f.is_dense:
-            out.copy_(tensors["dense"])
-            return 1.0, None
-        if f.spectral:
-            return self._decode_spectral(out, backend), None
-        if f.companded_scale or f.rotate:
-            codec.load(out, tensors["codes"], tensors["scales"], f, backend)
-            if self.rank:
-                left, right = self.oriented_factors(backend)
-                out.addmm_(left, right.mT)
-            return (float(tensors["norm"]) if f.stores_norm else 1.0), None
-        codes = codec.packed_codes(
-            tensors["codes"], tensors["scales"], f.code_book(), f.code_layout(), out.shape[1]
+        return RowDecoder(
+            state_format=f,
+            columns=max(self.shape),
+            backend=backend,
+            stored=tensors["dense" if f.is_dense else "codes"],
+            scales=None if f.is_dense else tensors["scales"].clone(),
+            norm=float(tensors["norm"]) if f.stores_norm else 1.0,
+            factors=self.oriented_factors(backend) if self.rank else None,
         )
-        if not self.rank:
-            return 0.0, codes
-        left, right = self.oriented_factors(backend)
-        torch.mm(left, right.mT, out=out)
-        return 1.0, codes
 
-    def _decode_spectral(self, out: Tensor, backend: Backend) -> float:
-        norm = float(self.tensors["norm"])
-        if norm == 0:
-            return 0.0
-        companded = torch.empty_like(out)
-        codec.load(
-            companded, self.tensors["codes"], self.tensors["scales"], self.state_format, backend
+    def codes(self) -> PackedCodes:
+        """The codes of a format that is not dense."""
+        f = self.state_format
+        return codec.packed_codes(
+            self.tensors["codes"],
+            self.tensors["scales"],
+            f.code_book(),
+            f.code_layout(),
+            max(self.shape),
         )
-        noise = float(self.tensors["noise"])
-        spectral_expand(companded, self.state_format.spectral_shift, noise=noise, out=out)
+
+    def decode_spectral(self, out: Tensor, backend: Backend) -> None:
+        """Decode a spectral format into float32 out [m, n]."""
+        f, codes = self.state_format, self.codes()
+        norm, noise = float(self.tensors["norm"]), float(self.tensors["noise"])
+        if norm == 0 or not out.numel():
+            out.zero_()
+            return
+        if reads_integer_codes(codes):
+            spectral_expand_codes(codes, f.spectral_shift, noise=noise, backend=backend, out=out)
+        else:
+            companded = torch.empty_like(out)
+            backend.accumulate(companded, codes=codes)
+            spectral_expand(companded, f.spectral_shift, noise=noise, out=out)
+        if f.rotate:
+            backend.rotate(out, inverse=True)
         decoded_norm = math.sqrt(backend.accumulate(out, buffer_weight=1.0))
         # Decoding noise would change the norm a little in every step, and that adds up.
-        return norm / decoded_norm if decoded_norm > 0 else 0.0
+        out.mul_(norm / decoded_norm if decoded_norm > 0 else 0.0)
 
     def oriented_factors(self, backend: Backend) -> tuple[Tensor, Tensor]:
         """(L [m, rank], R [n, rank]) with L R^T the low-rank part of the oriented matrix."""
         left, right = (self._load_factor(side, backend) for side in ("left", "right"))
         return (left, right) if self.shape[0] <= self.shape[1] else (right, left)
 
-    def store(self, oriented: Tensor, norm: float, backend: Backend, *, scale: float = 1.0) -> None:
+    def store(self, source: RowSource, norm: float, *, scale: float = 1.0) -> None:
         """Replace the stored matrix.
 
-        oriented: float32 [m, n], scale * the matrix. norm: Frobenius norm of the matrix. The scale
-        keeps scale * norm in the range that a float32 Gram matrix can square (`rescaling`).
+        source: scale * the matrix, [m, n]; it may decode what is being replaced. norm: Frobenius
+        norm of the matrix. The scale keeps scale * norm in the range that a float32 Gram matrix
+        can square (`rescaling`).
         """
-        f, tensors = self.state_format, self.tensors
-        if not oriented.numel():
+        f, tensors, backend = self.state_format, self.tensors, source.backend
+        if not math.prod(source.shape):
             return
+        divisor = scale
         if f.stores_norm:
             norm = norm if norm >= _SMALLEST_NORM else 0.0
             tensors["norm"].fill_(norm)
-            oriented = self._at_norm_one(oriented, norm * scale)
-        elif scale != 1:
-            oriented = oriented / scale
+            divisor *= norm
         if f.is_dense:
-            tensors["dense"].copy_(oriented)
+            for rows, panel in source.panels():
+                tensors["dense"][rows] = panel.div_(divisor)
             return
-        left, right = self._factorise(oriented, backend) if self.rank else (None, None)
+        operator = self._encoding_operator(source, divisor) if f.spectral and divisor else None
+        factors = self._factorise(source, divisor) if self.rank else None
 
-        def panels() -> Iterable[tuple[slice, Tensor]]:
-            # In panels of rows, so that a residual or a rotated copy never exists as a whole.
-            for start in range(0, oriented.shape[0], PANEL_ROWS):
-                rows = slice(start, start + PANEL_ROWS)
-                if left is not None and right is not None:
-                    yield rows, torch.addmm(oriented[rows], left[rows], right.mT, alpha=-1)
+        def panels() -> Iterator[tuple[slice, Tensor]]:
+            # In panels of rows, so that neither Y nor a residual ever exists as a whole.
+            for rows in source.slices():
+                if operator is not None:
+                    panel = torch.empty(
+                        rows.stop - rows.start, source.shape[1], device=source.device
+                    )
+                    source.add_product(operator[rows], panel, alpha=1.0, beta=0.0)
+                elif divisor == 0:
+                    panel = source.panel(rows).zero_()
                 else:
-                    yield rows, oriented[rows].clone() if f.rotate else oriented[rows]
+                    panel = source.panel(rows)
+                    if divisor != 1:
+                        panel.div_(divisor)
+                if factors is not None:
+                    backend.product(
+                        factors[0][rows], factors[1].mT, out=panel, alpha=-1.0, beta=1.0
+                    )
+                yield rows, panel
 
         noise = codec.store_panels(
             panels, tensors["codes"], tensors["scales"], f, backend, measure_noise=f.spectral
@@ -217,23 +235,22 @@ class QuantizedMatrix:
         if f.spectral:
             tensors["noise"].fill_(noise)
 
-    def _at_norm_one(self, oriented: Tensor, norm: float) -> Tensor:
-        """What the codes are made of: the matrix divided by its norm, or its companded spectrum."""
-        if norm == 0:
-            return torch.zeros_like(oriented)
-        if self.state_format.spectral:
-            shift = self.state_format.spectral_shift
-            return spectral_compand(oriented, norm, shift, out=torch.empty_like(oriented))
-        return oriented if norm == 1 else oriented / norm
+    def _encoding_operator(self, source: RowSource, norm: float) -> Tensor:
+        """C / norm with Y = C X / norm, for a source of this norm."""
+        gram_matrix = (source.gram() / norm).div_(norm)
+        return encoding_operator(gram_matrix, self.state_format.spectral_shift).div_(norm)
 
-    def _factorise(self, oriented: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    def _factorise(self, source: RowSource, divisor: float) -> tuple[Tensor, Tensor]:
         """One power iteration from the stored right factor; stores both.
 
         Returns, oriented, the factors whose product the residual is to be taken from.
         """
         wide = self.shape[0] <= self.shape[1]
+        backend = source.backend
+        products = (source.times, source.transposed_times)
         previous = self._load_factor("right", backend)
-        left, right = power_iteration(oriented if wide else oriented.mT, previous)
+        left, right = power_iteration(*(products if wide else products[::-1]), previous)
+        right = right / divisor if divisor else torch.zeros_like(right)
         # A zero matrix has no directions; the last ones must survive it, without a contribution.
         if bool(right.any()):
             self._store_factor("right", right, backend)
@@ -262,6 +279,74 @@ class QuantizedMatrix:
         )
 
 
+@dataclass(frozen=True)
+class RowDecoder:
+    """Decodes rows of a stored matrix that is not spectral.
+
+    It keeps what all rows share (scales, factors, norm), so that rows can still be decoded while
+    others are being replaced.
+    """
+
+    state_format: StateFormat
+    columns: int
+    backend: Backend
+    stored: Tensor  # packed codes, or the dense matrix
+    scales: Tensor | None
+    norm: float
+    factors: tuple[Tensor, Tensor] | None
+
+    def load(
+        self,
+        rows: slice,
+        out: Tensor,
+        *,
+        weight: float = 1.0,
+        addend: Tensor | None = None,
+        addend_weight: float = 1.0,
+    ) -> float:
+        """out <- weight * M[rows] + addend_weight * addend; returns its sum of squares.
+
+        out: float32 [rows, n]; addend: [rows, n] as `Backend.accumulate` takes gradients.
+        """
+        f, codes = self.state_format, None
+        buffer_weight = weight * self.norm
+        if not out.numel():
+            return 0.0
+        if f.is_dense:
+            out.copy_(self.stored[rows])
+        elif f.companded_scale or f.rotate:
+            codec.load(out, self.stored[rows], self._row_scales(rows), f, self.backend)
+            self._add_factors(rows, out, beta=1.0)
+        else:
+            codes = codec.packed_codes(
+                self.stored[rows],
+                self._row_scales(rows),
+                f.code_book(),
+                f.code_layout(),
+                self.columns,
+            )
+            if self.factors is None:
+                buffer_weight = 0.0
+            self._add_factors(rows, out, beta=0.0)
+        return self.backend.accumulate(
+            out,
+            buffer_weight=buffer_weight,
+            codes=codes,
+            code_weight=weight,
+            grad=addend,
+            grad_weight=addend_weight,
+        )
+
+    def _row_scales(self, rows: slice) -> Tensor:
+        assert self.scales is not None
+        return self.scales if self.state_format.granularity == "tensor" else self.scales[rows]
+
+    def _add_factors(self, rows: slice, out: Tensor, *, beta: float) -> None:
+        if self.factors is not None:
+            left, right = self.factors
+            self.backend.product(left[rows], right.mT, out=out, beta=beta)
+
+
 def quantize(
     matrix: Tensor,
     state_format: str | StateFormat = "spectral4",
@@ -285,12 +370,11 @@ def quantize(
         raise ValueError("matrix: expected finite float32 values, got inf or nan")
     norm = math.sqrt(squares)
     scale = rescaling(norm)
-    buffer.mul_(scale)
+    source = DenseRows(buffer.mul_(scale), chosen)
     rows, columns = matrix.shape
     quantized = QuantizedMatrix.zeros((rows, columns), f, seed=seed, device=matrix.device)
-    for _ in range(_ONE_OFF_ITERATIONS - 1 if quantized.rank else 0):
-        quantized.store(buffer, norm, chosen, scale=scale)
-    quantized.store(buffer, norm, chosen, scale=scale)
+    for _ in range(_ONE_OFF_ITERATIONS if quantized.rank else 1):
+        quantized.store(source, norm, scale=scale)
     return quantized
 
 

@@ -20,8 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit_muon.root_iteration import iterate_root
-from lowbit_muon.symmetric import gram, symmetric_from_spectrum
+from lowbit_muon.backends.base import Backend, PackedCodes
+from lowbit_muon.products import gram, multiply, symmetric_from_spectrum
+from lowbit_muon.root_iteration import ROOT_TABLE, iterate_root
 
 EncodingMethod = Literal["auto", "eigh", "products"]
 
@@ -58,11 +59,11 @@ def encoding_operator(gram_matrix: Tensor, shift: float, method: EncodingMethod 
     """C [m, m] with Y = C M, from R = M M^T / ||M||_F^2 [m, m].
 
     method: "eigh": exactly, by eigendecomposition; "products": by matrix products alone, within 1%
-    (`root_iteration`); "auto": "eigh" on CPUs, where it takes the time of about five products
-    against sixteen, and "products" on other devices, where it would wait for the host.
+    (`root_iteration`), which is faster and uses all threads; "auto": "products" for every shift
+    that it can serve.
     """
     if method == "auto":
-        method = "eigh" if gram_matrix.device.type == "cpu" else "products"
+        method = "products" if shift >= ROOT_TABLE[-1].shift else "eigh"
     if method == "products":
         return iterate_root(gram_matrix, shift)
     with _one_thread(gram_matrix.device):
@@ -79,17 +80,37 @@ def spectral_compand(
     method: see `encoding_operator`.
     """
     operator = encoding_operator(gram(matrix).div_(norm).div_(norm), shift, method)
-    return torch.mm(operator.div_(norm), matrix, out=out)
+    return multiply(operator.div_(norm), matrix, out=out)
+
+
+def unbiased_shift(shift: float, noise: float, m: int, n: int) -> float:
+    """The c to decode with: shift - noise * (1/m + 1/n).
+
+    noise: squared Frobenius norm of the error E that Y [m, n] was quantised with. White E of
+    variance v an entry adds (m + n) v Y to the expectation of the cubic (E E^T ~ n v I,
+    E^T E ~ m v I), as if the shift were larger; left in, it would amplify the small directions in
+    every step.
+    """
+    return shift - noise * (1 / m + 1 / n)
 
 
 def spectral_expand(companded: Tensor, shift: float, *, noise: float = 0.0, out: Tensor) -> Tensor:
     """(Y Y^T + c I) Y for Y float32 [m, n], written into `out` [m, n].
 
-    noise: squared Frobenius norm of the error E that Y was quantised with. White E of variance v
-    an entry adds (m + n) v Y to the expectation of the cubic (E E^T ~ n v I, E^T E ~ m v I), as if
-    the shift were larger; left in, it would amplify the small directions in every step. So
-    c = shift - noise * (1/m + 1/n).
+    noise: see `unbiased_shift`.
     """
-    m, n = companded.shape
-    unbiased = shift - noise * (1 / m + 1 / n)
-    return torch.addmm(companded, gram(companded), companded, beta=unbiased, out=out)
+    return multiply(_cubic_operator(gram(companded), companded, shift, noise), companded, out=out)
+
+
+def spectral_expand_codes(
+    codes: PackedCodes, shift: float, *, noise: float = 0.0, backend: Backend, out: Tensor
+) -> Tensor:
+    """`spectral_expand` straight from the codes of Y, in integers; codes as `code_gram` takes."""
+    operator = _cubic_operator(backend.code_gram(codes), out, shift, noise)
+    return backend.code_product(operator, codes, out=out)
+
+
+def _cubic_operator(gram_matrix: Tensor, like: Tensor, shift: float, noise: float) -> Tensor:
+    """Y Y^T + c I, in place of Y Y^T; `like` is of the shape of Y."""
+    gram_matrix.diagonal().add_(unbiased_shift(shift, noise, *like.shape))
+    return gram_matrix

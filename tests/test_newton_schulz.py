@@ -53,7 +53,7 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize(
     ("shape", "steps"),
-    [((48, 48), 1), ((48, 48), 5), ((48, 48), 6), ((390, 400), 6)],  # the last in block rows
+    [((48, 48), 1), ((48, 48), 5), ((48, 48), 6), ((390, 400), 6)],
     ids=str,
 )
 def test_steep_and_deficient_spectra(
@@ -387,9 +387,8 @@ def test_choose_method() -> None:
         triples = resolve_coefficients("muon", steps)
         return choose_method(shape, triples, torch.float32, torch.device(device))
 
-    assert choice(64, 64) == choice(96, 64) == choice(8, 64, 64) == "newton_schulz"
-    assert choice(64, 97) == choice(256, 64) == choice(8, 64, 128) == "gram"
-    assert choice(256, 256) == choice(1536, 576) == "eigh"
+    assert choice(8, 64, 64) == choice(8, 96, 64) == "newton_schulz"
+    assert choice(64, 64) == choice(256, 64) == choice(8, 64, 128) == "gram"
     assert choice(256, 256, device="meta") == "newton_schulz"
     assert choice(256, 512, device="meta") == "gram"
     assert choice(256, 512, steps=7) == "newton_schulz"
@@ -414,7 +413,8 @@ def test_number_of_products(shape: tuple[int, ...], steps: int) -> None:
     }
     for method, multiply_adds in counted.items():
         with FlopCounterMode(display=False) as counter:
-            orthogonalize(torch.randn(shape), steps, method=method)
+            # (the counter sees torch's products, which float64 takes)
+            orthogonalize(torch.randn(shape, dtype=torch.float64), steps, method=method)
         assert counter.get_total_flops() == 2 * batch * multiply_adds
 
 
@@ -443,7 +443,7 @@ def peak_floats(function: Callable[[], object], trace: Path) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_peak_memory(shape: tuple[int, int], method: str, tmp_path: Path) -> None:
     """The docstring's formula. The slack is for what is small against m x m: LAPACK's workspace
-    beyond 2 m^2 (6 m + 1 floats), eigenvalues, norms (at most 3 n floats) and a diagonal block."""
+    beyond 2 m^2 (6 m + 1 floats), eigenvalues and norms (at most 3 n floats)."""
     x = torch.randn(shape)
     short, long = sorted(shape)
     formula = {
@@ -452,7 +452,7 @@ def test_peak_memory(shape: tuple[int, int], method: str, tmp_path: Path) -> Non
         "eigh": max(4 * short**2, short * long + short**2),
     }[method]
     found = peak_floats(lambda: orthogonalize(x, method=method), tmp_path / "trace.json")
-    slack = 16 * short + 3 * long + 2 * 134**2  # 3 block rows of 134
+    slack = 16 * short + 3 * long
     assert formula <= found + slack
     assert found <= formula + slack
     assert found <= 5 * short * long

@@ -4,6 +4,7 @@
 
 #include "codec.hpp"
 #include "isa.hpp"
+#include "product.hpp"
 
 namespace py = pybind11;
 using py::arg;
@@ -26,6 +27,23 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rotate", &lowbit::rotate, release_gil(), py::kw_only(), arg("rows"), arg("columns"),
           arg("x"), arg("x_stride"), arg("first_signs"), arg("second_signs"), arg("inverse"),
           arg("threads"));
+
+    m.def("product", &lowbit::product, release_gil(), py::kw_only(), arg("rows"), arg("columns"),
+          arg("depth"), arg("a"), arg("a_row_stride"), arg("a_column_stride"), arg("b"),
+          arg("b_row_stride"), arg("b_column_stride"), arg("c"), arg("c_stride"), arg("alpha"),
+          arg("beta"), arg("threads"));
+    m.def("symmetric_product", &lowbit::symmetric_product, release_gil(), py::kw_only(),
+          arg("size"), arg("depth"), arg("a"), arg("a_row_stride"), arg("a_column_stride"),
+          arg("b") = 0, arg("b_row_stride") = 0, arg("b_column_stride") = 0, arg("addend") = 0,
+          arg("addend_stride") = 0, arg("out"), arg("out_stride"), arg("alpha"), arg("beta"),
+          arg("threads"));
+    m.def("code_gram", &lowbit::code_gram, release_gil(), py::kw_only(), arg("rows"),
+          arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
+          arg("scales"), arg("out"), arg("threads"));
+    m.def("code_product", &lowbit::code_product, release_gil(), py::kw_only(), arg("out_rows"),
+          arg("rows"), arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
+          arg("scales"), arg("a"), arg("a_row_stride"), arg("a_column_stride"), arg("out"),
+          arg("out_stride"), arg("beta"), arg("threads"));
 
     m.def("isa", &lowbit::current_isa);
     m.def("supported_isas", &lowbit::supported_isas);

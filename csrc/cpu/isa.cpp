@@ -12,19 +12,23 @@ namespace lowbit {
 namespace baseline {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
+extern const ProductKernels product_kernels;
 }  // namespace baseline
 #if defined(LOWBIT_X86_LEVELS)
 namespace avx2 {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
+extern const ProductKernels product_kernels;
 }  // namespace avx2
 namespace avx512 {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
+extern const ProductKernels product_kernels;
 }  // namespace avx512
 namespace avx512vnni {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
+extern const ProductKernels product_kernels;
 }  // namespace avx512vnni
 #endif
 
@@ -35,6 +39,7 @@ struct Level {
     bool supported;
     const CodecKernels* codec;
     RotationKernel rotation;
+    const ProductKernels* product;
 };
 
 #if defined(LOWBIT_X86_LEVELS)
@@ -48,8 +53,8 @@ bool has_f16c() {
 // The conditions repeat the compiler flags of each level in setup.py.
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
-        std::vector<Level> found = {
-            {"baseline", true, &baseline::codec_kernels, baseline::rotation_kernel}};
+        std::vector<Level> found = {{"baseline", true, &baseline::codec_kernels,
+                                     baseline::rotation_kernel, &baseline::product_kernels}};
 #if defined(LOWBIT_X86_LEVELS)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -58,10 +63,12 @@ const std::vector<Level>& levels() {
             avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-        found.push_back({"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel});
-        found.push_back({"avx512", avx512, &avx512::codec_kernels, avx512::rotation_kernel});
         found.push_back(
-            {"avx512vnni", vnni, &avx512vnni::codec_kernels, avx512vnni::rotation_kernel});
+            {"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel, &avx2::product_kernels});
+        found.push_back({"avx512", avx512, &avx512::codec_kernels, avx512::rotation_kernel,
+                         &avx512::product_kernels});
+        found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels,
+                         avx512vnni::rotation_kernel, &avx512vnni::product_kernels});
 #endif
         return found;
     }();
@@ -89,6 +96,10 @@ const CodecKernels& codec_kernels() {
 
 RotationKernel rotation_kernel() {
     return current().load()->rotation;
+}
+
+const ProductKernels& product_kernels() {
+    return *current().load()->product;
 }
 
 std::string current_isa() {

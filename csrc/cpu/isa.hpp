@@ -11,6 +11,7 @@ namespace lowbit {
 // Kernels of the level in use: the highest this processor supports, unless set_isa chose another.
 const CodecKernels& codec_kernels();
 RotationKernel rotation_kernel();
+const ProductKernels& product_kernels();
 
 std::string current_isa();
 // Lowest first.

@@ -6,6 +6,7 @@ Matrices here are oriented: the short side is rows (m), the long side columns (n
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,9 +25,42 @@ class PackedCodes:
     layout: CodeLayout
     columns: int  # n
 
+    def row_slice(self, rows: slice) -> PackedCodes:
+        """The codes of these rows."""
+        return dataclasses.replace(self, packed=self.packed[rows], scales=self.scales[rows])
+
+
+def reads_integer_codes(codes: PackedCodes) -> bool:
+    """Whether `code_gram` and `code_product` take these codes."""
+    try:
+        check_integer_codes(codes)
+    except ValueError:
+        return False
+    return True
+
+
+def check_integer_codes(codes: PackedCodes) -> None:
+    """Raise ValueError unless integer products can read the codes: levels that are whole numbers of
+    at most 127, one scale a row, and sums of products that stay within int32."""
+    levels = codes.codebook.levels
+    if any(level != int(level) or abs(level) > 127 for level in levels):
+        raise ValueError(f"codes: expected whole levels of at most 127, got {levels}")
+    if codes.scales.shape[1] != 1:
+        raise ValueError(f"codes: expected one scale a row, got {codes.scales.shape[1]}")
+    terms = max(codes.columns, codes.packed.shape[0])
+    if terms > MAX_INTEGER_TERMS:
+        raise ValueError(f"codes: expected at most {MAX_INTEGER_TERMS} terms a sum, got {terms}")
+
+
+# int32 holds that many products of 127 with 127 (a Gram matrix) or 128 (a limb, see code_product).
+MAX_INTEGER_TERMS = (2**31 - 1) // (127 * 128)
+# The largest whole number whose limbs 256*h + l, l in [-128, 127], have |h| <= 127.
+LIMB_LIMIT = 127 * 256 + 127
+
 
 class Backend(Protocol):
-    """The element-wise kernels. Results are bit-identical between backends (see `reference`)."""
+    """The kernels. Element-wise and integer ones are bit-identical between backends; float32
+    products agree to the rounding of their sums."""
 
     name: str
 
@@ -76,4 +110,52 @@ class Backend(Protocol):
         of the last p (left out if p is n), and D1, D2 signs by column (`formats.rotation_signs`).
         Two overlapping transforms spread a single large column over all others, for every n. With
         `inverse`, the inverse.
+        """
+
+    def product(
+        self,
+        a: Tensor,  # float32 [m, k], any strides
+        b: Tensor,  # float32 [k, n], any strides
+        *,
+        out: Tensor | None = None,  # float32 [m, n]
+        alpha: float = 1.0,
+        beta: float = 0.0,
+    ) -> Tensor:
+        """out <- alpha * a b + beta * out; out is not read if beta is 0 and overlaps no factor."""
+
+    def symmetric_product(
+        self,
+        a: Tensor,  # float32 [m, k], any strides
+        b: Tensor | None = None,  # float32 [k, m]; None: the transpose of a
+        *,
+        addend: Tensor | None = None,  # float32 [m, m], symmetric, may be `out`
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        out: Tensor | None = None,  # float32 [m, m]
+    ) -> Tensor:
+        """out <- alpha * a b + beta * addend where the caller knows a b to be symmetric.
+
+        Only one triangle need be computed. `out` overlaps no factor.
+        """
+
+    def code_gram(self, codes: PackedCodes) -> Tensor:
+        """X X^T, float32 [m, m], of X = levels[code] * scale of its row, summed in exact integers.
+
+        Entry (i, j) is float32(sum) * (scale_i * scale_j), each operation rounded to float32.
+        Raises ValueError for codes that `check_integer_codes` does not take.
+        """
+
+    def code_product(
+        self,
+        a: Tensor,  # float32 [k, m], any strides
+        codes: PackedCodes,
+        *,
+        out: Tensor | None = None,  # float32 [k, n], contiguous
+        beta: float = 0.0,
+    ) -> Tensor:
+        """out <- A X + beta * out of coded X in two integer products.
+
+        A diag(scales) is rounded, row by row, to whole multiples 256*h + l of a 32639th of the
+        row's largest magnitude; the limbs h and l are int8, and their products with the levels are
+        summed exactly. Raises ValueError as `code_gram` does.
         """

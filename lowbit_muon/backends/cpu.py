@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.cpu_memory import check, check_writable, output, readable
+from lowbit_muon.backends.cpu_products import CpuProducts
 from lowbit_muon.formats import Codebook, CodeLayout, rotation_signs
 
 ISA_VARIABLE = "LOWBIT_MUON_ISA"
@@ -70,7 +72,7 @@ def set_isa(name: str) -> None:
     _extension().set_isa(name)
 
 
-class CpuBackend:
+class CpuBackend(CpuProducts):
     """`Backend` in C++ with AVX2 or AVX-512, on as many threads as torch uses.
 
     Construction raises RuntimeError if the extension is not there and ValueError if LOWBIT_MUON_ISA
@@ -81,7 +83,7 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._extension = _extension()
+        super().__init__(_extension())
 
     def quantize(
         self,
@@ -93,10 +95,10 @@ class CpuBackend:
         scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.quantize`."""
-        x = _readable(x, "x")
+        x = readable(x, "x")
         rows, columns = x.shape
-        packed = _output(packed, "packed", (rows, layout.row_bytes(columns)), torch.uint8)
-        scales = _output(scales, "scales", (rows, layout.blocks(columns)), torch.float32)
+        packed = output(packed, "packed", (rows, layout.row_bytes(columns)), torch.uint8)
+        scales = output(scales, "scales", (rows, layout.blocks(columns)), torch.float32)
         self._quantize(x, codebook, layout, layout.statistic, packed, scales)
         return packed, scales
 
@@ -110,10 +112,10 @@ class CpuBackend:
         packed: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.encode`."""
-        x = _readable(x, "x")
+        x = readable(x, "x")
         rows, columns = x.shape
-        _check(scales, "scales", (rows, layout.blocks(columns)), torch.float32)
-        packed = _output(packed, "packed", (rows, layout.row_bytes(columns)), torch.uint8)
+        check(scales, "scales", (rows, layout.blocks(columns)), torch.float32)
+        packed = output(packed, "packed", (rows, layout.row_bytes(columns)), torch.uint8)
         self._quantize(x, codebook, layout, "given", packed, scales.contiguous())
         return packed
 
@@ -156,7 +158,7 @@ class CpuBackend:
         grad_weight: float = 1.0,
     ) -> float:
         """See `Backend.accumulate`."""
-        _check_writable(buffer, "buffer")
+        check_writable(buffer, "buffer")
         kept: list[Tensor] = []  # alive until the kernel has run
         return float(
             self._extension.accumulate(
@@ -173,7 +175,7 @@ class CpuBackend:
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
-        _check_writable(x, "x")
+        check_writable(x, "x")
         first_signs, second_signs = _signs(x.shape[1])
         self._extension.rotate(
             rows=x.shape[0],
@@ -196,8 +198,8 @@ def _code_arguments(
     layout = codes.layout
     if codes.columns != columns:
         raise ValueError(f"codes: expected {columns} columns like buffer, got {codes.columns}")
-    _check(codes.packed, "codes.packed", (rows, layout.row_bytes(columns)), torch.uint8)
-    _check(codes.scales, "codes.scales", (rows, layout.blocks(columns)), torch.float32)
+    check(codes.packed, "codes.packed", (rows, layout.row_bytes(columns)), torch.uint8)
+    check(codes.scales, "codes.scales", (rows, layout.blocks(columns)), torch.float32)
     levels, _ = _tables(codes.codebook)
     packed, scales = codes.packed.contiguous(), codes.scales.contiguous()
     kept += [packed, scales]
@@ -218,7 +220,7 @@ def _grad_arguments(grad: Tensor | None, weight: float, shape: torch.Size) -> di
         return {}
     if grad.dtype not in _GRAD_TYPES:
         raise TypeError(f"grad: expected float32, bfloat16 or float16, got {grad.dtype}")
-    _check(grad, "grad", tuple(shape), grad.dtype)
+    check(grad, "grad", tuple(shape), grad.dtype)
     return {
         "grad": grad.data_ptr(),
         "grad_type": _GRAD_TYPES[grad.dtype],
@@ -242,49 +244,3 @@ def _signs(columns: int) -> tuple[Tensor, Tensor]:
     """The signs of a rotation, float32 [columns] each."""
     first, second = rotation_signs(columns)
     return torch.tensor(first, dtype=torch.float32), torch.tensor(second, dtype=torch.float32)
-
-
-def _check_writable(x: Tensor, name: str) -> None:
-    """Raise unless a kernel can write rows of float32 into `x`."""
-    _check(x, name, None, torch.float32)
-    if not _has_plain_rows(x):
-        raise ValueError(
-            f"{name}: expected contiguous rows that do not overlap, got strides "
-            f"{x.stride()} for shape {tuple(x.shape)}"
-        )
-
-
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
-    """Raise unless the tensor is dense CPU memory of this shape (None: any matrix) and dtype."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(
-            f"{name}: expected a dense tensor on the CPU, got {tensor.layout} on {tensor.device}"
-        )
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-    if tensor.ndim != 2 or (shape is not None and tuple(tensor.shape) != shape):
-        expected = "two dimensions" if shape is None else f"shape {shape}"
-        raise ValueError(f"{name}: expected {expected}, got shape {tuple(tensor.shape)}")
-
-
-def _has_plain_rows(x: Tensor) -> bool:
-    """Whether each row is contiguous and rows do not overlap."""
-    rows, columns = x.shape
-    return (columns <= 1 or x.stride(1) == 1) and (rows <= 1 or x.stride(0) >= columns)
-
-
-def _readable(x: Tensor, name: str) -> Tensor:
-    """`x` with contiguous rows, copied if it has not."""
-    _check(x, name, None, torch.float32)
-    return x if _has_plain_rows(x) else x.contiguous()
-
-
-def _output(tensor: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    if tensor is None:
-        return torch.empty(shape, dtype=dtype)
-    _check(tensor, name, shape, dtype)
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    return tensor

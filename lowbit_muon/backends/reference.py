@@ -6,12 +6,13 @@ product and sum, in the order written, which the kernels reproduce bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.base import LIMB_LIMIT, PackedCodes, check_integer_codes
 from lowbit_muon.formats import CHUNK_BYTES, Codebook, CodeLayout, rotation_signs
 
 # Scales below the smallest normal float32 are stored as zero: their reciprocal would overflow.
@@ -195,3 +196,78 @@ class ReferenceBackend:
             x[:, part] = transformed
             if inverse:
                 x *= signs
+
+    def product(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        out: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+    ) -> Tensor:
+        """See `Backend.product`."""
+        result = (a @ b).mul_(alpha)
+        if out is None:
+            return result
+        return out.copy_(result) if beta == 0 else out.mul_(beta).add_(result)
+
+    def symmetric_product(
+        self,
+        a: Tensor,
+        b: Tensor | None = None,
+        *,
+        addend: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See `Backend.symmetric_product`; exactly symmetric."""
+        result = (a @ (a.mT if b is None else b)).mul_(alpha)
+        if addend is not None:
+            result.add_(addend, alpha=beta)
+        result = (result + result.mT).mul_(0.5)
+        return result if out is None else out.copy_(result)
+
+    def code_gram(self, codes: PackedCodes) -> Tensor:
+        """See `Backend.code_gram`."""
+        levels = integer_levels(codes)
+        scales = codes.scales[:, 0]
+        return (levels @ levels.mT).float() * torch.outer(scales, scales)
+
+    def code_product(
+        self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
+    ) -> Tensor:
+        """See `Backend.code_product`."""
+        levels = integer_levels(codes)
+        whole, scales = round_to_limbs(a * codes.scales[:, 0])
+        low = (whole + 128) % 256 - 128
+        high = (whole - low) / 256
+        result = scales * (256 * (high @ levels).float() + (low @ levels).float())
+        if out is None:
+            return result
+        return out.copy_(result if beta == 0 else beta * out + result)
+
+
+def integer_levels(codes: PackedCodes) -> Tensor:
+    """The levels of codes as float64 [m, n], in which integer sums are exact.
+
+    Raises ValueError for codes that `check_integer_codes` does not take.
+    """
+    check_integer_codes(codes)
+    ones = torch.ones_like(codes.scales)
+    return decode(dataclasses.replace(codes, scales=ones)).double()
+
+
+def round_to_limbs(a: Tensor) -> tuple[Tensor, Tensor]:
+    """(whole, scales): a = scales * whole to half a unit, |whole| <= LIMB_LIMIT.
+
+    a: float32 [k, m]; whole: float64 [k, m]; scales: float32 [k, 1]. A row that is not finite has
+    the scale NaN, one too small to divide by the whole numbers zero.
+    """
+    largest = a.abs().amax(dim=1, keepdim=True) if a.numel() else a.new_zeros(a.shape[0], 1)
+    scales = largest / LIMB_LIMIT
+    usable = (scales >= SMALLEST_SCALE) & largest.isfinite()
+    inverse = torch.where(usable, LIMB_LIMIT / largest, torch.zeros_like(largest))
+    whole = torch.where(usable, a * inverse, torch.zeros_like(a)).round().double()
+    return whole, torch.where(largest.isfinite(), scales, torch.full_like(scales, math.nan))

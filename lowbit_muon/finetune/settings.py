@@ -51,6 +51,9 @@ class FinetuneSettings:
     steps: int = _option(16, "optimizer steps")
     tokens_per_step: int = _option(512, "tokens for each step")
     sequence_length: int = _option(256, "tokens in a sequence, in training and evaluation")
+    precision: str = _option(
+        "fp32", "products of the model; bf16 is faster on CPUs that have it", ("fp32", "bf16")
+    )
     seed: int = _option(0, "order of the training sequences, start of the power iterations")
     eval_before: bool = _option(True, "held-out loss and sample before the first step")
     eval_every: int = _option(0, "held-out loss every N steps; 0: only before and after")

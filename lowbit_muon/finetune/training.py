@@ -7,7 +7,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,11 @@ class FinetuneRun:
         batch = self.corpus.batch(step, settings.sequences_per_step, settings.seed)
         # One sequence at a time: as fast per token on a CPU, and activations take a fraction.
         loss = 0.0
-        for sequence in batch:
-            part = self.model.loss(sequence[None]) / len(batch)
-            part.backward()
-            loss += part.item()
+        with matmul_precision(settings.precision):
+            for sequence in batch:
+                part = self.model.loss(sequence[None]) / len(batch)
+                part.backward()
+                loss += part.item()
         if not math.isfinite(loss):
             raise FinetuneError(
                 f"the training loss is {loss} in step {step + 1}: the run diverged; lower --lr"
@@ -154,7 +156,9 @@ class FinetuneRun:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over all held-out text, noted in the history."""
-        losses = [self.model.loss(window).item() for window in self.corpus.held_out_windows()]
+        windows = self.corpus.held_out_windows()
+        with matmul_precision(self.settings.precision):
+            losses = [self.model.loss(window).item() for window in windows]
         loss = statistics.fmean(losses)
         self.history.held_out.append((self.history.steps, loss))
         return loss
@@ -190,6 +194,20 @@ class FinetuneRun:
             "torch_version": torch.__version__,
             **dataclasses.asdict(history),
         }
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Within it, "bf16" lets torch round the factors of fp32 products to bfloat16.
+
+    Only the model runs in it: the optimizer's products stay in fp32.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bf16" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _due(step: int, every: int) -> bool:

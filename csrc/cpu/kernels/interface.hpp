@@ -98,4 +98,99 @@ struct CodecKernels {
 };
 using RotationKernel = void (*)(const RotateArgs& args, size_t begin, size_t end);
 
+// ---- Matrix products ----
+//
+// Operands are packed in strips of 16 rows (of the left operand) or columns (of the right one): for
+// each step of k the 16 words of a strip lie side by side. A word is 32 bits along k: one float,
+// two int16 or four int8.
+constexpr size_t kStrip = 16;
+constexpr size_t kStepWords = kStrip;
+
+enum class WordType { float32, int16, int8 };
+
+// Rows [0, rows) and k [0, depth) of a float matrix, element (i, k) at i * row_stride + k *
+// k_stride.
+struct PackFloatsArgs {
+    const float* from;
+    ptrdiff_t row_stride;
+    ptrdiff_t k_stride;
+    size_t rows;  // 1..16; the rest of the strip is zero
+    size_t depth;
+    float* to;  // [depth, 16]
+};
+
+// Codes as whole levels. For the left operand and for a Gram matrix the strip is 16 rows of codes
+// and k runs along them; otherwise it is 16 columns and k runs over the rows.
+struct PackCodesArgs {
+    const uint8_t* packed;  // [rows, row_bytes]
+    size_t row_bytes;
+    size_t rows;
+    size_t columns;
+    int bits;
+    const int8_t* levels;  // [256]
+    size_t panel;          // first column, a multiple of kPanelColumns
+    size_t count;          // columns, at most kPanelColumns
+    uint32_t* to;          // [strips][steps][16]
+    int32_t* row_sums;     // [rows]: sums of levels are added to it; null: not needed
+};
+
+// Rows of a * diag(factors), each in two limbs of int8 and one scale: scale * (256 * high + low),
+// |256 * high + low| <= kLimbLimit. A row that is not finite gets the scale NaN.
+constexpr int kLimbLimit = 32639;  // the largest with both limbs in [-128, 127]
+struct PackLimbsArgs {
+    const float* a;  // element (i, k) at i * row_stride + k * k_stride
+    ptrdiff_t row_stride;
+    ptrdiff_t k_stride;
+    size_t rows;
+    size_t depth;
+    const float* factors;  // [depth]
+    uint32_t* high;        // [strips][steps][16]
+    uint32_t* low;
+    size_t steps;        // of a strip: words of `depth`, up to a group of four
+    float* scales;       // [rows]
+    int32_t* high_sums;  // [rows], overwritten
+    int32_t* low_sums;
+    float* scratch;  // [depth]
+};
+
+// sums (+)= strips of rows times strips of columns.
+struct MultiplyArgs {
+    WordType type;
+    const uint32_t* a;        // [row strips][a_steps][16], from the first step wanted
+    const uint32_t* b;        // [column strips][b_steps][16]
+    size_t a_steps, b_steps;  // between strips
+    size_t steps;             // to multiply
+    size_t rows, columns;
+    void* sums;  // float or int32 [rows, columns]
+    size_t stride;
+    bool add;  // to the sums; with floats otherwise to beta * addend
+    float alpha, beta;
+    const float*
+        addend;  // [rows, columns], may be the sums; read if beta is not 0 and add is false
+    size_t addend_stride;
+    bool
+        upper;  // only what lies on or right of the diagonal is needed; a is the whole left operand
+    size_t first_column;  // of b, counted from the diagonal
+};
+
+struct ProductKernels {
+    WordType code_type;    // how this level packs codes
+    bool offset;           // int8 sums have 128 * (sum of the left row) too much
+    size_t group_columns;  // columns that one pass over the rows takes
+    void (*pack_floats)(const PackFloatsArgs& args);
+    void (*pack_code_rows)(const PackCodesArgs& args, size_t first_row);  // one strip
+    void (*pack_code_columns)(const PackCodesArgs& args, size_t step);    // all strips
+    void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);      // one strip
+    void (*multiply)(const MultiplyArgs& args);
+    // out[i] = (sums[i] - correction) * (row_scale * scales[i]); out may be the sums
+    void (*scale_sums)(const int32_t* sums, int32_t correction, float row_scale,
+                       const float* scales, size_t count, float* out);
+    // out[i] = beta * out[i] + scale * (256 * (high[i] - high_correction) + low[i] -
+    // low_correction)
+    void (*join_limbs)(const int32_t* high, const int32_t* low, int32_t high_correction,
+                       int32_t low_correction, float scale, float beta, size_t count, float* out);
+    // the part below the diagonal of rows [begin, end), from that above it
+    void (*mirror)(float* matrix, size_t stride, size_t begin, size_t end);
+};
+
 }  // namespace lowbit

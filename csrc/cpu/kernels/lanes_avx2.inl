@@ -39,6 +39,11 @@ inline F32x16 operator*(F32x16 a, F32x16 b) {
 inline F32x16 operator+(F32x16 a, F32x16 b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
 }
+// sum + a * b, rounded once.
+inline F32x16 multiply_add(F32x16 sum, float a, F32x16 b) {
+    const __m256 factor = _mm256_set1_ps(a);
+    return {_mm256_fmadd_ps(factor, b.low, sum.low), _mm256_fmadd_ps(factor, b.high, sum.high)};
+}
 inline __m128i load_8_words(const uint16_t* from) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
@@ -159,3 +164,42 @@ inline void store_sums(double* to, F64x16 sums) {
         _mm256_storeu_pd(to + 4 * i, sums.v[i]);
     }
 }
+
+// ---- Products of integers, 32 bits ("words") of k at a time ----
+
+inline I32x16 load_words(const void* from) {
+    const __m256i* const at = static_cast<const __m256i*>(from);
+    return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+}
+inline void store_words(void* to, I32x16 x) {
+    __m256i* const at = static_cast<__m256i*>(to);
+    _mm256_storeu_si256(at, x.low);
+    _mm256_storeu_si256(at + 1, x.high);
+}
+inline I32x16 operator+(I32x16 a, I32x16 b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+inline F32x16 to_float(I32x16 x) {
+    return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)};
+}
+// sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
+inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
+    const __m256i word = _mm256_set1_epi32(static_cast<int>(a));
+    return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(b.low, word)),
+            _mm256_add_epi32(sum.high, _mm256_madd_epi16(b.high, word))};
+}
+
+// Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.
+inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) {
+    const __m256i entries =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    for (int i = 0; i < 64; i += 32) {
+        const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                            _mm256_shuffle_epi8(entries, index));
+    }
+}
+
+// Sums that stay in registers: 4 x 16 takes 8 of 16.
+constexpr int kRegisterRows = 4;
+constexpr int kRegisterStrips = 1;

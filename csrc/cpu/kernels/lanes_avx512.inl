@@ -35,6 +35,10 @@ inline F32x16 operator*(F32x16 a, F32x16 b) {
 inline F32x16 operator+(F32x16 a, F32x16 b) {
     return {_mm512_add_ps(a.v, b.v)};
 }
+// sum + a * b, rounded once.
+inline F32x16 multiply_add(F32x16 sum, float a, F32x16 b) {
+    return {_mm512_fmadd_ps(_mm512_set1_ps(a), b.v, sum.v)};
+}
 inline F32x16 load_bfloat16(const uint16_t* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
@@ -125,3 +129,50 @@ inline void store_sums(double* to, F64x16 sums) {
     _mm512_storeu_pd(to, sums.low);
     _mm512_storeu_pd(to + 8, sums.high);
 }
+
+// ---- Products of integers, 32 bits ("words") of k at a time ----
+
+inline I32x16 load_words(const void* from) {
+    return {_mm512_loadu_si512(from)};
+}
+inline void store_words(void* to, I32x16 x) {
+    _mm512_storeu_si512(to, x.v);
+}
+inline I32x16 operator+(I32x16 a, I32x16 b) {
+    return {_mm512_add_epi32(a.v, b.v)};
+}
+inline F32x16 to_float(I32x16 x) {
+    return {_mm512_cvtepi32_ps(x.v)};
+}
+// sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
+inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
+    const __m512i word = _mm512_set1_epi32(static_cast<int>(a));
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpwssd_epi32(sum.v, b.v, word)};
+#else
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(b.v, word))};
+#endif
+}
+#if defined(__AVX512VNNI__)
+// sum + a0 * (b0 + 128) + ... of four int8 in each word: the instruction takes one factor unsigned,
+// and b is loaded with its sign bits flipped.
+inline I32x16 load_unsigned(const void* from) {
+    return {_mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128))};
+}
+inline I32x16 add_dot_4(I32x16 sum, uint32_t a, I32x16 b) {
+    return {_mm512_dpbusd_epi32(sum.v, b.v, _mm512_set1_epi32(static_cast<int>(a)))};
+}
+#define LOWBIT_HAS_DOT_4 1
+#endif
+
+// Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.
+inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    const __m512i levels =
+        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), _mm512_loadu_si512(codes));
+    _mm512_storeu_si512(to, levels);
+}
+
+// Sums that stay in registers: 8 x 48 takes 24 of 32, and 3 more hold columns.
+constexpr int kRegisterRows = 8;
+constexpr int kRegisterStrips = 3;

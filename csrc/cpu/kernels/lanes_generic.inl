@@ -55,11 +55,15 @@ inline F32x16 operator*(F32x16 a, F32x16 b) {
 inline F32x16 operator+(F32x16 a, F32x16 b) {
     LOWBIT_EACH(F32x16, a.v[q] + b.v[q]);
 }
-inline U32x4 load_words(const uint16_t* from) {
+// sum + a * b; fused only where the compiler's target has no other way.
+inline F32x16 multiply_add(F32x16 sum, float a, F32x16 b) {
+    LOWBIT_EACH(F32x16, sum.v[q] + (F32x4{a, a, a, a} * b.v[q]));
+}
+inline U32x4 load_halves(const uint16_t* from) {
     return __builtin_convertvector(load_vector<U16x4>(from), U32x4);
 }
 inline F32x16 load_bfloat16(const uint16_t* from) {
-    LOWBIT_EACH(F32x16, (F32x4)(load_words(from + 4 * q) << 16));
+    LOWBIT_EACH(F32x16, (F32x4)(load_halves(from + 4 * q) << 16));
 }
 inline F32x4 expand_float16(U32x4 half) {
     const U32x4 magnitude = (half & 0x7fff) << 13;
@@ -70,7 +74,7 @@ inline F32x4 expand_float16(U32x4 half) {
     return (F32x4)((half & 0x8000) << 16 | finite | special);
 }
 inline F32x16 load_float16(const uint16_t* from) {
-    LOWBIT_EACH(F32x16, expand_float16(load_words(from + 4 * q)));
+    LOWBIT_EACH(F32x16, expand_float16(load_halves(from + 4 * q)));
 }
 
 inline I32x16 zero_codes() {
@@ -138,5 +142,40 @@ inline F64x16 operator+(F64x16 a, F64x16 b) {
 inline void store_sums(double* to, F64x16 sums) {
     memcpy(to, &sums, sizeof sums);
 }
+
+// ---- Products of integers, 32 bits ("words") of k at a time ----
+
+inline I32x16 load_words(const void* from) {
+    I32x16 x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+inline void store_words(void* to, I32x16 x) {
+    memcpy(to, &x, sizeof x);
+}
+inline I32x16 operator+(I32x16 a, I32x16 b) {
+    LOWBIT_EACH(I32x16, a.v[q] + b.v[q]);
+}
+inline F32x16 to_float(I32x16 x) {
+    LOWBIT_EACH(F32x16, __builtin_convertvector(x.v[q], F32x4));
+}
+// sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
+inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
+    const int32_t low = static_cast<int16_t>(a & 0xffff);
+    const int32_t high = static_cast<int32_t>(a) >> 16;
+    LOWBIT_EACH(I32x16,
+                sum.v[q] + ((I32x4)((U32x4)b.v[q] << 16) >> 16) * low + (b.v[q] >> 16) * high);
+}
+
+// Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.
+inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) {
+    for (int i = 0; i < 64; ++i) {
+        to[i] = table[codes[i]];
+    }
+}
+
+// Sums that stay in registers: 2 x 16 takes 8 of 16 registers of four floats.
+constexpr int kRegisterRows = 2;
+constexpr int kRegisterStrips = 1;
 
 #undef LOWBIT_EACH

@@ -1,9 +1,8 @@
-"""Products known to be symmetric: one triangle is computed by block rows, the other mirrored.
+"""Matrix products of the optimizer: the backend's kernels where they apply, torch's elsewhere.
 
-torch has no symmetric matrix product on CPUs (BLAS syrk is not exposed). `torch.addmm(out=)` on
-block row i of B, from the diagonal rightwards, does (1 + 1/B)/2 of the full product's arithmetic.
-Three dimensions are a batch and take the full product: batches are of small matrices, where
-splitting costs more than it saves. Nothing here records gradients.
+float32 matrices take the kernels, which are faster than torch.mm on CPUs and compute one triangle
+of products known to be symmetric. Batches (three dimensions) and float64 take torch's. Nothing here
+records gradients.
 """
 
 from __future__ import annotations
@@ -11,12 +10,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From bench/results/orthogonalize.json, "product_seconds": with 256 rows the extra calls cost what
-# the triangle saves, with 576 it takes 0.7 of torch.mm's time, and beyond 8 block rows (56% of the
-# arithmetic) nothing more is gained.
-_MIN_ROWS = 384
-_ROWS_PER_BLOCK = 96
-_MAX_BLOCKS = 8
+from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import Backend
+
+
+def _kernels(x: Tensor) -> Backend | None:
+    """The backend that multiplies matrices like `x`; None if torch does."""
+    if x.ndim == 2 and x.dtype == torch.float32:
+        return get_backend("auto", x.device)
+    return None
+
+
+def multiply(
+    left: Tensor,
+    right: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out <- alpha*(left @ right) + beta*out for matrices or batches; returns `out`.
+
+    `out` is not read if beta is 0 and must overlap neither factor.
+    """
+    kernels = _kernels(left)
+    if kernels is not None:
+        return kernels.product(left, right, out=out, alpha=alpha, beta=beta)
+    if out is None:
+        out = left.new_empty(*left.shape[:-1], right.shape[-1])
+    addmm = torch.addmm if out.ndim == 2 else torch.baddbmm
+    return addmm(out, left, right, beta=beta, alpha=alpha, out=out)
 
 
 def symmetric_addmm(
@@ -27,57 +50,37 @@ def symmetric_addmm(
     beta: float = 1.0,
     alpha: float = 1.0,
     out: Tensor | None = None,
-    blocks: int | None = None,
 ) -> Tensor:
     """beta*addend + alpha*(left @ right), where the caller knows both terms to be symmetric.
 
     addend: [m, m] or None for no such term; left: [m, k]; right: [k, m]; or all three with one
     leading batch dimension; not checked. `out` may be `addend` but must overlap neither factor.
-    blocks: the number of block rows of a single product, by default chosen by m.
-    Returns `out`, symmetric to rounding, and exactly so if it was computed by block rows.
+    Returns `out`; a single float32 matrix comes out exactly symmetric.
     """
+    kernels = _kernels(left)
+    if kernels is not None:
+        transposed = right.data_ptr() == left.data_ptr() and right.stride() == left.mT.stride()
+        return kernels.symmetric_product(
+            left, None if transposed else right, addend=addend, alpha=alpha, beta=beta, out=out
+        )
     if out is None:
         out = left.new_empty(*left.shape[:-1], left.shape[-2])
     if addend is None:
         addend, beta = out, 0.0  # with beta = 0 the addend is not read
-    rows = left.shape[-2]
-    if blocks is None:
-        blocks = min(rows // _ROWS_PER_BLOCK, _MAX_BLOCKS) if rows >= _MIN_ROWS else 1
-    if out.ndim == 3:
-        return torch.baddbmm(addend, left, right, beta=beta, alpha=alpha, out=out)
-    if blocks == 1:
-        return torch.addmm(addend, left, right, beta=beta, alpha=alpha, out=out)
-    height = -(-rows // blocks)
-    for start in range(0, rows, height):
-        end = min(start + height, rows)
-        torch.addmm(
-            addend[start:end, start:],
-            left[start:end],
-            right[:, start:],
-            beta=beta,
-            alpha=alpha,
-            out=out[start:end, start:],
-        )
-        # Rounding leaves the diagonal block asymmetric. Between blocks that are exactly symmetric
-        # this would not stay rounding: H R H of the Gram iteration is then no longer a similarity
-        # of R, and a rank-one matrix of 512 rows comes out with 40 times the error.
-        diagonal = out[start:end, start:end]
-        torch.mul(diagonal + diagonal.mT, 0.5, out=diagonal)
-        out[end:, start:end].copy_(out[start:end, end:].mT)
-    return out
+    addmm = torch.addmm if out.ndim == 2 else torch.baddbmm
+    return addmm(addend, left, right, beta=beta, alpha=alpha, out=out)
 
 
-def gram(x: Tensor, *, out: Tensor | None = None, blocks: int | None = None) -> Tensor:
+def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """X X^T of x [m, n] or [b, m, n]; returns [m, m] or [b, m, m] in x's dtype.
 
-    Meant for m <= n; of a tall matrix pass the transpose view, which costs nothing. A matrix with
-    neither stride 1 is copied by torch for every block row. blocks: see `symmetric_addmm`. Raises
+    Meant for m <= n; of a tall matrix pass the transpose view, which costs nothing. Raises
     ValueError for another number of dimensions or an `out` of another shape or dtype.
     """
     if x.ndim not in (2, 3):
         raise ValueError(f"x: expected [m, n] or [b, m, n], got shape {tuple(x.shape)}")
     _check_out(out, x, (*x.shape[:-1], x.shape[-2]))
-    return symmetric_addmm(None, x, x.mT, out=out, blocks=blocks)
+    return symmetric_addmm(None, x, x.mT, out=out)
 
 
 def symmetric_mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -1,0 +1,427 @@
+// Matrix products in registers: packing and the tile of sums, one source for floats, int16 and
+// int8, compiled once for each ISA level into namespace lowbit::LOWBIT_ISA (included after
+// codec.inl).
+//
+// One word of the left operand is broadcast against strips of sixteen words of the right one. All
+// that differs between the types is the instruction that multiplies and adds a word.
+//
+// Integer sums are exact, so they are the same on every level and for every number of threads.
+// Float sums are fused where the level can; their order over k is fixed by the caller's steps.
+//
+// No function of the C++ library may be used here: see interface.hpp.
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+#if defined(LOWBIT_HAS_DOT_4)
+constexpr WordType kCodeType = WordType::int8;
+#else
+constexpr WordType kCodeType = WordType::int16;
+#endif
+constexpr size_t kCodesPerWord = kCodeType == WordType::int8 ? 4 : 2;
+
+// ---- Packing ----
+
+// to[k][i] = rows[i][k] for 16 rows of `steps` words; `to` has whole groups of four steps.
+inline void interleave_rows(const uint32_t* rows, size_t row_stride, size_t steps, uint32_t* to) {
+    for (size_t k = 0; k < steps; k += 4) {
+        for (size_t i = 0; i < kStrip; i += 4) {
+            transpose_4x4(rows + i * row_stride + k, row_stride, to + k * kStrip + i, kStrip);
+        }
+    }
+}
+
+void pack_floats(const PackFloatsArgs& args) {
+    const bool along_rows = args.row_stride == 1;
+    size_t k = 0;
+    if (args.rows == kStrip && !along_rows && args.k_stride == 1) {
+        k = args.depth / 4 * 4;
+        interleave_rows(reinterpret_cast<const uint32_t*>(args.from),
+                        static_cast<size_t>(args.row_stride), k,
+                        reinterpret_cast<uint32_t*>(args.to));
+    } else if (args.rows == kStrip && along_rows) {
+        for (; k < args.depth; ++k) {
+            store(args.to + k * kStrip,
+                  load(args.from + static_cast<ptrdiff_t>(k) * args.k_stride));
+        }
+    }
+    for (; k < args.depth; ++k) {
+        for (size_t i = 0; i < kStrip; ++i) {
+            const ptrdiff_t at = static_cast<ptrdiff_t>(i) * args.row_stride +
+                                 static_cast<ptrdiff_t>(k) * args.k_stride;
+            args.to[k * kStrip + i] = i < args.rows ? args.from[at] : 0.0f;
+        }
+    }
+}
+
+// Levels of the codes of a panel of one row.
+template <int BITS>
+inline void decode_levels(const PackCodesArgs& args, size_t row, int8_t* to) {
+    PanelCodes codes;
+    unpack<BITS>(args.packed + row * args.row_bytes, args.panel, args.count, args.columns, codes);
+    if constexpr (BITS <= 4) {
+        for (size_t c = 0; c < args.count; c += 64) {
+            lookup_bytes(args.levels, codes.code + c, to + c);
+        }
+    } else {
+        for (size_t c = 0; c < args.count; ++c) {
+            to[c] = args.levels[codes.code[c]];
+        }
+    }
+}
+
+inline void decode_levels(const PackCodesArgs& args, size_t row, int8_t* to) {
+    switch (args.bits) {
+        case 2:
+            return decode_levels<2>(args, row, to);
+        case 3:
+            return decode_levels<3>(args, row, to);
+        case 4:
+            return decode_levels<4>(args, row, to);
+        default:
+            return decode_levels<8>(args, row, to);
+    }
+}
+
+// As words of the level's type; columns past `count` up to a whole group of four words are zero.
+inline void levels_to_words(int8_t* levels, size_t count, uint32_t* words) {
+    memset(levels + count, 0, 16);
+    const size_t padded = ceil_divide(count, 16) * 16;
+    if constexpr (kCodeType == WordType::int8) {
+        memcpy(words, levels, padded);
+    } else {
+        int16_t* const wide = reinterpret_cast<int16_t*>(words);
+        for (size_t c = 0; c < padded; ++c) {
+            wide[c] = levels[c];
+        }
+    }
+}
+
+constexpr size_t kPanelWords = kPanelColumns / kCodesPerWord;
+
+void pack_code_rows(const PackCodesArgs& args, size_t first_row) {
+    // Off a power of two, or the rows of a column would compete for the same set of the cache.
+    constexpr size_t stride = kPanelWords + 16;
+    alignas(64) uint32_t words[kStrip * stride];
+    alignas(64) int8_t levels[kPanelColumns + 64];
+    const size_t rows = min_size(kStrip, args.rows - first_row);
+    const size_t steps = ceil_divide(args.count, kCodesPerWord);
+    for (size_t i = 0; i < kStrip; ++i) {
+        if (i < rows) {
+            decode_levels(args, first_row + i, levels);
+        } else {
+            memset(levels, 0, args.count);
+        }
+        levels_to_words(levels, args.count, words + i * stride);
+        if (args.row_sums != nullptr && i < rows) {
+            int32_t sum = 0;
+            for (size_t c = 0; c < args.count; ++c) {
+                sum += levels[c];
+            }
+            args.row_sums[first_row + i] += sum;
+        }
+    }
+    interleave_rows(words, stride, ceil_divide(steps, 4) * 4, args.to);
+}
+
+void pack_code_columns(const PackCodesArgs& args, size_t step) {
+    alignas(64) int8_t levels[kCodesPerWord][kPanelColumns + 64];
+    const size_t steps = ceil_divide(args.rows, kCodesPerWord);
+    for (size_t j = 0; j < kCodesPerWord; ++j) {
+        const size_t row = step * kCodesPerWord + j;
+        if (row < args.rows) {
+            decode_levels(args, row, levels[j]);
+            memset(levels[j] + args.count, 0, 16);
+        } else {
+            memset(levels[j], 0, sizeof levels[j]);
+        }
+    }
+    for (size_t c = 0; c < args.count; c += kStrip) {
+        uint32_t* const to = args.to + (c / kStrip * steps + step) * kStrip;
+        if constexpr (kCodeType == WordType::int8) {
+            int8_t* const bytes = reinterpret_cast<int8_t*>(to);
+            for (size_t i = 0; i < kStrip; ++i) {
+                for (size_t j = 0; j < 4; ++j) {
+                    bytes[4 * i + j] = levels[j][c + i];
+                }
+            }
+        } else {
+            int16_t* const halves = reinterpret_cast<int16_t*>(to);
+            for (size_t i = 0; i < kStrip; ++i) {
+                for (size_t j = 0; j < 2; ++j) {
+                    halves[2 * i + j] = levels[j][c + i];
+                }
+            }
+        }
+    }
+}
+
+// The nearest whole number to x, |x| < 2^22, ties to even.
+inline int32_t round_to_int(float x) {
+    const float shifted = x + 12582912.0f;  // 1.5 * 2^23: its unit in the last place is one
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return bits - 0x4b400000;
+}
+
+void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
+    constexpr size_t stride = kPanelWords + 16;
+    alignas(64) uint32_t high_words[kStrip * stride];
+    alignas(64) uint32_t low_words[kStrip * stride];
+    alignas(64) int8_t high[kPanelColumns + 64];
+    alignas(64) int8_t low[kPanelColumns + 64];
+    const size_t rows = min_size(kStrip, args.rows - first_row);
+    float inverse[kStrip];
+    for (size_t i = 0; i < rows; ++i) {
+        const float* const a = args.a + static_cast<ptrdiff_t>(first_row + i) * args.row_stride;
+        for (size_t k = 0; k < args.depth; ++k) {
+            args.scratch[k] = a[static_cast<ptrdiff_t>(k) * args.k_stride] * args.factors[k];
+        }
+        const float largest = largest_magnitude(args.scratch, args.depth);
+        const float scale = largest / kLimbLimit;
+        const bool finite = largest - largest == 0.0f;
+        inverse[i] = finite && scale >= kSmallestScale ? kLimbLimit / largest : 0.0f;
+        args.scales[first_row + i] = finite ? scale : __builtin_nanf("");
+        args.high_sums[first_row + i] = args.low_sums[first_row + i] = 0;
+    }
+    for (size_t panel = 0; panel < args.depth; panel += kPanelColumns) {
+        const size_t count = min_size(kPanelColumns, args.depth - panel);
+        for (size_t i = 0; i < kStrip; ++i) {
+            if (i >= rows) {
+                memset(high_words + i * stride, 0, stride * sizeof *high_words);
+                memset(low_words + i * stride, 0, stride * sizeof *low_words);
+                continue;
+            }
+            const float* const a = args.a +
+                                   static_cast<ptrdiff_t>(first_row + i) * args.row_stride +
+                                   static_cast<ptrdiff_t>(panel) * args.k_stride;
+            int32_t high_sum = 0, low_sum = 0;
+            for (size_t k = 0; k < count; ++k) {
+                const float value =
+                    a[static_cast<ptrdiff_t>(k) * args.k_stride] * args.factors[panel + k];
+                const int32_t whole = round_to_int(value * inverse[i]);
+                const int32_t lower = ((whole + 128) & 255) - 128;
+                const int32_t upper = (whole - lower) >> 8;
+                low[k] = static_cast<int8_t>(lower);
+                high[k] = static_cast<int8_t>(upper);
+                low_sum += lower;
+                high_sum += upper;
+            }
+            args.high_sums[first_row + i] += high_sum;
+            args.low_sums[first_row + i] += low_sum;
+            levels_to_words(high, count, high_words + i * stride);
+            levels_to_words(low, count, low_words + i * stride);
+        }
+        const size_t steps = ceil_divide(ceil_divide(count, kCodesPerWord), 4) * 4;
+        const size_t at = panel / kCodesPerWord * kStrip;
+        interleave_rows(high_words, stride, steps, args.high + at);
+        interleave_rows(low_words, stride, steps, args.low + at);
+    }
+}
+
+// ---- The tile ----
+
+template <WordType TYPE>
+struct Words;
+
+template <>
+struct Words<WordType::float32> {
+    using Lanes = F32x16;
+    using Element = float;
+    static Lanes zero() { return broadcast(0.0f); }
+    static Lanes load_strip(const uint32_t* b) { return load(reinterpret_cast<const float*>(b)); }
+    static Lanes multiply(Lanes sum, const uint32_t* a, Lanes b) {
+        return multiply_add(sum, *reinterpret_cast<const float*>(a), b);
+    }
+};
+template <>
+struct Words<WordType::int16> {
+    using Lanes = I32x16;
+    using Element = int32_t;
+    static Lanes zero() { return zero_codes(); }
+    static Lanes load_strip(const uint32_t* b) { return load_words(b); }
+    static Lanes multiply(Lanes sum, const uint32_t* a, Lanes b) { return add_dot_2(sum, *a, b); }
+};
+#if defined(LOWBIT_HAS_DOT_4)
+template <>
+struct Words<WordType::int8> {
+    using Lanes = I32x16;
+    using Element = int32_t;
+    static Lanes zero() { return zero_codes(); }
+    static Lanes load_strip(const uint32_t* b) { return load_unsigned(b); }
+    static Lanes multiply(Lanes sum, const uint32_t* a, Lanes b) { return add_dot_4(sum, *a, b); }
+};
+#endif
+
+// What becomes of a strip of sums; `count` of its columns are wanted.
+inline void finish_strip(const MultiplyArgs& args, F32x16 sum, size_t row, size_t column,
+                         size_t count) {
+    float* const to = static_cast<float*>(args.sums) + row * args.stride + column;
+    const float* from = nullptr;
+    float weight = 1.0f;
+    if (args.add) {
+        from = to;
+    } else if (args.beta != 0.0f) {
+        from = args.addend + row * args.addend_stride + column;
+        weight = args.beta;
+    }
+    F32x16 value = broadcast(args.alpha) * sum;
+    if (count >= kStrip) {
+        if (from != nullptr) {
+            value = value + broadcast(weight) * load(from);
+        }
+        store(to, value);
+    } else {
+        if (from != nullptr) {
+            value = value + broadcast(weight) * load_first(from, count);
+        }
+        store_first(to, value, count);
+    }
+}
+
+inline void finish_strip(const MultiplyArgs& args, I32x16 sum, size_t row, size_t column,
+                         size_t count) {
+    int32_t* const to = static_cast<int32_t*>(args.sums) + row * args.stride + column;
+    if (count >= kStrip) {
+        store_words(to, args.add ? load_words(to) + sum : sum);
+        return;
+    }
+    int32_t lanes[kStrip];
+    store_words(lanes, sum);
+    for (size_t i = 0; i < count; ++i) {
+        to[i] = args.add ? to[i] + lanes[i] : lanes[i];
+    }
+}
+
+template <WordType TYPE, int STRIPS>
+inline void multiply_tile(const MultiplyArgs& args, size_t row, size_t column) {
+    using W = Words<TYPE>;
+    const uint32_t* a = args.a + row / kStrip * args.a_steps * kStrip + row % kStrip;
+    const uint32_t* const b = args.b + column / kStrip * args.b_steps * kStrip;
+    const size_t b_stride = args.b_steps * kStrip;
+    typename W::Lanes sums[kRegisterRows][STRIPS];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRegisterRows; ++r) {
+#pragma GCC unroll 4
+        for (int s = 0; s < STRIPS; ++s) {
+            sums[r][s] = W::zero();
+        }
+    }
+    for (size_t k = 0; k < args.steps * kStrip; k += kStrip) {
+        typename W::Lanes strip[STRIPS];
+#pragma GCC unroll 4
+        for (int s = 0; s < STRIPS; ++s) {
+            strip[s] = W::load_strip(b + static_cast<size_t>(s) * b_stride + k);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRegisterRows; ++r) {
+#pragma GCC unroll 4
+            for (int s = 0; s < STRIPS; ++s) {
+                sums[r][s] = W::multiply(sums[r][s], a + k + r, strip[s]);
+            }
+        }
+    }
+// Unrolled, or the sums would be indexed and live in memory.
+#pragma GCC unroll 8
+    for (int r = 0; r < kRegisterRows; ++r) {
+        if (row + static_cast<size_t>(r) < args.rows) {
+#pragma GCC unroll 4
+            for (int s = 0; s < STRIPS; ++s) {
+                const size_t first = column + static_cast<size_t>(s) * kStrip;
+                finish_strip(args, sums[r][s], row + static_cast<size_t>(r), first,
+                             args.columns - first);
+            }
+        }
+    }
+}
+
+// A group of columns stays in L1 while the rows pass by.
+template <WordType TYPE, int STRIPS>
+inline void multiply_group(const MultiplyArgs& args, size_t column) {
+    const size_t beyond = args.first_column + column + STRIPS * kStrip;
+    const size_t rows = args.upper ? min_size(args.rows, beyond) : args.rows;
+    for (size_t row = 0; row < rows; row += kRegisterRows) {
+        multiply_tile<TYPE, STRIPS>(args, row, column);
+    }
+}
+
+template <WordType TYPE, int STRIPS = kRegisterStrips>
+inline void multiply_columns(const MultiplyArgs& args, size_t column) {
+    for (; column + (STRIPS - 1) * kStrip < args.columns; column += STRIPS * kStrip) {
+        multiply_group<TYPE, STRIPS>(args, column);
+    }
+    if constexpr (STRIPS > 1) {
+        multiply_columns<TYPE, STRIPS - 1>(args, column);
+    }
+}
+
+void multiply(const MultiplyArgs& args) {
+    switch (args.type) {
+        case WordType::float32:
+            return multiply_columns<WordType::float32>(args, 0);
+        case WordType::int16:
+            return multiply_columns<WordType::int16>(args, 0);
+        case WordType::int8:
+#if defined(LOWBIT_HAS_DOT_4)
+            return multiply_columns<WordType::int8>(args, 0);
+#else
+            return;
+#endif
+    }
+}
+
+// ---- After the last step ----
+
+void scale_sums(const int32_t* sums, int32_t correction, float row_scale, const float* scales,
+                size_t count, float* out) {
+    for (size_t i = 0; i < count; ++i) {
+        // Unsigned, since the corrections may pass the range of int32 on their way.
+        const uint32_t exact = static_cast<uint32_t>(sums[i]) - static_cast<uint32_t>(correction);
+        out[i] = static_cast<float>(static_cast<int32_t>(exact)) * (row_scale * scales[i]);
+    }
+}
+
+void join_limbs(const int32_t* high, const int32_t* low, int32_t high_correction,
+                int32_t low_correction, float scale, float beta, size_t count, float* out) {
+    for (size_t i = 0; i < count; ++i) {
+        const float upper = static_cast<float>(high[i] - high_correction);
+        const float lower = static_cast<float>(low[i] - low_correction);
+        const float value = scale * (256.0f * upper + lower);
+        out[i] = beta == 0.0f ? value : beta * out[i] + value;
+    }
+}
+
+void mirror(float* matrix, size_t stride, size_t begin, size_t end) {
+    for (size_t row = begin; row < end; row += 4) {
+        const bool whole = row + 4 <= end;
+        size_t column = 0;
+        for (; whole && column + 4 <= row; column += 4) {
+            transpose_4x4(matrix + column * stride + row, stride, matrix + row * stride + column,
+                          stride);
+        }
+        for (size_t r = row; r < min_size(row + 4, end); ++r) {
+            for (size_t c = column; c < r; ++c) {
+                matrix[r * stride + c] = matrix[c * stride + r];
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern const ProductKernels product_kernels;
+const ProductKernels product_kernels = {kCodeType,
+                                        kCodeType == WordType::int8,
+                                        kRegisterStrips * kStrip,
+                                        pack_floats,
+                                        pack_code_rows,
+                                        pack_code_columns,
+                                        pack_limbs,
+                                        multiply,
+                                        scale_sums,
+                                        join_limbs,
+                                        mirror};
+
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

@@ -1,0 +1,431 @@
+#include "product.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.hpp"
+
+namespace lowbit {
+
+namespace {
+
+// Steps of k that a strip of floats is packed for at once: three strips of columns (36 KiB) stay in
+// an L1 cache of 48 KiB beside the rows that pass by.
+constexpr size_t kFloatSteps = 192;
+// Columns (or rows) of the streamed operand that a thread packs at once, for its L2 cache.
+constexpr size_t kStreamBlock = 192;
+// Below this many multiply-adds a thread costs more than it saves.
+constexpr size_t kWorkPerThread = size_t{1} << 19;
+
+void expect(bool condition, const std::string& message) {
+    if (!condition) {
+        throw std::invalid_argument(message);
+    }
+}
+
+template <typename T>
+T* pointer(uintptr_t address, const char* name) {
+    expect(address != 0, std::string(name) + ": expected a pointer, got null");
+    return reinterpret_cast<T*>(address);
+}
+
+size_t ceil_divide(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+struct FreeMemory {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// Uninitialised memory for whole cache lines.
+template <typename T>
+class Buffer {
+  public:
+    explicit Buffer(size_t count)
+        : memory_(
+              static_cast<T*>(std::aligned_alloc(64, ceil_divide(count * sizeof(T), 64) * 64))) {
+        if (memory_ == nullptr) {
+            throw std::bad_alloc();
+        }
+    }
+    T* get() const { return memory_.get(); }
+
+  private:
+    std::unique_ptr<T, FreeMemory> memory_;
+};
+
+int useful_threads(int threads, size_t multiply_adds) {
+    expect(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
+    const size_t useful = std::max<size_t>(1, multiply_adds / kWorkPerThread);
+    return static_cast<int>(std::min(static_cast<size_t>(threads), useful));
+}
+
+// A float operand as its strips see it: `rows` are what a strip has sixteen of.
+struct Operand {
+    const float* data;
+    ptrdiff_t row_stride;
+    ptrdiff_t k_stride;
+    size_t rows;
+
+    size_t strips() const { return ceil_divide(rows, kStrip); }
+
+    void pack(const ProductKernels& kernels, size_t strip, size_t k, size_t depth,
+              float* to) const {
+        PackFloatsArgs args = {};
+        args.from = data + static_cast<ptrdiff_t>(strip * kStrip) * row_stride +
+                    static_cast<ptrdiff_t>(k) * k_stride;
+        args.row_stride = row_stride;
+        args.k_stride = k_stride;
+        args.rows = std::min(kStrip, rows - strip * kStrip);
+        args.depth = depth;
+        args.to = to;
+        kernels.pack_floats(args);
+    }
+};
+
+// Equal parts of at most kStreamBlock rows, as many for each thread, in whole groups.
+size_t stream_block(size_t length, int threads, size_t group) {
+    const size_t rounds = ceil_divide(length, kStreamBlock * static_cast<size_t>(threads));
+    const size_t even = ceil_divide(length, rounds * static_cast<size_t>(threads));
+    return ceil_divide(even, group) * group;
+}
+
+MultiplyArgs float_multiply(const float* a, size_t a_steps, const float* b, size_t b_steps) {
+    MultiplyArgs args = {};
+    args.type = WordType::float32;
+    args.a = reinterpret_cast<const uint32_t*>(a);
+    args.b = reinterpret_cast<const uint32_t*>(b);
+    args.a_steps = a_steps;
+    args.b_steps = b_steps;
+    return args;
+}
+
+// Codes that are packed; checks what they have in common.
+PackCodesArgs code_operand(size_t rows, size_t columns, int bits, uintptr_t levels,
+                           uintptr_t packed, size_t row_bytes) {
+    expect(bits == 2 || bits == 3 || bits == 4 || bits == 8,
+           "bits: expected 2, 3, 4 or 8, got " + std::to_string(bits));
+    PackCodesArgs args = {};
+    args.packed = pointer<const uint8_t>(packed, "packed");
+    args.row_bytes = row_bytes;
+    args.rows = rows;
+    args.columns = columns;
+    args.bits = bits;
+    args.levels = pointer<const int8_t>(levels, "levels");
+    return args;
+}
+
+size_t codes_per_word(const ProductKernels& kernels) {
+    return kernels.code_type == WordType::int8 ? 4 : 2;
+}
+
+// Words of `codes` codes along k, in whole groups of four.
+size_t code_steps(const ProductKernels& kernels, size_t codes) {
+    return ceil_divide(ceil_divide(codes, codes_per_word(kernels)), 4) * 4;
+}
+
+}  // namespace
+
+void product(size_t rows, size_t columns, size_t depth, uintptr_t a, ptrdiff_t a_row_stride,
+             ptrdiff_t a_column_stride, uintptr_t b, ptrdiff_t b_row_stride,
+             ptrdiff_t b_column_stride, uintptr_t c, size_t c_stride, float alpha, float beta,
+             int threads) {
+    if (rows == 0 || columns == 0) {
+        return;
+    }
+    const ProductKernels& kernels = product_kernels();
+    const Operand left = {depth ? pointer<const float>(a, "a") : nullptr, a_row_stride,
+                          a_column_stride, rows};
+    const Operand right = {depth ? pointer<const float>(b, "b") : nullptr, b_column_stride,
+                           b_row_stride, columns};
+    float* const out = pointer<float>(c, "c");
+
+    // The smaller operand is packed once; the other streams past it in blocks.
+    const bool left_resident = rows <= columns;
+    const Operand& resident = left_resident ? left : right;
+    const Operand& streamed = left_resident ? right : left;
+    const int parts = useful_threads(threads, rows * columns * std::max<size_t>(depth, 1));
+    const size_t group = left_resident ? kernels.group_columns : kStrip;
+    const size_t block = stream_block(streamed.rows, parts, group);
+    const size_t blocks = ceil_divide(streamed.rows, block);
+    const Buffer<float> resident_words(resident.strips() * kStrip * std::max<size_t>(depth, 1));
+    const size_t chunks = std::max<size_t>(1, ceil_divide(depth, kFloatSteps));
+    const Buffer<float> streamed_words(static_cast<size_t>(parts) * block * kFloatSteps);
+
+    const auto run_block = [&](size_t index, float* words) {
+        const size_t first = index * block;
+        const size_t count = std::min(block, streamed.rows - first);
+        for (size_t chunk = 0; chunk < chunks; ++chunk) {
+            const size_t k = chunk * kFloatSteps;
+            const size_t steps = std::min(kFloatSteps, depth - k);
+            for (size_t s = 0; s < ceil_divide(count, kStrip); ++s) {
+                streamed.pack(kernels, first / kStrip + s, k, steps, words + s * steps * kStrip);
+            }
+            const float* const fixed = resident_words.get() + k * kStrip;
+            MultiplyArgs args = left_resident ? float_multiply(fixed, depth, words, steps)
+                                              : float_multiply(words, steps, fixed, depth);
+            args.steps = steps;
+            args.rows = left_resident ? rows : count;
+            args.columns = left_resident ? count : columns;
+            float* const at = out + (left_resident ? first : first * c_stride);
+            args.sums = at;
+            args.stride = c_stride;
+            args.add = chunk != 0;
+            args.alpha = alpha;
+            args.beta = beta;
+            args.addend = at;
+            args.addend_stride = c_stride;
+            kernels.multiply(args);
+        }
+    };
+#pragma omp parallel num_threads(parts)
+    {
+#pragma omp for schedule(static)
+        for (size_t s = 0; s < resident.strips(); ++s) {
+            if (depth != 0) {
+                resident.pack(kernels, s, 0, depth, resident_words.get() + s * depth * kStrip);
+            }
+        }
+#pragma omp for schedule(static)
+        for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
+            float* const words = streamed_words.get() + part * block * kFloatSteps;
+            for (size_t index = part; index < blocks; index += static_cast<size_t>(parts)) {
+                run_block(index, words);
+            }
+        }
+    }
+}
+
+void symmetric_product(size_t size, size_t depth, uintptr_t a, ptrdiff_t a_row_stride,
+                       ptrdiff_t a_column_stride, uintptr_t b, ptrdiff_t b_row_stride,
+                       ptrdiff_t b_column_stride, uintptr_t addend, size_t addend_stride,
+                       uintptr_t out, size_t out_stride, float alpha, float beta, int threads) {
+    if (size == 0) {
+        return;
+    }
+    const ProductKernels& kernels = product_kernels();
+    const Operand left = {depth ? pointer<const float>(a, "a") : nullptr, a_row_stride,
+                          a_column_stride, size};
+    Operand right = left;
+    if (b != 0) {
+        right = {pointer<const float>(b, "b"), b_column_stride, b_row_stride, size};
+    }
+    float* const sums = pointer<float>(out, "out");
+    const float* const added = beta != 0.0f ? pointer<const float>(addend, "addend") : nullptr;
+
+    const int parts = useful_threads(threads, size * size * std::max<size_t>(depth, 1) / 2);
+    const size_t strips = left.strips();
+    const size_t width = kernels.group_columns;
+    const size_t groups = ceil_divide(size, width);
+    const Buffer<float> left_words(strips * kStrip * kFloatSteps);
+    const Buffer<float> right_words(b != 0 ? strips * kStrip * kFloatSteps : 0);
+    const float* const columns = b != 0 ? right_words.get() : left_words.get();
+    const size_t chunks = std::max<size_t>(1, ceil_divide(depth, kFloatSteps));
+
+    const auto run_group = [&](size_t group, size_t chunk, size_t steps) {
+        const size_t first = group * width;
+        MultiplyArgs args = float_multiply(left_words.get(), steps, columns + first * steps, steps);
+        args.steps = steps;
+        args.rows = size;
+        args.columns = std::min(width, size - first);
+        args.sums = sums + first;
+        args.stride = out_stride;
+        args.add = chunk != 0;
+        args.alpha = alpha;
+        args.beta = beta;
+        args.addend = added + (added ? first : 0);
+        args.addend_stride = addend_stride;
+        args.upper = true;
+        args.first_column = first;
+        kernels.multiply(args);
+    };
+#pragma omp parallel num_threads(parts)
+    {
+        for (size_t chunk = 0; chunk < chunks; ++chunk) {
+            const size_t k = chunk * kFloatSteps;
+            const size_t steps = std::min(kFloatSteps, depth - k);
+#pragma omp for schedule(static)
+            for (size_t s = 0; s < strips; ++s) {
+                left.pack(kernels, s, k, steps, left_words.get() + s * steps * kStrip);
+                if (b != 0) {
+                    right.pack(kernels, s, k, steps, right_words.get() + s * steps * kStrip);
+                }
+            }
+            // From the right, where a group of columns has the most rows.
+#pragma omp for schedule(dynamic, 1)
+            for (size_t group = 0; group < groups; ++group) {
+                run_group(groups - 1 - group, chunk, steps);
+            }
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (size_t s = 0; s < strips; ++s) {
+            kernels.mirror(sums, out_stride, s * kStrip, std::min(size, (s + 1) * kStrip));
+        }
+    }
+}
+
+void code_gram(size_t rows, size_t columns, int bits, uintptr_t levels, uintptr_t packed,
+               size_t row_bytes, uintptr_t scales, uintptr_t out, int threads) {
+    if (rows == 0) {
+        return;
+    }
+    float* const result = pointer<float>(out, "out");
+    if (columns == 0) {
+        std::fill_n(result, rows * rows, 0.0f);
+        return;
+    }
+    const ProductKernels& kernels = product_kernels();
+    PackCodesArgs codes = code_operand(rows, columns, bits, levels, packed, row_bytes);
+    const float* const row_scales = pointer<const float>(scales, "scales");
+    static_assert(sizeof(float) == sizeof(int32_t), "sums turn into floats in place");
+    int32_t* const sums = reinterpret_cast<int32_t*>(result);
+
+    const int parts = useful_threads(threads, rows * rows * columns / 8);
+    const size_t strips = ceil_divide(rows, kStrip);
+    const size_t width = kernels.group_columns;
+    const size_t groups = ceil_divide(rows, width);
+    const Buffer<uint32_t> words(strips * kStrip * code_steps(kernels, kPanelColumns));
+    std::vector<int32_t> row_sums(rows, 0);
+    codes.row_sums = row_sums.data();
+
+    const auto run_group = [&](size_t group, size_t steps, bool add) {
+        MultiplyArgs args = {};
+        args.type = kernels.code_type;
+        args.a = words.get();
+        args.b = words.get() + group * width * steps;
+        args.a_steps = args.b_steps = args.steps = steps;
+        args.rows = rows;
+        args.columns = std::min(width, rows - group * width);
+        args.sums = sums + group * width;
+        args.stride = rows;
+        args.add = add;
+        args.upper = true;
+        args.first_column = group * width;
+        kernels.multiply(args);
+    };
+#pragma omp parallel num_threads(parts) firstprivate(codes)
+    {
+        for (size_t panel = 0; panel < columns; panel += kPanelColumns) {
+            codes.panel = panel;
+            codes.count = std::min(kPanelColumns, columns - panel);
+            const size_t steps = code_steps(kernels, codes.count);
+#pragma omp for schedule(static)
+            for (size_t s = 0; s < strips; ++s) {
+                codes.to = words.get() + s * steps * kStrip;
+                kernels.pack_code_rows(codes, s * kStrip);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (size_t group = 0; group < groups; ++group) {
+                run_group(groups - 1 - group, steps, panel != 0);
+            }
+        }
+#pragma omp for schedule(dynamic, 16)
+        for (size_t row = 0; row < rows; ++row) {
+            const int32_t correction = kernels.offset ? 128 * row_sums[row] : 0;
+            kernels.scale_sums(sums + row * rows + row, correction, row_scales[row],
+                               row_scales + row, rows - row, result + row * rows + row);
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (size_t s = 0; s < strips; ++s) {
+            kernels.mirror(result, rows, s * kStrip, std::min(rows, (s + 1) * kStrip));
+        }
+    }
+}
+
+void code_product(size_t out_rows, size_t rows, size_t columns, int bits, uintptr_t levels,
+                  uintptr_t packed, size_t row_bytes, uintptr_t scales, uintptr_t a,
+                  ptrdiff_t a_row_stride, ptrdiff_t a_column_stride, uintptr_t out,
+                  size_t out_stride, float beta, int threads) {
+    if (out_rows == 0 || columns == 0) {
+        return;
+    }
+    float* const result = pointer<float>(out, "out");
+    const ProductKernels& kernels = product_kernels();
+    PackCodesArgs codes = code_operand(rows, columns, bits, levels, packed, row_bytes);
+    const size_t steps = code_steps(kernels, rows);
+    const size_t strips = ceil_divide(out_rows, kStrip);
+    const Buffer<uint32_t> high(strips * steps * kStrip);
+    const Buffer<uint32_t> low(strips * steps * kStrip);
+    std::vector<float> limb_scales(out_rows);
+    std::vector<int32_t> high_sums(out_rows), low_sums(out_rows);
+    PackLimbsArgs limbs = {};
+    limbs.a = pointer<const float>(a, "a");
+    limbs.row_stride = a_row_stride;
+    limbs.k_stride = a_column_stride;
+    limbs.rows = out_rows;
+    limbs.depth = rows;
+    limbs.factors = pointer<const float>(scales, "scales");
+    limbs.steps = steps;
+    limbs.scales = limb_scales.data();
+    limbs.high_sums = high_sums.data();
+    limbs.low_sums = low_sums.data();
+
+    const int parts = useful_threads(threads, out_rows * rows * columns / 4);
+    const size_t width = kernels.group_columns;
+    const size_t packed_steps = ceil_divide(rows, codes_per_word(kernels));
+    const Buffer<uint32_t> words(kPanelColumns * packed_steps);
+    // The sums of both limbs of a group of columns, for one thread.
+    const Buffer<int32_t> sums(static_cast<size_t>(parts) * 2 * out_rows * width);
+    const Buffer<float> scratch(static_cast<size_t>(parts) * rows);
+    const int32_t offset = kernels.offset ? 128 : 0;
+
+    const auto run_group = [&](size_t panel, size_t count, size_t group, int32_t* upper) {
+        int32_t* const lower = upper + out_rows * width;
+        const size_t first = group * width;
+        MultiplyArgs args = {};
+        args.type = kernels.code_type;
+        args.a_steps = steps;
+        args.b = words.get() + first * packed_steps;
+        args.b_steps = args.steps = packed_steps;
+        args.rows = out_rows;
+        args.columns = std::min(width, count - first);
+        args.stride = width;
+        args.a = high.get();
+        args.sums = upper;
+        kernels.multiply(args);
+        args.a = low.get();
+        args.sums = lower;
+        kernels.multiply(args);
+        for (size_t row = 0; row < out_rows; ++row) {
+            kernels.join_limbs(upper + row * width, lower + row * width, offset * high_sums[row],
+                               offset * low_sums[row], limb_scales[row], beta, args.columns,
+                               result + row * out_stride + panel + first);
+        }
+    };
+#pragma omp parallel num_threads(parts) firstprivate(codes, limbs)
+    {
+#pragma omp for schedule(static)
+        for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
+            limbs.scratch = scratch.get() + part * rows;
+            for (size_t s = part; s < strips; s += static_cast<size_t>(parts)) {
+                limbs.high = high.get() + s * steps * kStrip;
+                limbs.low = low.get() + s * steps * kStrip;
+                kernels.pack_limbs(limbs, s * kStrip);
+            }
+        }
+        for (size_t panel = 0; panel < columns; panel += kPanelColumns) {
+            codes.panel = panel;
+            codes.count = std::min(kPanelColumns, columns - panel);
+            codes.to = words.get();
+#pragma omp for schedule(static)
+            for (size_t step = 0; step < packed_steps; ++step) {
+                kernels.pack_code_columns(codes, step);
+            }
+            const size_t groups = ceil_divide(codes.count, width);
+#pragma omp for schedule(static)
+            for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
+                int32_t* const upper = sums.get() + part * 2 * out_rows * width;
+                for (size_t group = part; group < groups; group += static_cast<size_t>(parts)) {
+                    run_group(panel, codes.count, group, upper);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace lowbit
