@@ -17,7 +17,7 @@ LAYERS = (
     ("backends",),
     ("codec",),
     ("products", "newton_schulz", "power_iteration", "root_iteration", "spectral"),
-    ("row_source", "quantized_matrix", "momentum_state", "parameter_state"),
+    ("row_source", "quantized_matrix", "momentum_state", "lut_gemm", "parameter_state"),
     ("checkpoint",),
     ("checkpoint_momentum", "checkpoint_adam"),
     ("muon",),

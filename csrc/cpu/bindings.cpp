@@ -39,7 +39,10 @@ PYBIND11_MODULE(_cpu, m) {
           arg("threads"));
     m.def("code_gram", &lowbit::code_gram, release_gil(), py::kw_only(), arg("rows"),
           arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
-          arg("scales"), arg("out"), arg("threads"));
+          arg("scales"), arg("block_size"), arg("out"), arg("threads"));
+    m.def("rounded_gram", &lowbit::rounded_gram, release_gil(), py::kw_only(), arg("rows"),
+          arg("columns"), arg("x"), arg("row_stride"), arg("column_stride"), arg("out"),
+          arg("threads"));
     m.def("code_product", &lowbit::code_product, release_gil(), py::kw_only(), arg("out_rows"),
           arg("rows"), arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
           arg("scales"), arg("a"), arg("a_row_stride"), arg("a_column_stride"), arg("out"),

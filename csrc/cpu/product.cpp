@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -269,8 +270,124 @@ void symmetric_product(size_t size, size_t depth, uintptr_t a, ptrdiff_t a_row_s
     }
 }
 
+namespace {
+
+// What a Gram matrix in integers is made of.
+struct IntegerRows {
+    WordType type;
+    size_t rows, columns;
+    size_t segment;           // columns whose products share their scales; a multiple of a word
+    const float* scales;      // [segments][rows]
+    const int32_t* row_sums;  // [rows, segments], once packed; null: nothing to correct
+
+    size_t segments() const { return ceil_divide(columns, segment); }
+    size_t per_word() const { return type == WordType::int8 ? 4 : 2; }
+};
+
+// out <- X X^T. Integer sums of a segment are scaled when they are complete: at the end if one
+// segment covers the row, so that the sums wait in `out`, else segment by segment.
+// pack(strip, panel, count, to) fills a strip of the columns [panel, panel + count).
+template <typename Pack>
+void integer_gram(const IntegerRows& x, float* out, int threads, const Pack& pack) {
+    const ProductKernels& kernels = product_kernels();
+    const size_t rows = x.rows;
+    const int parts = useful_threads(threads, rows * rows * x.columns / 8);
+    const size_t strips = ceil_divide(rows, kStrip);
+    const size_t width = kernels.group_columns;
+    const size_t groups = ceil_divide(rows, width);
+    const bool whole_rows = x.segments() == 1;
+    const Buffer<uint32_t> words(strips * kStrip * kPanelColumns / x.per_word());
+    const Buffer<int32_t> segment_sums(whole_rows ? 0 : static_cast<size_t>(parts) * rows * width);
+    static_assert(sizeof(float) == sizeof(int32_t), "sums turn into floats in place");
+
+    const auto scale_row = [&](size_t row, size_t first, size_t count, size_t segment,
+                               const int32_t* sums, bool add) {
+        const int32_t correction =
+            x.row_sums != nullptr ? 128 * x.row_sums[row * x.segments() + segment] : 0;
+        const float* const scales = x.scales + segment * rows;
+        kernels.scale_sums(sums, correction, scales[row], scales + first, count, add,
+                           out + row * rows + first);
+    };
+    const auto run_group = [&](size_t group, size_t panel, size_t count, size_t strip_steps,
+                               int32_t* own_sums) {
+        const size_t first = group * width;
+        MultiplyArgs args = {};
+        args.type = x.type;
+        args.a_steps = args.b_steps = strip_steps;
+        args.rows = rows;
+        args.columns = std::min(width, rows - first);
+        args.upper = true;
+        args.first_column = first;
+        args.sums = whole_rows ? reinterpret_cast<int32_t*>(out) + first : own_sums;
+        args.stride = whole_rows ? rows : width;
+        args.add = whole_rows && panel != 0;
+        for (size_t column = panel; column < panel + count;) {
+            const size_t segment = column / x.segment;
+            const size_t end = std::min(panel + count, (segment + 1) * x.segment);
+            const size_t step = (column - panel) / x.per_word();
+            args.a = words.get() + step * kStrip;
+            args.b = args.a + first * strip_steps;
+            args.steps = ceil_divide(end - panel, x.per_word()) - step;
+            kernels.multiply(args);
+            for (size_t row = 0; !whole_rows && row < std::min(rows, first + width); ++row) {
+                scale_row(row, first, args.columns, segment, own_sums + row * width, column != 0);
+            }
+            column = end;
+        }
+    };
+#pragma omp parallel num_threads(parts)
+    {
+        for (size_t panel = 0; panel < x.columns; panel += kPanelColumns) {
+            const size_t count = std::min(kPanelColumns, x.columns - panel);
+            const size_t steps = ceil_divide(ceil_divide(count, x.per_word()), 4) * 4;
+#pragma omp for schedule(static)
+            for (size_t s = 0; s < strips; ++s) {
+                pack(s, panel, count, words.get() + s * steps * kStrip);
+            }
+#pragma omp for schedule(static)
+            for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
+                int32_t* const own = segment_sums.get() + (whole_rows ? 0 : part * rows * width);
+                // From the right, where a group of columns has the most rows, in turn.
+                for (size_t g = part; g < groups; g += static_cast<size_t>(parts)) {
+                    run_group(groups - 1 - g, panel, count, steps, own);
+                }
+            }
+        }
+        if (whole_rows) {
+#pragma omp for schedule(dynamic, 16)
+            for (size_t row = 0; row < rows; ++row) {
+                scale_row(row, row, rows - row, 0,
+                          reinterpret_cast<int32_t*>(out) + row * rows + row, false);
+            }
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (size_t s = 0; s < strips; ++s) {
+            kernels.mirror(out, rows, s * kStrip, std::min(rows, (s + 1) * kStrip));
+        }
+    }
+}
+
+// Scales [rows, blocks] -> [segments][rows], where segment s lies in block s * segment /
+// block_size.
+std::vector<float> segment_scales(const float* scales, const IntegerRows& x, size_t block_size) {
+    const size_t blocks = ceil_divide(x.columns, block_size);
+    std::vector<float> result(x.segments() * x.rows);
+    for (size_t segment = 0; segment < x.segments(); ++segment) {
+        const size_t block = segment * x.segment / block_size;
+        for (size_t row = 0; row < x.rows; ++row) {
+            result[segment * x.rows + row] = scales[row * blocks + block];
+        }
+    }
+    return result;
+}
+
+// Columns whose products of whole numbers up to kWholeLimit fit an int32 sum.
+constexpr size_t kWholeSegment = 256;
+
+}  // namespace
+
 void code_gram(size_t rows, size_t columns, int bits, uintptr_t levels, uintptr_t packed,
-               size_t row_bytes, uintptr_t scales, uintptr_t out, int threads) {
+               size_t row_bytes, uintptr_t scales, size_t block_size, uintptr_t out, int threads) {
     if (rows == 0) {
         return;
     }
@@ -280,61 +397,80 @@ void code_gram(size_t rows, size_t columns, int bits, uintptr_t levels, uintptr_
         return;
     }
     const ProductKernels& kernels = product_kernels();
+    const bool whole_rows = block_size >= columns;
+    expect(whole_rows || (block_size > 0 && block_size % 4 == 0 &&
+                          (kPanelColumns % block_size == 0 || block_size % kPanelColumns == 0)),
+           "block_size: expected all columns, or a multiple of 4 that divides " +
+               std::to_string(kPanelColumns) + " or is a multiple of it, got " +
+               std::to_string(block_size));
     PackCodesArgs codes = code_operand(rows, columns, bits, levels, packed, row_bytes);
-    const float* const row_scales = pointer<const float>(scales, "scales");
-    static_assert(sizeof(float) == sizeof(int32_t), "sums turn into floats in place");
-    int32_t* const sums = reinterpret_cast<int32_t*>(result);
+    IntegerRows x = {};
+    x.type = kernels.code_type;
+    x.rows = rows;
+    x.columns = columns;
+    x.segment = whole_rows ? columns : std::min(block_size, kPanelColumns);
+    const std::vector<float> by_segment =
+        segment_scales(pointer<const float>(scales, "scales"), x, std::min(block_size, columns));
+    x.scales = by_segment.data();
+    std::vector<int32_t> row_sums(kernels.offset ? rows * x.segments() : 0, 0);
+    x.row_sums = kernels.offset ? row_sums.data() : nullptr;
+    codes.row_sums = kernels.offset ? row_sums.data() : nullptr;
+    codes.sums_per_row = x.segments();
+    codes.sum_block = x.segment;
+    integer_gram(x, result, threads, [&](size_t strip, size_t panel, size_t count, uint32_t* to) {
+        PackCodesArgs args = codes;
+        args.panel = panel;
+        args.count = count;
+        args.to = to;
+        kernels.pack_code_rows(args, strip * kStrip);
+    });
+}
 
-    const int parts = useful_threads(threads, rows * rows * columns / 8);
-    const size_t strips = ceil_divide(rows, kStrip);
-    const size_t width = kernels.group_columns;
-    const size_t groups = ceil_divide(rows, width);
-    const Buffer<uint32_t> words(strips * kStrip * code_steps(kernels, kPanelColumns));
-    std::vector<int32_t> row_sums(rows, 0);
-    codes.row_sums = row_sums.data();
-
-    const auto run_group = [&](size_t group, size_t steps, bool add) {
-        MultiplyArgs args = {};
-        args.type = kernels.code_type;
-        args.a = words.get();
-        args.b = words.get() + group * width * steps;
-        args.a_steps = args.b_steps = args.steps = steps;
-        args.rows = rows;
-        args.columns = std::min(width, rows - group * width);
-        args.sums = sums + group * width;
-        args.stride = rows;
-        args.add = add;
-        args.upper = true;
-        args.first_column = group * width;
-        kernels.multiply(args);
-    };
-#pragma omp parallel num_threads(parts) firstprivate(codes)
-    {
-        for (size_t panel = 0; panel < columns; panel += kPanelColumns) {
-            codes.panel = panel;
-            codes.count = std::min(kPanelColumns, columns - panel);
-            const size_t steps = code_steps(kernels, codes.count);
-#pragma omp for schedule(static)
-            for (size_t s = 0; s < strips; ++s) {
-                codes.to = words.get() + s * steps * kStrip;
-                kernels.pack_code_rows(codes, s * kStrip);
-            }
-#pragma omp for schedule(dynamic, 1)
-            for (size_t group = 0; group < groups; ++group) {
-                run_group(groups - 1 - group, steps, panel != 0);
-            }
-        }
-#pragma omp for schedule(dynamic, 16)
-        for (size_t row = 0; row < rows; ++row) {
-            const int32_t correction = kernels.offset ? 128 * row_sums[row] : 0;
-            kernels.scale_sums(sums + row * rows + row, correction, row_scales[row],
-                               row_scales + row, rows - row, result + row * rows + row);
-        }
-#pragma omp for schedule(dynamic, 4)
-        for (size_t s = 0; s < strips; ++s) {
-            kernels.mirror(result, rows, s * kStrip, std::min(rows, (s + 1) * kStrip));
+void rounded_gram(size_t rows, size_t columns, uintptr_t x, ptrdiff_t row_stride,
+                  ptrdiff_t column_stride, uintptr_t out, int threads) {
+    if (rows == 0) {
+        return;
+    }
+    float* const result = pointer<float>(out, "out");
+    if (columns == 0) {
+        std::fill_n(result, rows * rows, 0.0f);
+        return;
+    }
+    const ProductKernels& kernels = product_kernels();
+    PackWholeArgs floats = {};
+    floats.x = pointer<const float>(x, "x");
+    floats.row_stride = row_stride;
+    floats.column_stride = column_stride;
+    floats.rows = rows;
+    std::vector<float> inverses(rows);
+    floats.inverses = inverses.data();
+    IntegerRows whole = {};
+    whole.type = WordType::int16;
+    whole.rows = rows;
+    whole.columns = columns;
+    whole.segment = kWholeSegment;
+    std::vector<float> scales(rows * whole.segments());
+    for (size_t row = 0; row < rows; ++row) {
+        const float largest = kernels.largest_of_row(
+            floats.x + static_cast<ptrdiff_t>(row) * row_stride, column_stride, columns);
+        const bool finite = largest - largest == 0.0f;
+        const float scale =
+            finite ? largest / kWholeLimit : std::numeric_limits<float>::quiet_NaN();
+        const bool usable = finite && scale >= std::numeric_limits<float>::min();
+        inverses[row] = usable ? kWholeLimit / largest : 0.0f;
+        for (size_t segment = 0; segment < whole.segments(); ++segment) {
+            scales[segment * rows + row] = scale;
         }
     }
+    whole.scales = scales.data();
+    integer_gram(whole, result, threads,
+                 [&](size_t strip, size_t panel, size_t count, uint32_t* to) {
+                     PackWholeArgs args = floats;
+                     args.panel = panel;
+                     args.count = count;
+                     args.to = to;
+                     kernels.pack_whole(args, strip * kStrip);
+                 });
 }
 
 void code_product(size_t out_rows, size_t rows, size_t columns, int bits, uintptr_t levels,

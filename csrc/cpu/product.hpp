@@ -30,14 +30,23 @@ void symmetric_product(size_t size, size_t depth,
                        uintptr_t out,  // float32 [size, size], rows contiguous
                        size_t out_stride, float alpha, float beta, int threads);
 
-// out <- X X^T of X = levels[code] * scale of its row, summed in exact integers.
+// out <- X X^T of X = levels[code] * scale of its block of columns, summed in exact integers.
 void code_gram(size_t rows, size_t columns, int bits,
                uintptr_t levels,  // int8 [256]
                uintptr_t packed,  // uint8 [rows, row_bytes]
                size_t row_bytes,
-               uintptr_t scales,  // float32 [rows]
-               uintptr_t out,     // float32 [rows, rows]
+               uintptr_t scales,   // float32 [rows, ceil(columns / block_size)]
+               size_t block_size,  // all columns, or a multiple of 4 that goes with 512
+               uintptr_t out,      // float32 [rows, rows]
                int threads);
+
+// out <- X X^T of X rounded, row by row, to whole multiples of a 2896th of the row's largest
+// magnitude; every 256 columns are summed in exact integers.
+void rounded_gram(size_t rows, size_t columns,
+                  uintptr_t x,  // float32 [rows, columns]
+                  ptrdiff_t row_stride, ptrdiff_t column_stride,
+                  uintptr_t out,  // float32 [rows, rows]
+                  int threads);
 
 // out <- a X + beta * out with a * diag(scales) rounded to 16 bits, in two limbs of int8.
 void code_product(size_t out_rows, size_t rows, size_t columns, int bits,

@@ -30,6 +30,16 @@ class PackedCodes:
         return dataclasses.replace(self, packed=self.packed[rows], scales=self.scales[rows])
 
 
+# int32 holds that many products of 127 with 127 (a Gram matrix) or 128 (a limb, see code_product).
+MAX_INTEGER_TERMS = (2**31 - 1) // (127 * 128)
+# The largest whole number whose limbs 256*h + l, l in [-128, 127], have |h| <= 127.
+LIMB_LIMIT = 127 * 256 + 127
+# Blocks of scales are summed in integers over so many columns at most.
+INTEGER_SEGMENT = 512
+# Of `rounded_gram`: so many products of two numbers up to the limit fit an int32.
+WHOLE_LIMIT, WHOLE_SEGMENT = 2896, 256
+
+
 def reads_integer_codes(codes: PackedCodes) -> bool:
     """Whether `code_gram` and `code_product` take these codes."""
     try:
@@ -39,23 +49,26 @@ def reads_integer_codes(codes: PackedCodes) -> bool:
     return True
 
 
-def check_integer_codes(codes: PackedCodes) -> None:
-    """Raise ValueError unless integer products can read the codes: levels that are whole numbers of
-    at most 127, one scale a row, and sums of products that stay within int32."""
-    levels = codes.codebook.levels
+def check_integer_codes(codes: PackedCodes, *, blocks: bool = False) -> None:
+    """Raise ValueError unless integer products can read the codes.
+
+    They need levels that are whole numbers of at most 127, sums that stay within int32, and one
+    scale a row or, where `blocks` are taken, blocks of a multiple of four columns that divides
+    INTEGER_SEGMENT or is a multiple of it.
+    """
+    levels, columns = codes.codebook.levels, codes.columns
     if any(level != int(level) or abs(level) > 127 for level in levels):
         raise ValueError(f"codes: expected whole levels of at most 127, got {levels}")
-    if codes.scales.shape[1] != 1:
-        raise ValueError(f"codes: expected one scale a row, got {codes.scales.shape[1]}")
-    terms = max(codes.columns, codes.packed.shape[0])
+    block = codes.layout.effective_block(columns)
+    aligned = INTEGER_SEGMENT % block == 0 or block % INTEGER_SEGMENT == 0
+    if block < columns and not (blocks and block % 4 == 0 and aligned):
+        expected = "one scale a row"
+        if blocks:
+            expected += f" or blocks of a multiple of 4 that goes with {INTEGER_SEGMENT}"
+        raise ValueError(f"codes: expected {expected}, got one for {block} of {columns} columns")
+    terms = max(columns, codes.packed.shape[0])
     if terms > MAX_INTEGER_TERMS:
         raise ValueError(f"codes: expected at most {MAX_INTEGER_TERMS} terms a sum, got {terms}")
-
-
-# int32 holds that many products of 127 with 127 (a Gram matrix) or 128 (a limb, see code_product).
-MAX_INTEGER_TERMS = (2**31 - 1) // (127 * 128)
-# The largest whole number whose limbs 256*h + l, l in [-128, 127], have |h| <= 127.
-LIMB_LIMIT = 127 * 256 + 127
 
 
 class Backend(Protocol):
@@ -139,10 +152,19 @@ class Backend(Protocol):
         """
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
-        """X X^T, float32 [m, m], of X = levels[code] * scale of its row, summed in exact integers.
+        """X X^T, float32 [m, m], of X = levels[code] * scale, summed in exact integers.
 
-        Entry (i, j) is float32(sum) * (scale_i * scale_j), each operation rounded to float32.
-        Raises ValueError for codes that `check_integer_codes` does not take.
+        With one scale a row, entry (i, j) is float32(sum) * (scale_i * scale_j); with blocks it is
+        the sum of such terms over the blocks (or their parts of INTEGER_SEGMENT columns) in order;
+        each operation rounded to float32. Raises ValueError for codes that `check_integer_codes`
+        does not take.
+        """
+
+    def rounded_gram(self, x: Tensor) -> Tensor:
+        """X X^T, float32 [m, m], of float32 X [m, n] rounded to whole numbers, row by row.
+
+        The unit is a WHOLE_LIMIT-th of the row's largest magnitude. Products are summed exactly
+        over WHOLE_SEGMENT columns, the segments in float32 like the blocks of `code_gram`.
         """
 
     def code_product(

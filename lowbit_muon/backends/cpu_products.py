@@ -98,11 +98,32 @@ class CpuProducts:
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """See `Backend.code_gram`."""
+        check_integer_codes(codes, blocks=True)
         operand = _CodeOperand(codes)
         rows = codes.packed.shape[0]
         out = torch.empty(rows, rows)
         self._extension.code_gram(
-            rows=rows, out=out.data_ptr(), threads=torch.get_num_threads(), **operand.arguments
+            rows=rows,
+            block_size=codes.layout.effective_block(codes.columns),
+            out=out.data_ptr(),
+            threads=torch.get_num_threads(),
+            **operand.arguments,
+        )
+        return out
+
+    def rounded_gram(self, x: Tensor) -> Tensor:
+        """See `Backend.rounded_gram`."""
+        check(x, "x", None, torch.float32)
+        rows, columns = x.shape
+        out = torch.empty(rows, rows)
+        self._extension.rounded_gram(
+            rows=rows,
+            columns=columns,
+            x=x.data_ptr(),
+            row_stride=x.stride(0),
+            column_stride=x.stride(1),
+            out=out.data_ptr(),
+            threads=torch.get_num_threads(),
         )
         return out
 
@@ -110,6 +131,7 @@ class CpuProducts:
         self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
         """See `Backend.code_product`."""
+        check_integer_codes(codes)
         operand = _CodeOperand(codes)
         rows = codes.packed.shape[0]
         check(a, "a", (*a.shape[:1], rows), torch.float32)
@@ -131,10 +153,9 @@ class _CodeOperand:
     """Arguments that describe codes, and the tensors that must live while they are used."""
 
     def __init__(self, codes: PackedCodes) -> None:
-        check_integer_codes(codes)
         rows, layout = codes.packed.shape[0], codes.layout
         check(codes.packed, "packed", (rows, layout.row_bytes(codes.columns)), torch.uint8)
-        check(codes.scales, "scales", (rows, 1), torch.float32)
+        check(codes.scales, "scales", (rows, layout.blocks(codes.columns)), torch.float32)
         self.packed, self.scales = codes.packed.contiguous(), codes.scales.contiguous()
         self.levels = _byte_levels(codes.codebook)
         self.arguments = {

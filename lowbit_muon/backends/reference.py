@@ -12,7 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import LIMB_LIMIT, PackedCodes, check_integer_codes
+from lowbit_muon.backends.base import (
+    INTEGER_SEGMENT,
+    LIMB_LIMIT,
+    WHOLE_LIMIT,
+    WHOLE_SEGMENT,
+    PackedCodes,
+    check_integer_codes,
+)
 from lowbit_muon.formats import CHUNK_BYTES, Codebook, CodeLayout, rotation_signs
 
 # Scales below the smallest normal float32 are stored as zero: their reciprocal would overflow.
@@ -231,16 +238,25 @@ class ReferenceBackend:
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """See `Backend.code_gram`."""
-        levels = integer_levels(codes)
-        scales = codes.scales[:, 0]
-        return (levels @ levels.mT).float() * torch.outer(scales, scales)
+        check_integer_codes(codes, blocks=True)
+        block = codes.layout.effective_block(codes.columns)
+        segment = block if block == codes.columns else min(block, INTEGER_SEGMENT)
+        scales = expand_scales(codes.scales, codes.layout, codes.columns)[:, ::segment]
+        return gram_by_segments(integer_levels(codes), scales, segment)
+
+    def rounded_gram(self, x: Tensor) -> Tensor:
+        """See `Backend.rounded_gram`."""
+        whole, scales = round_to_whole(x, WHOLE_LIMIT)
+        segments = -(-x.shape[1] // WHOLE_SEGMENT)
+        return gram_by_segments(whole, scales.expand(-1, segments), WHOLE_SEGMENT)
 
     def code_product(
         self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
         """See `Backend.code_product`."""
+        check_integer_codes(codes)
         levels = integer_levels(codes)
-        whole, scales = round_to_limbs(a * codes.scales[:, 0])
+        whole, scales = round_to_whole(a * codes.scales[:, 0], LIMB_LIMIT)
         low = (whole + 128) % 256 - 128
         high = (whole - low) / 256
         result = scales * (256 * (high @ levels).float() + (low @ levels).float())
@@ -250,24 +266,35 @@ class ReferenceBackend:
 
 
 def integer_levels(codes: PackedCodes) -> Tensor:
-    """The levels of codes as float64 [m, n], in which integer sums are exact.
-
-    Raises ValueError for codes that `check_integer_codes` does not take.
-    """
-    check_integer_codes(codes)
+    """The levels of codes as float64 [m, n], in which integer sums are exact."""
     ones = torch.ones_like(codes.scales)
     return decode(dataclasses.replace(codes, scales=ones)).double()
 
 
-def round_to_limbs(a: Tensor) -> tuple[Tensor, Tensor]:
-    """(whole, scales): a = scales * whole to half a unit, |whole| <= LIMB_LIMIT.
+def gram_by_segments(whole: Tensor, scales: Tensor, segment: int) -> Tensor:
+    """X X^T, float32 [m, m]: exact sums over `segment` columns, scaled and added up in float32.
+
+    whole: float64 [m, n] of whole numbers; scales: float32 [m, ceil(n / segment)].
+    """
+    m, n = whole.shape
+    total = torch.zeros(m, m, dtype=torch.float32, device=whole.device)
+    for index, part in enumerate(whole.split(segment, dim=1) if n else ()):
+        scale = scales[:, index]
+        total += (part @ part.mT).float() * torch.outer(scale, scale)
+    return total
+
+
+def round_to_whole(a: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """(whole, scales): a = scales * whole to half a unit, |whole| <= limit.
 
     a: float32 [k, m]; whole: float64 [k, m]; scales: float32 [k, 1]. A row that is not finite has
     the scale NaN, one too small to divide by the whole numbers zero.
     """
     largest = a.abs().amax(dim=1, keepdim=True) if a.numel() else a.new_zeros(a.shape[0], 1)
-    scales = largest / LIMB_LIMIT
+    # (number / tensor would multiply by a rounded reciprocal)
+    limits = torch.full_like(largest, limit)
+    scales = largest / limits
     usable = (scales >= SMALLEST_SCALE) & largest.isfinite()
-    inverse = torch.where(usable, LIMB_LIMIT / largest, torch.zeros_like(largest))
+    inverse = torch.where(usable, limits / largest, torch.zeros_like(largest))
     whole = torch.where(usable, a * inverse, torch.zeros_like(a)).round().double()
     return whole, torch.where(largest.isfinite(), scales, torch.full_like(scales, math.nan))

@@ -131,7 +131,24 @@ struct PackCodesArgs {
     size_t panel;          // first column, a multiple of kPanelColumns
     size_t count;          // columns, at most kPanelColumns
     uint32_t* to;          // [strips][steps][16]
-    int32_t* row_sums;     // [rows]: sums of levels are added to it; null: not needed
+    // [rows, sums_per_row]: the sum of the levels of each `sum_block` columns is added to it; null:
+    // not needed.
+    int32_t* row_sums;
+    size_t sums_per_row;
+    size_t sum_block;
+};
+
+// Rows of floats rounded to whole numbers of int16: a strip of the columns [panel, panel + count).
+constexpr int kWholeLimit = 2896;  // 256 squares of it are the last that fit an int32
+struct PackWholeArgs {
+    const float* x;  // element (i, j) at i * row_stride + j * column_stride
+    ptrdiff_t row_stride;
+    ptrdiff_t column_stride;
+    size_t rows;
+    const float* inverses;  // [rows]: what a row is multiplied by before it is rounded
+    size_t panel;
+    size_t count;  // at most kPanelColumns
+    uint32_t* to;  // [steps][16]
 };
 
 // Rows of a * diag(factors), each in two limbs of int8 and one scale: scale * (256 * high + low),
@@ -180,11 +197,15 @@ struct ProductKernels {
     void (*pack_floats)(const PackFloatsArgs& args);
     void (*pack_code_rows)(const PackCodesArgs& args, size_t first_row);  // one strip
     void (*pack_code_columns)(const PackCodesArgs& args, size_t step);    // all strips
-    void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);      // one strip
+    void (*pack_whole)(const PackWholeArgs& args, size_t first_row);      // one strip
+    // the largest magnitude of a row; NaN if it holds one
+    float (*largest_of_row)(const float* x, ptrdiff_t column_stride, size_t columns);
+    void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);  // one strip
     void (*multiply)(const MultiplyArgs& args);
-    // out[i] = (sums[i] - correction) * (row_scale * scales[i]); out may be the sums
+    // out[i] (+)= (sums[i] - correction) * (row_scale * scales[i]); without adding, out may be the
+    // sums
     void (*scale_sums)(const int32_t* sums, int32_t correction, float row_scale,
-                       const float* scales, size_t count, float* out);
+                       const float* scales, size_t count, bool add, float* out);
     // out[i] = beta * out[i] + scale * (256 * (high[i] - high_correction) + low[i] -
     // low_correction)
     void (*join_limbs)(const int32_t* high, const int32_t* low, int32_t high_correction,

@@ -100,6 +100,19 @@ inline void levels_to_words(int8_t* levels, size_t count, uint32_t* words) {
 
 constexpr size_t kPanelWords = kPanelColumns / kCodesPerWord;
 
+// Adds the levels of a panel of one row to the sums of its blocks.
+inline void add_level_sums(const PackCodesArgs& args, const int8_t* levels, int32_t* sums) {
+    for (size_t c = 0; c < args.count;) {
+        const size_t block = (args.panel + c) / args.sum_block;
+        const size_t end = min_size(args.count, (block + 1) * args.sum_block - args.panel);
+        int32_t sum = 0;
+        for (; c < end; ++c) {
+            sum += levels[c];
+        }
+        sums[block] += sum;
+    }
+}
+
 void pack_code_rows(const PackCodesArgs& args, size_t first_row) {
     // Off a power of two, or the rows of a column would compete for the same set of the cache.
     constexpr size_t stride = kPanelWords + 16;
@@ -115,11 +128,7 @@ void pack_code_rows(const PackCodesArgs& args, size_t first_row) {
         }
         levels_to_words(levels, args.count, words + i * stride);
         if (args.row_sums != nullptr && i < rows) {
-            int32_t sum = 0;
-            for (size_t c = 0; c < args.count; ++c) {
-                sum += levels[c];
-            }
-            args.row_sums[first_row + i] += sum;
+            add_level_sums(args, levels, args.row_sums + (first_row + i) * args.sums_per_row);
         }
     }
     interleave_rows(words, stride, ceil_divide(steps, 4) * 4, args.to);
@@ -163,6 +172,48 @@ inline int32_t round_to_int(float x) {
     int32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
     return bits - 0x4b400000;
+}
+
+void pack_whole(const PackWholeArgs& args, size_t first_row) {
+    constexpr size_t stride = kPanelColumns / 2 + 16;
+    alignas(64) uint32_t words[kStrip * stride];
+    const size_t rows = min_size(kStrip, args.rows - first_row);
+    memset(words, 0, sizeof words);
+    for (size_t i = 0; i < rows; ++i) {
+        const float* const x = args.x + static_cast<ptrdiff_t>(first_row + i) * args.row_stride +
+                               static_cast<ptrdiff_t>(args.panel) * args.column_stride;
+        const float inverse = args.inverses[first_row + i];
+        int16_t* const to = reinterpret_cast<int16_t*>(words + i * stride);
+        if (args.column_stride == 1) {
+            for (size_t c = 0; c < args.count; ++c) {
+                to[c] = static_cast<int16_t>(round_to_int(x[c] * inverse));
+            }
+        } else {
+            for (size_t c = 0; c < args.count; ++c) {
+                const float value = x[static_cast<ptrdiff_t>(c) * args.column_stride];
+                to[c] = static_cast<int16_t>(round_to_int(value * inverse));
+            }
+        }
+    }
+    interleave_rows(words, stride, ceil_divide(ceil_divide(args.count, 2), 4) * 4, args.to);
+}
+
+float largest_of_row(const float* x, ptrdiff_t column_stride, size_t columns) {
+    if (column_stride == 1) {
+        return largest_magnitude(x, columns);
+    }
+    float largest = 0.0f;
+    for (size_t c = 0; c < columns; ++c) {
+        const float value = x[static_cast<ptrdiff_t>(c) * column_stride];
+        const float magnitude = value < 0.0f ? -value : value;
+        if (!(magnitude <= largest)) {  // a NaN stays
+            largest = magnitude;
+        }
+        if (largest != largest) {
+            break;
+        }
+    }
+    return largest;
 }
 
 void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
@@ -374,11 +425,13 @@ void multiply(const MultiplyArgs& args) {
 // ---- After the last step ----
 
 void scale_sums(const int32_t* sums, int32_t correction, float row_scale, const float* scales,
-                size_t count, float* out) {
+                size_t count, bool add, float* out) {
     for (size_t i = 0; i < count; ++i) {
         // Unsigned, since the corrections may pass the range of int32 on their way.
         const uint32_t exact = static_cast<uint32_t>(sums[i]) - static_cast<uint32_t>(correction);
-        out[i] = static_cast<float>(static_cast<int32_t>(exact)) * (row_scale * scales[i]);
+        const float value =
+            static_cast<float>(static_cast<int32_t>(exact)) * (row_scale * scales[i]);
+        out[i] = add ? out[i] + value : value;
     }
 }
 
@@ -417,6 +470,8 @@ const ProductKernels product_kernels = {kCodeType,
                                         pack_floats,
                                         pack_code_rows,
                                         pack_code_columns,
+                                        pack_whole,
+                                        largest_of_row,
                                         pack_limbs,
                                         multiply,
                                         scale_sums,
