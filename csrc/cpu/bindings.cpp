@@ -48,6 +48,8 @@ PYBIND11_MODULE(_cpu, m) {
           arg("scales"), arg("a"), arg("a_row_stride"), arg("a_column_stride"), arg("out"),
           arg("out_stride"), arg("beta"), arg("threads"));
 
+    m.def("take_most_workspace", &lowbit::take_most_workspace);
+
     m.def("isa", &lowbit::current_isa);
     m.def("supported_isas", &lowbit::supported_isas);
     m.def("set_isa", &lowbit::set_isa, arg("name"));

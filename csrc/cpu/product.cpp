@@ -1,6 +1,7 @@
 #include "product.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -43,20 +44,32 @@ struct FreeMemory {
     void operator()(void* memory) const { std::free(memory); }
 };
 
+// Bytes that buffers hold now, and the most they have held since somebody asked.
+std::atomic<size_t> buffer_bytes{0};
+std::atomic<size_t> most_buffer_bytes{0};
+
 // Uninitialised memory for whole cache lines.
 template <typename T>
 class Buffer {
   public:
     explicit Buffer(size_t count)
-        : memory_(
-              static_cast<T*>(std::aligned_alloc(64, ceil_divide(count * sizeof(T), 64) * 64))) {
-        if (memory_ == nullptr) {
+        : bytes_(ceil_divide(count * sizeof(T), 64) * 64),
+          memory_(static_cast<T*>(std::aligned_alloc(64, bytes_))) {
+        if (memory_ == nullptr && bytes_ != 0) {
             throw std::bad_alloc();
         }
+        const size_t now = buffer_bytes += bytes_;
+        size_t most = most_buffer_bytes;
+        while (most < now && !most_buffer_bytes.compare_exchange_weak(most, now)) {
+        }
     }
+    ~Buffer() { buffer_bytes -= bytes_; }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
     T* get() const { return memory_.get(); }
 
   private:
+    size_t bytes_;
     std::unique_ptr<T, FreeMemory> memory_;
 };
 
@@ -131,6 +144,10 @@ size_t code_steps(const ProductKernels& kernels, size_t codes) {
 }
 
 }  // namespace
+
+size_t take_most_workspace() {
+    return most_buffer_bytes.exchange(buffer_bytes);
+}
 
 void product(size_t rows, size_t columns, size_t depth, uintptr_t a, ptrdiff_t a_row_stride,
              ptrdiff_t a_column_stride, uintptr_t b, ptrdiff_t b_row_stride,
@@ -302,8 +319,10 @@ void integer_gram(const IntegerRows& x, float* out, int threads, const Pack& pac
 
     const auto scale_row = [&](size_t row, size_t first, size_t count, size_t segment,
                                const int32_t* sums, bool add) {
-        const int32_t correction =
-            x.row_sums != nullptr ? 128 * x.row_sums[row * x.segments() + segment] : 0;
+        const uint32_t correction =
+            x.row_sums != nullptr
+                ? 128 * static_cast<uint32_t>(x.row_sums[row * x.segments() + segment])
+                : 0;
         const float* const scales = x.scales + segment * rows;
         kernels.scale_sums(sums, correction, scales[row], scales + first, count, add,
                            out + row * rows + first);
@@ -508,7 +527,7 @@ void code_product(size_t out_rows, size_t rows, size_t columns, int bits, uintpt
     // The sums of both limbs of a group of columns, for one thread.
     const Buffer<int32_t> sums(static_cast<size_t>(parts) * 2 * out_rows * width);
     const Buffer<float> scratch(static_cast<size_t>(parts) * rows);
-    const int32_t offset = kernels.offset ? 128 : 0;
+    const uint32_t offset = kernels.offset ? 128 : 0;
 
     const auto run_group = [&](size_t panel, size_t count, size_t group, int32_t* upper) {
         int32_t* const lower = upper + out_rows * width;
@@ -528,9 +547,10 @@ void code_product(size_t out_rows, size_t rows, size_t columns, int bits, uintpt
         args.sums = lower;
         kernels.multiply(args);
         for (size_t row = 0; row < out_rows; ++row) {
-            kernels.join_limbs(upper + row * width, lower + row * width, offset * high_sums[row],
-                               offset * low_sums[row], limb_scales[row], beta, args.columns,
-                               result + row * out_stride + panel + first);
+            kernels.join_limbs(upper + row * width, lower + row * width,
+                               offset * static_cast<uint32_t>(high_sums[row]),
+                               offset * static_cast<uint32_t>(low_sums[row]), limb_scales[row],
+                               beta, args.columns, result + row * out_stride + panel + first);
         }
     };
 #pragma omp parallel num_threads(parts) firstprivate(codes, limbs)

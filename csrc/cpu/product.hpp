@@ -10,6 +10,9 @@
 
 namespace lowbit {
 
+// The most bytes that the functions below have held at once since the last call.
+size_t take_most_workspace();
+
 // c <- alpha * a b + beta * c; c is not read if beta is 0.
 void product(size_t rows, size_t columns, size_t depth,
              uintptr_t a,  // float32 [rows, depth]

@@ -72,6 +72,11 @@ def set_isa(name: str) -> None:
     _extension().set_isa(name)
 
 
+def take_most_workspace() -> int:
+    """The most bytes that the products held at once since the last call (torch does not see it)."""
+    return int(_extension().take_most_workspace())
+
+
 class CpuBackend(CpuProducts):
     """`Backend` in C++ with AVX2 or AVX-512, on as many threads as torch uses.
 

@@ -32,8 +32,9 @@ class CpuProducts:
         """See `Backend.product`."""
         check(a, "a", None, torch.float32)
         rows, depth = a.shape
-        check(b, "b", (depth, *b.shape[1:]), torch.float32)
+        check(b, "b", None, torch.float32)
         columns = b.shape[1]
+        check(b, "b", (depth, columns), torch.float32)
         if out is None:
             out = torch.empty(rows, columns)
         check(out, "out", (rows, columns), torch.float32)
@@ -134,8 +135,11 @@ class CpuProducts:
         check_integer_codes(codes)
         operand = _CodeOperand(codes)
         rows = codes.packed.shape[0]
-        check(a, "a", (*a.shape[:1], rows), torch.float32)
+        check(a, "a", None, torch.float32)
+        check(a, "a", (a.shape[0], rows), torch.float32)
         out = output(out, "out", (a.shape[0], codes.columns), torch.float32)
+        if rows == 0:
+            return out.mul_(beta) if beta else out.zero_()
         self._extension.code_product(
             out_rows=a.shape[0],
             rows=rows,

@@ -51,7 +51,7 @@ def unpack_plane(packed: Tensor, bits: int, columns: int) -> Tensor:
     for chunk in packed.split(CHUNK_BYTES, dim=1):
         count = min(remaining, CHUNK_BYTES * fields)
         values = (chunk.unsqueeze(1).int() >> shifts) & (2**bits - 1)
-        chunks.append(values.reshape(chunk.shape[0], -1)[:, :count].to(torch.uint8))
+        chunks.append(values.flatten(1)[:, :count].to(torch.uint8))
         remaining -= count
     return torch.cat(chunks, dim=1)
 
@@ -256,6 +256,8 @@ class ReferenceBackend:
         """See `Backend.code_product`."""
         check_integer_codes(codes)
         levels = integer_levels(codes)
+        if not levels.numel():
+            return self.product(a, levels.float(), out=out, beta=beta)
         whole, scales = round_to_whole(a * codes.scales[:, 0], LIMB_LIMIT)
         low = (whole + 128) % 256 - 128
         high = (whole - low) / 256

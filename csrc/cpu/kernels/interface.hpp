@@ -202,14 +202,15 @@ struct ProductKernels {
     float (*largest_of_row)(const float* x, ptrdiff_t column_stride, size_t columns);
     void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);  // one strip
     void (*multiply)(const MultiplyArgs& args);
+    // Corrections are unsigned, since they may pass the range of int32 on their way.
     // out[i] (+)= (sums[i] - correction) * (row_scale * scales[i]); without adding, out may be the
     // sums
-    void (*scale_sums)(const int32_t* sums, int32_t correction, float row_scale,
+    void (*scale_sums)(const int32_t* sums, uint32_t correction, float row_scale,
                        const float* scales, size_t count, bool add, float* out);
     // out[i] = beta * out[i] + scale * (256 * (high[i] - high_correction) + low[i] -
     // low_correction)
-    void (*join_limbs)(const int32_t* high, const int32_t* low, int32_t high_correction,
-                       int32_t low_correction, float scale, float beta, size_t count, float* out);
+    void (*join_limbs)(const int32_t* high, const int32_t* low, uint32_t high_correction,
+                       uint32_t low_correction, float scale, float beta, size_t count, float* out);
     // the part below the diagonal of rows [begin, end), from that above it
     void (*mirror)(float* matrix, size_t stride, size_t begin, size_t end);
 };

@@ -247,7 +247,7 @@ void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
             const float* const a = args.a +
                                    static_cast<ptrdiff_t>(first_row + i) * args.row_stride +
                                    static_cast<ptrdiff_t>(panel) * args.k_stride;
-            int32_t high_sum = 0, low_sum = 0;
+            uint32_t high_sum = 0, low_sum = 0;
             for (size_t k = 0; k < count; ++k) {
                 const float value =
                     a[static_cast<ptrdiff_t>(k) * args.k_stride] * args.factors[panel + k];
@@ -256,11 +256,11 @@ void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
                 const int32_t upper = (whole - lower) >> 8;
                 low[k] = static_cast<int8_t>(lower);
                 high[k] = static_cast<int8_t>(upper);
-                low_sum += lower;
-                high_sum += upper;
+                low_sum += static_cast<uint32_t>(lower);
+                high_sum += static_cast<uint32_t>(upper);
             }
-            args.high_sums[first_row + i] += high_sum;
-            args.low_sums[first_row + i] += low_sum;
+            args.high_sums[first_row + i] += static_cast<int32_t>(high_sum);
+            args.low_sums[first_row + i] += static_cast<int32_t>(low_sum);
             levels_to_words(high, count, high_words + i * stride);
             levels_to_words(low, count, low_words + i * stride);
         }
@@ -341,7 +341,8 @@ inline void finish_strip(const MultiplyArgs& args, I32x16 sum, size_t row, size_
     int32_t lanes[kStrip];
     store_words(lanes, sum);
     for (size_t i = 0; i < count; ++i) {
-        to[i] = args.add ? to[i] + lanes[i] : lanes[i];
+        const uint32_t before = args.add ? static_cast<uint32_t>(to[i]) : 0;
+        to[i] = static_cast<int32_t>(before + static_cast<uint32_t>(lanes[i]));
     }
 }
 
@@ -424,22 +425,23 @@ void multiply(const MultiplyArgs& args) {
 
 // ---- After the last step ----
 
-void scale_sums(const int32_t* sums, int32_t correction, float row_scale, const float* scales,
+inline float corrected(int32_t sum, uint32_t correction) {
+    return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sum) - correction));
+}
+
+void scale_sums(const int32_t* sums, uint32_t correction, float row_scale, const float* scales,
                 size_t count, bool add, float* out) {
     for (size_t i = 0; i < count; ++i) {
-        // Unsigned, since the corrections may pass the range of int32 on their way.
-        const uint32_t exact = static_cast<uint32_t>(sums[i]) - static_cast<uint32_t>(correction);
-        const float value =
-            static_cast<float>(static_cast<int32_t>(exact)) * (row_scale * scales[i]);
+        const float value = corrected(sums[i], correction) * (row_scale * scales[i]);
         out[i] = add ? out[i] + value : value;
     }
 }
 
-void join_limbs(const int32_t* high, const int32_t* low, int32_t high_correction,
-                int32_t low_correction, float scale, float beta, size_t count, float* out) {
+void join_limbs(const int32_t* high, const int32_t* low, uint32_t high_correction,
+                uint32_t low_correction, float scale, float beta, size_t count, float* out) {
     for (size_t i = 0; i < count; ++i) {
-        const float upper = static_cast<float>(high[i] - high_correction);
-        const float lower = static_cast<float>(low[i] - low_correction);
+        const float upper = corrected(high[i], high_correction);
+        const float lower = corrected(low[i], low_correction);
         const float value = scale * (256.0f * upper + lower);
         out[i] = beta == 0.0f ? value : beta * out[i] + value;
     }
