@@ -1,18 +1,20 @@
 """Time and peak memory of one optimizer step over matrices of SmolLM2-135M, layer by layer.
 
     python -m bench.step [--quick] [--layers N] [--repeats N] [--json FILE]
+    python -m bench.step --shape 1024 4096        one matrix instead
 
 Peers: torch.optim.Muon as shipped (bfloat16 Newton-Schulz) and full-precision Muon with the same
 iteration in float32. A torch without native bfloat16 products is what most CPUs have; on one that
 has them, ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI shows the others. Peak memory is what a step
-allocates above parameters, gradients and state, counted by torch's profiler.
+allocates above parameters, gradients and state: what torch's profiler counts and, added to it, the
+most that the C++ products held at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from bench.harness import interleaved, medians, write_json
 from bench.momentum import decaying_matrix
 from lowbit_muon import Muon
+from lowbit_muon.backends.cpu import take_most_workspace
 
 # One layer of SmolLM2-135M (config.json of HuggingFaceTB/SmolLM2-135M): q, k, v, o, gate, up, down.
 LAYER_SHAPES = (
@@ -38,6 +41,7 @@ LAYER_SHAPES = (
 LAYERS = 4  # of 30 (210 matrices): with all of them five rounds take more than 400 s on two cores
 SHIPPED, FULL = "torch.optim.Muon", "fp32 Newton-Schulz"
 FORMATS = ("fp32", "mulaw4", "spectral4", "spectral3", "muonq4", "linear8")
+STORED = ("spectral4",)  # also with ns_input="stored"
 
 
 class FullPrecisionMuon(torch.optim.Optimizer):
@@ -74,12 +78,15 @@ def newton_schulz(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def parameters(layers: int) -> list[nn.Parameter]:
+Shapes = Sequence[tuple[int, int]]
+
+
+def parameters(shapes: Shapes) -> list[nn.Parameter]:
     """Parameters with gradients whose spectrum falls as a momentum's does."""
     generator = torch.Generator().manual_seed(0)
-    grads = {shape: decaying_matrix(*shape, generator) for shape in set(LAYER_SHAPES)}
+    grads = {shape: decaying_matrix(*shape, generator) for shape in sorted(set(shapes))}
     result = []
-    for shape in LAYER_SHAPES * layers:
+    for shape in shapes:
         param = nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
         # Each matrix has its own gradient: no cache is shared between them.
         param.grad = grads[shape] * torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
@@ -87,14 +94,16 @@ def parameters(layers: int) -> list[nn.Parameter]:
     return result
 
 
-def optimizers(layers: int) -> dict[str, torch.optim.Optimizer]:
+def optimizers(shapes: Shapes) -> dict[str, torch.optim.Optimizer]:
     """Every variant on parameters of its own."""
     made: dict[str, torch.optim.Optimizer] = {
-        SHIPPED: torch.optim.Muon(parameters(layers)),
-        FULL: FullPrecisionMuon(parameters(layers)),
+        SHIPPED: torch.optim.Muon(parameters(shapes)),
+        FULL: FullPrecisionMuon(parameters(shapes)),
     }
     for name in FORMATS:
-        made[name] = Muon(parameters(layers), state_format=name, nesterov=name != "muonq4")
+        made[name] = Muon(parameters(shapes), state_format=name, nesterov=name != "muonq4")
+    for name in STORED:
+        made[f"{name}, stored"] = Muon(parameters(shapes), state_format=name, ns_input="stored")
     return made
 
 
@@ -110,6 +119,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def peak_bytes(step: Callable[[], object]) -> int:
     """Largest total of allocations that are alive at once during a call."""
+    take_most_workspace()
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     # Events come in order of time; each allocation and release is one of its own.
@@ -118,7 +128,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    return peak
+    return peak + take_most_workspace()
 
 
 def check() -> None:
@@ -129,7 +139,7 @@ def check() -> None:
         (SHIPPED, torch.optim.Muon),
         ("ours", lambda params: Muon(params, state_format="fp32")),
     ):
-        params = parameters(layers=1)
+        params = parameters(LAYER_SHAPES)
         make(params).step()
         steps[name] = [param.detach() for param in params]
     for full, shipped, ours in zip(*steps.values(), strict=True):
@@ -137,11 +147,11 @@ def check() -> None:
             raise SystemExit(f"our fp32 step of a {tuple(full.shape)} matrix is not precise")
 
 
-def measure(layers: int, repeats: int) -> list[dict[str, Any]]:
+def measure(shapes: Shapes, repeats: int) -> list[dict[str, Any]]:
     """One row for each optimizer."""
-    made = optimizers(layers)
+    made = optimizers(shapes)
     seconds = medians(interleaved({name: o.step for name, o in made.items()}, repeats))
-    largest = 4 * max(rows * columns for rows, columns in LAYER_SHAPES)
+    largest = 4 * max(rows * columns for rows, columns in shapes)
     rows = []
     for name, optimizer in made.items():
         rows.append(
@@ -151,15 +161,16 @@ def measure(layers: int, repeats: int) -> list[dict[str, Any]]:
                 "against shipped": seconds[name] / seconds[SHIPPED],
                 "against full": seconds[name] / seconds[FULL],
                 "state bytes": state_bytes(optimizer),
-                "peak / largest matrix": peak_bytes(optimizer.step) / largest,
+                "peak bytes": (peak := peak_bytes(optimizer.step)),
+                "peak / largest matrix": peak / largest,
             }
         )
     return rows
 
 
-def show(rows: list[dict[str, Any]], layers: int, console: Console) -> None:
+def show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
     """The results as a table."""
-    table = Table(title=f"one step over {layers * len(LAYER_SHAPES)} matrices of SmolLM2-135M")
+    table = Table(title=title)
     for heading in ("optimizer", "seconds", f"x {SHIPPED}", f"x {FULL}", "state MiB", "peak"):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for row in rows:
@@ -180,20 +191,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time of one optimizer step over SmolLM2-135M")
     parser.add_argument("--quick", action="store_true", help="two layers, three rounds")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("ROWS", "COLUMNS"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     layers, repeats = (2, 3) if options.quick else (options.layers, options.repeats)
+    if options.shape:
+        shapes: Shapes = [(options.shape[0], options.shape[1])]
+        title = f"one step of one matrix {options.shape[0]}x{options.shape[1]}"
+    else:
+        shapes = LAYER_SHAPES * layers
+        title = f"one step over {len(shapes)} matrices of SmolLM2-135M"
     check()
-    rows = measure(layers, repeats)
-    show(rows, layers, Console())
+    rows = measure(shapes, repeats)
+    show(rows, title, Console())
     if options.json:
         write_json(
             options.json,
             {
-                "layers": layers,
+                "title": title,
                 "repeats": repeats,
                 "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "default"),
                 "rows": rows,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
 
-# 4 MiB: two panels of this size together, or one matrix that fits. The same for every number of
-# threads, because sums over panels depend on it and codes must not depend on threads.
+# 4 MiB. The same for every number of threads, because sums over panels depend on it and codes must
+# not depend on threads.
 SCRATCH_FLOATS = 2**20
 
 
@@ -29,7 +29,7 @@ class RowSource(ABC):
         self.shape = (m, n)
         self.backend = backend
         self.device = device
-        self._scratch: list[Tensor] = []
+        self._scratch: Tensor | None = None
 
     @abstractmethod
     def load(self, rows: slice, out: Tensor) -> float | None:
@@ -39,22 +39,22 @@ class RowSource(ABC):
     def height(self) -> int:
         """Rows of a panel; all of them if the matrix fits."""
         m, n = self.shape
-        return m if m * n <= SCRATCH_FLOATS else max(1, SCRATCH_FLOATS // (2 * n))
+        return max(1, m if m * n <= SCRATCH_FLOATS else SCRATCH_FLOATS // n)
 
     def slices(self) -> list[slice]:
         """The rows of each panel."""
         m = self.shape[0]
         return [slice(start, min(start + self.height, m)) for start in range(0, m, self.height)]
 
-    def panel_memory(self, rows: slice, slot: int = 0) -> Tensor:
-        """Scratch memory for these rows, `slot` 0 or 1."""
-        while len(self._scratch) <= slot:
-            self._scratch.append(torch.empty(self.height, self.shape[1], device=self.device))
-        return self._scratch[slot][: rows.stop - rows.start]
+    def panel_memory(self, rows: slice) -> Tensor:
+        """Scratch memory for these rows."""
+        if self._scratch is None:
+            self._scratch = torch.empty(self.height, self.shape[1], device=self.device)
+        return self._scratch[: rows.stop - rows.start]
 
-    def panel(self, rows: slice, slot: int = 0) -> Tensor:
+    def panel(self, rows: slice) -> Tensor:
         """These rows in scratch memory, which the caller may overwrite."""
-        panel = self.panel_memory(rows, slot)
+        panel = self.panel_memory(rows)
         self.load(rows, panel)
         return panel
 
@@ -64,16 +64,25 @@ class RowSource(ABC):
             yield rows, self.panel(rows)
 
     def gram(self) -> Tensor:
-        """X X^T, [m, m]."""
-        m = self.shape[0]
+        """X X^T, [m, m].
+
+        The iteration that follows takes 5 m^2 floats anyway, so 4 m^2 are free for panels here.
+        """
+        m, n = self.shape
         result = torch.empty(m, m, device=self.device)
-        slices = self.slices()
+        room = max(SCRATCH_FLOATS, 4 * m * m)
+        height = m if m * n <= room else max(1, room // (2 * n))
+        slots = torch.empty(min(2, -(-m // max(1, height))), height, n, device=self.device)
+        slices = [slice(start, min(start + height, m)) for start in range(0, m, max(1, height))]
         for i, rows in enumerate(slices):
-            panel = self.panel(rows)
+            panel = slots[0, : rows.stop - rows.start]
+            self.load(rows, panel)
             self.backend.symmetric_product(panel, out=result[rows, rows])
             for below in slices[i + 1 :]:
+                other = slots[1, : below.stop - below.start]
+                self.load(below, other)
                 block = result[below, rows]
-                self.backend.product(self.panel(below, slot=1), panel.mT, out=block)
+                self.backend.product(other, panel.mT, out=block)
                 result[rows, below] = block.mT
         return result
 

@@ -19,6 +19,9 @@ namespace {
 // Steps of k that a strip of floats is packed for at once: three strips of columns (36 KiB) stay in
 // an L1 cache of 48 KiB beside the rows that pass by.
 constexpr size_t kFloatSteps = 192;
+// Words that symmetric products pack at once: with fewer and longer steps the sums, which are as
+// large as the result, are read and written less often.
+constexpr size_t kPackedWords = size_t{1} << 20;
 // Columns (or rows) of the streamed operand that a thread packs at once, for its L2 cache.
 constexpr size_t kStreamBlock = 192;
 // Below this many multiply-adds a thread costs more than it saves.
@@ -131,6 +134,15 @@ PackCodesArgs code_operand(size_t rows, size_t columns, int bits, uintptr_t leve
     args.columns = columns;
     args.bits = bits;
     args.levels = pointer<const int8_t>(levels, "levels");
+    // Linear codebooks need no table; it is padded with the last level.
+    const int first = args.levels[0];
+    const int last_code = args.levels[kMaxLevels - 1] - first;
+    args.shifted = last_code >= 0;
+    args.last_code = static_cast<uint8_t>(last_code);
+    for (int code = 0; code < static_cast<int>(kMaxLevels); ++code) {
+        const int level = first + std::min(code, last_code);
+        args.shifted = args.shifted && args.levels[code] == level;
+    }
     return args;
 }
 
@@ -240,10 +252,13 @@ void symmetric_product(size_t size, size_t depth, uintptr_t a, ptrdiff_t a_row_s
     const size_t strips = left.strips();
     const size_t width = kernels.group_columns;
     const size_t groups = ceil_divide(size, width);
-    const Buffer<float> left_words(strips * kStrip * kFloatSteps);
-    const Buffer<float> right_words(b != 0 ? strips * kStrip * kFloatSteps : 0);
+    const size_t operands = b != 0 ? 2 : 1;
+    const size_t most_steps = std::max(kFloatSteps, kPackedWords / (operands * strips * kStrip));
+    const size_t chunks = std::max<size_t>(1, ceil_divide(depth, most_steps));
+    const size_t chunk_steps = ceil_divide(depth, chunks);
+    const Buffer<float> left_words(strips * kStrip * chunk_steps);
+    const Buffer<float> right_words(b != 0 ? strips * kStrip * chunk_steps : 0);
     const float* const columns = b != 0 ? right_words.get() : left_words.get();
-    const size_t chunks = std::max<size_t>(1, ceil_divide(depth, kFloatSteps));
 
     const auto run_group = [&](size_t group, size_t chunk, size_t steps) {
         const size_t first = group * width;
@@ -261,12 +276,15 @@ void symmetric_product(size_t size, size_t depth, uintptr_t a, ptrdiff_t a_row_s
         args.upper = true;
         args.first_column = first;
         kernels.multiply(args);
+        if (chunk + 1 == chunks) {  // while the group is in this thread's cache
+            kernels.mirror(sums, out_stride, first, first + args.columns);
+        }
     };
 #pragma omp parallel num_threads(parts)
     {
         for (size_t chunk = 0; chunk < chunks; ++chunk) {
-            const size_t k = chunk * kFloatSteps;
-            const size_t steps = std::min(kFloatSteps, depth - k);
+            const size_t k = chunk * chunk_steps;
+            const size_t steps = std::min(chunk_steps, depth - k);
 #pragma omp for schedule(static)
             for (size_t s = 0; s < strips; ++s) {
                 left.pack(kernels, s, k, steps, left_words.get() + s * steps * kStrip);
@@ -279,10 +297,6 @@ void symmetric_product(size_t size, size_t depth, uintptr_t a, ptrdiff_t a_row_s
             for (size_t group = 0; group < groups; ++group) {
                 run_group(groups - 1 - group, chunk, steps);
             }
-        }
-#pragma omp for schedule(dynamic, 4)
-        for (size_t s = 0; s < strips; ++s) {
-            kernels.mirror(sums, out_stride, s * kStrip, std::min(size, (s + 1) * kStrip));
         }
     }
 }
@@ -313,7 +327,12 @@ void integer_gram(const IntegerRows& x, float* out, int threads, const Pack& pac
     const size_t width = kernels.group_columns;
     const size_t groups = ceil_divide(rows, width);
     const bool whole_rows = x.segments() == 1;
-    const Buffer<uint32_t> words(strips * kStrip * kPanelColumns / x.per_word());
+    // Whole panels that are packed at once.
+    const size_t fitting = kPackedWords * x.per_word() / (strips * kStrip) / kPanelColumns;
+    const size_t chunk_columns =
+        std::min(std::max<size_t>(fitting, 1), ceil_divide(x.columns, kPanelColumns)) *
+        kPanelColumns;
+    const Buffer<uint32_t> words(strips * kStrip * chunk_columns / x.per_word());
     const Buffer<int32_t> segment_sums(whole_rows ? 0 : static_cast<size_t>(parts) * rows * width);
     static_assert(sizeof(float) == sizeof(int32_t), "sums turn into floats in place");
 
@@ -348,40 +367,38 @@ void integer_gram(const IntegerRows& x, float* out, int threads, const Pack& pac
             args.b = args.a + first * strip_steps;
             args.steps = ceil_divide(end - panel, x.per_word()) - step;
             kernels.multiply(args);
-            for (size_t row = 0; !whole_rows && row < std::min(rows, first + width); ++row) {
-                scale_row(row, first, args.columns, segment, own_sums + row * width, column != 0);
+            const int32_t* const sums = static_cast<const int32_t*>(args.sums);
+            const bool complete = !whole_rows || end == x.columns;
+            for (size_t row = 0; complete && row < std::min(rows, first + width); ++row) {
+                scale_row(row, first, args.columns, segment, sums + row * args.stride,
+                          !whole_rows && column != 0);
             }
             column = end;
+        }
+        if (panel + count == x.columns) {  // while the group is in this thread's cache
+            kernels.mirror(out, rows, first, first + args.columns);
         }
     };
 #pragma omp parallel num_threads(parts)
     {
-        for (size_t panel = 0; panel < x.columns; panel += kPanelColumns) {
-            const size_t count = std::min(kPanelColumns, x.columns - panel);
+        for (size_t chunk = 0; chunk < x.columns; chunk += chunk_columns) {
+            const size_t count = std::min(chunk_columns, x.columns - chunk);
             const size_t steps = ceil_divide(ceil_divide(count, x.per_word()), 4) * 4;
 #pragma omp for schedule(static)
             for (size_t s = 0; s < strips; ++s) {
-                pack(s, panel, count, words.get() + s * steps * kStrip);
+                for (size_t c = 0; c < count; c += kPanelColumns) {
+                    pack(s, chunk + c, std::min(kPanelColumns, count - c),
+                         words.get() + (s * steps + c / x.per_word()) * kStrip);
+                }
             }
 #pragma omp for schedule(static)
             for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
                 int32_t* const own = segment_sums.get() + (whole_rows ? 0 : part * rows * width);
                 // From the right, where a group of columns has the most rows, in turn.
                 for (size_t g = part; g < groups; g += static_cast<size_t>(parts)) {
-                    run_group(groups - 1 - g, panel, count, steps, own);
+                    run_group(groups - 1 - g, chunk, count, steps, own);
                 }
             }
-        }
-        if (whole_rows) {
-#pragma omp for schedule(dynamic, 16)
-            for (size_t row = 0; row < rows; ++row) {
-                scale_row(row, row, rows - row, 0,
-                          reinterpret_cast<int32_t*>(out) + row * rows + row, false);
-            }
-        }
-#pragma omp for schedule(dynamic, 4)
-        for (size_t s = 0; s < strips; ++s) {
-            kernels.mirror(out, rows, s * kStrip, std::min(rows, (s + 1) * kStrip));
         }
     }
 }

@@ -128,9 +128,11 @@ struct PackCodesArgs {
     size_t columns;
     int bits;
     const int8_t* levels;  // [256]
-    size_t panel;          // first column, a multiple of kPanelColumns
-    size_t count;          // columns, at most kPanelColumns
-    uint32_t* to;          // [strips][steps][16]
+    bool shifted;          // levels[code] = levels[0] + min(code, last_code)
+    uint8_t last_code;
+    size_t panel;  // first column, a multiple of kPanelColumns
+    size_t count;  // columns, at most kPanelColumns
+    uint32_t* to;  // [strips][steps][16]
     // [rows, sums_per_row]: the sum of the levels of each `sum_block` columns is added to it; null:
     // not needed.
     int32_t* row_sums;

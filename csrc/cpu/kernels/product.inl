@@ -64,6 +64,13 @@ inline void decode_levels(const PackCodesArgs& args, size_t row, int8_t* to) {
         for (size_t c = 0; c < args.count; c += 64) {
             lookup_bytes(args.levels, codes.code + c, to + c);
         }
+    } else if (args.shifted) {
+        const uint8_t first = static_cast<uint8_t>(args.levels[0]);
+        const uint8_t last = args.last_code;
+        for (size_t c = 0; c < args.count; ++c) {
+            const uint8_t code = codes.code[c] < last ? codes.code[c] : last;
+            to[c] = static_cast<int8_t>(static_cast<uint8_t>(code + first));
+        }
     } else {
         for (size_t c = 0; c < args.count; ++c) {
             to[c] = args.levels[codes.code[c]];
@@ -447,18 +454,26 @@ void join_limbs(const int32_t* high, const int32_t* low, uint32_t high_correctio
     }
 }
 
+// In blocks of sixteen columns: their rows above the diagonal are whole cache lines.
 void mirror(float* matrix, size_t stride, size_t begin, size_t end) {
-    for (size_t row = begin; row < end; row += 4) {
-        const bool whole = row + 4 <= end;
-        size_t column = 0;
-        for (; whole && column + 4 <= row; column += 4) {
-            transpose_4x4(matrix + column * stride + row, stride, matrix + row * stride + column,
-                          stride);
-        }
-        for (size_t r = row; r < min_size(row + 4, end); ++r) {
-            for (size_t c = column; c < r; ++c) {
-                matrix[r * stride + c] = matrix[c * stride + r];
+    const size_t whole = begin / kStrip * kStrip;
+    for (size_t block = 0; block < whole; block += kStrip) {
+        size_t row = begin;
+        for (; row + 4 <= end; row += 4) {
+            for (size_t column = block; column < block + kStrip; column += 4) {
+                transpose_4x4(matrix + column * stride + row, stride,
+                              matrix + row * stride + column, stride);
             }
+        }
+        for (; row < end; ++row) {
+            for (size_t column = block; column < block + kStrip; ++column) {
+                matrix[row * stride + column] = matrix[column * stride + row];
+            }
+        }
+    }
+    for (size_t row = begin; row < end; ++row) {
+        for (size_t column = whole; column < row; ++column) {
+            matrix[row * stride + column] = matrix[column * stride + row];
         }
     }
 }
