@@ -59,7 +59,7 @@ def lut_gram(
     source = _source(q, addend, alpha, gamma, kernels)
     if panel == "s16":
         return kernels.rounded_gram(source.dense())
-    return source.gram().clone()
+    return source.gram()
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class StoredSpectrum(RowSource):
             self.backend.rotate(out, inverse=True)
 
     def gram(self) -> Tensor:
-        """Y Y^T, [m, m], which a rotation of the columns does not change."""
+        """Y Y^T, [m, m], which a rotation of the columns does not change; taken once."""
         return self._gram
 
     def norm(self) -> float:
@@ -184,7 +184,9 @@ def _update_in_memory(terms: _Terms, use: Use | None) -> None:
     norm, scale = terms.norm_and_scale(squares)
     if scale != 1:
         buffer.mul_(scale)
-    source = DenseRows(buffer, backend)
+    # Without a look-ahead the encoder and the iteration start from the same Gram matrix.
+    twice = momentum.state_format.spectral and use is not None and not terms.nesterov
+    source = DenseRows(buffer, backend, keep_gram=twice)
     terms.store(source, norm, scale)
     if use is None:
         return

@@ -204,12 +204,12 @@ def operator_of_gram(
 ) -> tuple[Tensor, float]:
     """`orthogonalizing_operator` for who has X X^T [m, m], float32 and finite, and ||X||_F.
 
-    coefficients: from `resolve_coefficients`. Takes the Gram form where it is precise and an
+    gram_matrix is overwritten. coefficients: from `resolve_coefficients`. Takes the Gram form where it is precise and an
     eigendecomposition elsewhere.
     """
     divisor = max(norm, eps)
     inverse = 1 / divisor if divisor > 0 else 0.0
-    r = gram_matrix * inverse * inverse
+    r = gram_matrix.mul_(inverse).mul_(inverse)
     if gram_is_precise(coefficients, r.dtype):
         return gram_operator(r, coefficients, overwrite=True), inverse
     eigenvalues, eigenvectors = torch.linalg.eigh(r)

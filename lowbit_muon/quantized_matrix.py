@@ -237,7 +237,7 @@ class QuantizedMatrix:
 
     def _encoding_operator(self, source: RowSource, norm: float) -> Tensor:
         """C / norm with Y = C X / norm, for a source of this norm."""
-        gram_matrix = (source.gram() / norm).div_(norm)
+        gram_matrix = source.gram().div_(norm).div_(norm)
         return encoding_operator(gram_matrix, self.state_format.spectral_shift).div_(norm)
 
     def _factorise(self, source: RowSource, divisor: float) -> tuple[Tensor, Tensor]:

@@ -76,12 +76,13 @@ def root_coefficients(shift: float) -> RootCoefficients:
 
 
 @torch.no_grad()
-def iterate_root(gram_matrix: Tensor, shift: float) -> Tensor:
+def iterate_root(gram_matrix: Tensor, shift: float, *, overwrite: bool = False) -> Tensor:
     """C with C (C R C + shift*I) = I to 1%, for R = gram_matrix [m, m] or [b, m, m].
 
     float32 (or float64) in and out. R must be symmetric with eigenvalues in [0, 1.1], as M M^T of
     a matrix scaled to Frobenius norm one has; rounding may take them down to
-    -root_coefficients(shift).floor. R is not changed. Takes up to nine matrices of R's size.
+    -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets its memory be used.
+    Takes up to nine matrices of R's size.
     Raises ValueError for another shape, dtype or a shift below the smallest tabulated one.
     """
     if gram_matrix.ndim not in (2, 3) or gram_matrix.shape[-1] != gram_matrix.shape[-2]:
@@ -94,7 +95,9 @@ def iterate_root(gram_matrix: Tensor, shift: float) -> Tensor:
     with full_precision_products():
         # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
         # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
-        p = _affine(gram_matrix, program.offset, (program.shift / shift) ** 3)
+        p = gram_matrix if overwrite else gram_matrix.clone()
+        p.mul_((program.shift / shift) ** 3)
+        p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
         (a, b), *rest = program.chain
         w = _affine(p, program.shift * a, program.shift * b)
         p = _raise(p, a, b)

@@ -66,11 +66,12 @@ class RowSource(ABC):
     def gram(self) -> Tensor:
         """X X^T, [m, m].
 
-        The iteration that follows takes 5 m^2 floats anyway, so 4 m^2 are free for panels here.
+        The iteration that follows takes more than 4 m^2 floats, so 3 m^2 are free for panels here.
         """
         m, n = self.shape
+        self._scratch = None
         result = torch.empty(m, m, device=self.device)
-        room = max(SCRATCH_FLOATS, 4 * m * m)
+        room = max(SCRATCH_FLOATS, 3 * m * m)
         height = m if m * n <= room else max(1, room // (2 * n))
         slots = torch.empty(min(2, -(-m // max(1, height))), height, n, device=self.device)
         slices = [slice(start, min(start + height, m)) for start in range(0, m, max(1, height))]
@@ -130,11 +131,12 @@ class RowSource(ABC):
 
 
 class DenseRows(RowSource):
-    """A matrix that is in memory; its Gram matrix is computed once."""
+    """A matrix that is in memory; `keep_gram` if its Gram matrix is needed twice."""
 
-    def __init__(self, matrix: Tensor, backend: Backend) -> None:
+    def __init__(self, matrix: Tensor, backend: Backend, *, keep_gram: bool = False) -> None:
         super().__init__(matrix.shape, backend, matrix.device)
         self.matrix = matrix
+        self._keep_gram = keep_gram
         self._gram: Tensor | None = None
 
     def load(self, rows: slice, out: Tensor) -> None:
@@ -142,10 +144,13 @@ class DenseRows(RowSource):
         out.copy_(self.matrix[rows])
 
     def gram(self) -> Tensor:
-        """See `RowSource.gram`; not to be changed by the caller."""
-        if self._gram is None:
-            self._gram = self.backend.symmetric_product(self.matrix)
-        return self._gram
+        """See `RowSource.gram`. The caller may change what comes last."""
+        if self._gram is not None:
+            return self._gram
+        gram = self.backend.symmetric_product(self.matrix)
+        if self._keep_gram:
+            self._gram = gram.clone()
+        return gram
 
     def times(self, v: Tensor) -> Tensor:
         """See `RowSource.times`."""

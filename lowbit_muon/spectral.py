@@ -60,12 +60,12 @@ def encoding_operator(gram_matrix: Tensor, shift: float, method: EncodingMethod 
 
     method: "eigh": exactly, by eigendecomposition; "products": by matrix products alone, within 1%
     (`root_iteration`), which is faster and uses all threads; "auto": "products" for every shift
-    that it can serve.
+    that it can serve. `gram_matrix` is overwritten.
     """
     if method == "auto":
         method = "products" if shift >= ROOT_TABLE[-1].shift else "eigh"
     if method == "products":
-        return iterate_root(gram_matrix, shift)
+        return iterate_root(gram_matrix, shift, overwrite=True)
     with _one_thread(gram_matrix.device):
         eigenvalues, vectors = torch.linalg.eigh(gram_matrix)
     gain = companding_gain(eigenvalues.double(), shift).to(gram_matrix.dtype)
