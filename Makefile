@@ -24,7 +24,7 @@ test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: venv
-	for name in codec orthogonalize step; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in codec lut_gemm orthogonalize step; do $(BIN)/python -m bench.$$name || exit 1; done
 
 lint: venv
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@
 
 A byte-level GPT with learned positions, LayerNorm and GELU (0.6M parameters; SmolLM2 is a Llama
 with rotary positions, RMSNorm and SwiGLU), on the King James Bible excerpt, with torch's momentum
-and Nesterov for every format; its other parameters with AdamW. Results accumulate in the JSON
-file, so that an interrupted run goes on where it stopped.
+and Nesterov for every format but muonq4; its other parameters with AdamW. Results accumulate in the
+JSON file, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ def batches(text: Tensor, count: int, seed: int) -> list[Tensor]:
 
 
 def train(name: str, seed: int, steps: int, lr: float, text: Tensor) -> float:
-    """Held-out loss after training with the momentum stored in format `name`."""
+    """Held-out loss after training with the momentum stored in format `name`.
+
+    A name with "/stored" behind it orthogonalises the codes (ns_input="stored").
+    """
+    state_format = name.removesuffix("/stored")
     torch.manual_seed(seed)
     model = ByteGPT()
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -91,7 +95,8 @@ def train(name: str, seed: int, steps: int, lr: float, text: Tensor) -> float:
         lr=lr,
         weight_decay=0.0,
         adjust_lr_fn="match_rms_adamw",
-        state_format=name,
+        state_format=state_format,
+        ns_input="exact" if name == state_format else "stored",
         nesterov=name != "muonq4",
         seed=seed,
     )

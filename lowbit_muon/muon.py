@@ -79,7 +79,9 @@ class Muon(Optimizer):
         state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`) or a
             `StateFormat`.
         ns_input: "exact" orthogonalises the fresh momentum, before it was quantised; "stored" what
-            the codes stand for.
+            the codes hold, without Nesterov's look-ahead: less work, and quantisation noise in the
+            update. Of spectral formats it takes the codes' own matrix, whose polar factor is the
+            momentum's, in integer products and with two Newton-Schulz steps fewer.
         backend: "auto", or a backend by name, which then must be there.
         nonfinite: what to do with a gradient that holds inf or nan: "skip" leaves the parameter and
             its state as they are (counted in its state as "skipped", with one warning), "raise"

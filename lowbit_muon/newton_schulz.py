@@ -174,38 +174,14 @@ def gram_operator(
 
 
 @torch.no_grad()
-def orthogonalizing_operator(
-    x: Tensor,
-    steps: int = 5,
-    coefficients: Coefficients = "muon",
-    method: str = "auto",
-    *,
-    eps: float = 1e-7,
-) -> tuple[Tensor, Tensor]:
-    """(Q, inverse_norm) with orthogonalize(x) = inverse_norm * Q @ x, or inverse_norm * x @ Q for
-    a tall x: no normalised copy of x is made.
-
-    x, steps, coefficients, eps as for `orthogonalize`; method "auto", "gram" or "eigh".
-    Q is symmetric, [.., k, k] with k = min(m, n); inverse_norm = 1/max(||x||_F, eps), [.., 1, 1], 0
-    where x and eps are 0. Both are float64 for float64 input and else float32, so that a norm
-    beyond 1e37 loses precision here, as it does not in `orthogonalize`.
-    """
-    if method == "newton_schulz":
-        raise ValueError("method: 'newton_schulz' has no operator; expected auto, gram or eigh")
-    work, method, triples = _prepare(x, steps, coefficients, method, eps)
-    if method == "newton_schulz":  # what "auto" chose
-        method = "gram" if gram_is_precise(triples, work.dtype) else "eigh"
-    scaled, inverse, divisor = _scaled_into_range(work, eps)
-    return _operator(scaled, inverse, triples, method), (inverse / divisor).to(scaled.dtype)
-
-
 def operator_of_gram(
     gram_matrix: Tensor, norm: float, coefficients: Sequence[Triple], *, eps: float
 ) -> tuple[Tensor, float]:
-    """`orthogonalizing_operator` for who has X X^T [m, m], float32 and finite, and ||X||_F.
+    """(Q, inverse_norm) with orthogonalize(X) = inverse_norm * Q @ X.
 
-    gram_matrix is overwritten. coefficients: from `resolve_coefficients`. Takes the Gram form where it is precise and an
-    eigendecomposition elsewhere.
+    gram_matrix: X X^T [m, m], float32 and finite; overwritten. norm: ||X||_F. coefficients: from
+    `resolve_coefficients`. inverse_norm = 1 / max(norm, eps), or 0 if both are. Takes the Gram form
+    where it is precise and an eigendecomposition elsewhere.
     """
     divisor = max(norm, eps)
     inverse = 1 / divisor if divisor > 0 else 0.0

@@ -58,7 +58,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 def encoding_operator(gram_matrix: Tensor, shift: float, method: EncodingMethod = "auto") -> Tensor:
     """C [m, m] with Y = C M, from R = M M^T / ||M||_F^2 [m, m].
 
-    method: "eigh": exactly, by eigendecomposition; "products": by matrix products alone, within 1%
+    method: "eigh": exactly, by eigendecomposition; "products": by matrix products alone
     (`root_iteration`), which is faster and uses all threads; "auto": "products" for every shift
     that it can serve. `gram_matrix` is overwritten.
     """

@@ -32,8 +32,8 @@ from lowbit_muon.newton_schulz import (
     composed_polynomial,
     gram_is_precise,
     gram_operator,
+    operator_of_gram,
     orthogonalize,
-    orthogonalizing_operator,
     resolve_coefficients,
     spectrum_operator,
 )
@@ -315,9 +315,8 @@ def test_bad_coefficients(
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    for function in (orthogonalize, orthogonalizing_operator):
-        with pytest.raises(error, match=message):
-            function(**{"x": torch.ones(2, 2), **arguments})
+    with pytest.raises(error, match=message):
+        orthogonalize(**{"x": torch.ones(2, 2), **arguments})
 
 
 @pytest.mark.parametrize("coefficients", NS_COEFFICIENTS)
@@ -337,26 +336,31 @@ def test_composed_polynomial(coefficients: str) -> None:
     assert edges.tolist() == pytest.approx([math.prod(a for a, _, _ in triples)] * 2, rel=2**-23)
 
 
-@pytest.mark.parametrize("method", ["gram", "eigh", "auto"])
-@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (400, 420), (2, 6, 9), (2, 9, 6)], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e25])
-def test_operator_gives_the_update(shape: tuple[int, ...], method: str, scale: float) -> None:
+@pytest.mark.parametrize("steps", [5, 20])  # with twenty only an eigendecomposition is precise
+@pytest.mark.parametrize("shape", [(20, 30), (30, 30), (400, 420)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e9])
+def test_operator_gives_the_update(shape: tuple[int, int], steps: int, scale: float) -> None:
     x = torch.randn(shape) * scale
-    operator, inverse_norm = orthogonalizing_operator(x, 5, "muon", method)
-    rows = min(shape[-2:])
-    assert operator.shape == (*shape[:-2], rows, rows)
-    assert inverse_norm.shape == (*shape[:-2], 1, 1)
-    product = x @ operator if shape[-2] > shape[-1] else operator @ x
-    update = product * inverse_norm
-    chosen = ("eigh" if rows >= 256 else "gram") if method == "auto" else method
-    assert_orthogonalized(update, x, chosen)
+    coefficients = resolve_coefficients("muon", steps)
+    gram_matrix = (x.double() @ x.double().mT).float()
+    operator, inverse_norm = operator_of_gram(gram_matrix, float(x.norm()), coefficients, eps=1e-7)
+    update = operator @ x * inverse_norm
+    if steps == 5:
+        assert_orthogonalized(update, x, "gram")
+    else:
+        # Twenty steps bring all singular values of a random matrix to where the polynomial
+        # oscillates, in [0.68, 1.13]; rounding decides where in it, but not for one of them alone.
+        sizes = torch.linalg.svdvals(update.double())
+        assert float(sizes.min()) > 0.6
+        assert float(sizes.max()) < 1.2
 
 
-def test_operator_refuses_the_standard_form() -> None:
-    with pytest.raises(ValueError, match="'newton_schulz' has no operator"):
-        orthogonalizing_operator(torch.ones(2, 2), method="newton_schulz")
-    many = orthogonalizing_operator(torch.randn(4, 6), steps=20)  # "auto" has eigh to fall back on
-    assert many[0].isfinite().all()
+def test_operator_of_a_zero_matrix() -> None:
+    operator, inverse_norm = operator_of_gram(
+        torch.zeros(3, 3), 0.0, resolve_coefficients("muon", 5), eps=0.0
+    )
+    assert bool(operator.isfinite().all())
+    assert inverse_norm == 0.0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -416,16 +420,6 @@ def test_number_of_products(shape: tuple[int, ...], steps: int) -> None:
             # (the counter sees torch's products, which float64 takes)
             orthogonalize(torch.randn(shape, dtype=torch.float64), steps, method=method)
         assert counter.get_total_flops() == 2 * batch * multiply_adds
-
-
-@pytest.mark.parametrize("shape", [(512, 2048), (2048, 512), (2, 512, 1024)], ids=str)
-def test_norm_is_accurate(shape: tuple[int, ...]) -> None:
-    """To the rounding of the float32 it is returned in and of sums of at most 2048 squares in
-    16 or more lanes, halved by the root; torch.norm in float32 is off by 1e-5 here."""
-    x = torch.randn(shape)
-    _, inverse_norm = orthogonalizing_operator(x, 1)
-    exact = 1 / x.double().square().sum(dim=(-2, -1), keepdim=True).sqrt()
-    assert ((inverse_norm / exact - 1).abs() <= 2**-24 * (1 + 2048 / 16 / 2)).all()
 
 
 def peak_floats(function: Callable[[], object], trace: Path) -> float:
