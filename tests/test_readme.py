@@ -13,9 +13,11 @@ from lowbit_muon import PRESETS, QuantizedMatrix
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for example in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
+    assert isinstance(names["moved"], torch.Tensor)
     assert re.fullmatch(r"\d+ bytes of state\n", capsys.readouterr().out)
 
 
