@@ -325,6 +325,12 @@ def _check_format(f: StateFormat) -> None:
         )
     for field in ("snap_levels", "companded_scale", "spectral", "rotate", "normalize"):
         _expect(isinstance(getattr(f, field), bool), field, "a bool", getattr(f, field))
+    _expect(
+        not (f.spectral and f.companded_scale),
+        "companded_scale",
+        "False together with spectral companding",
+        f.companded_scale,
+    )
     if f.companded_scale:
         _expect(f.codebook == "mu_law", "codebook", "'mu_law' with companded_scale", f.codebook)
     if not f.is_dense:

@@ -12,7 +12,8 @@ s8   the codes' own levels, whole numbers of at most 127: the Gram matrix is sum
      fold out of the sums; block scales are applied to the sum of each block, as MixPE does after
      each group (arXiv 2411.16158). Codes alone, no addend.
 s16  rows of X rounded to 1/2896 of their largest magnitude: Gram matrices of any X.
-auto s8 where it is exact, else f32. s16 is never chosen: bench.lut_gemm shows what it costs.
+auto of a Gram matrix: s8 where it can read the codes, since its sums are exact, else f32; of A X:
+     f32. s16 is never chosen: bench.lut_gemm shows what it costs.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def lut_gram(
     Raises TypeError or ValueError naming the parameter, also for a panel that cannot read `q`.
     """
     kernels = _check(q, panel, ("auto", "f32", "s16", "s8"), addend, alpha, gamma, backend)
+    if not min(q.shape):
+        return torch.zeros(min(q.shape), min(q.shape), dtype=torch.float32, device=q.device)
     if panel == "auto":
         panel = "s8" if addend is None and _integer_reason(q, blocks=True) is None else "f32"
     if panel == "s8":
@@ -80,10 +83,13 @@ def lut_matmul(
     """
     kernels = _check(q, panel, ("auto", "f32", "s8"), addend, alpha, gamma, backend)
     m, n = sorted(q.shape)
-    _check_float32("a", a, (a.shape[0] if a.ndim == 2 else -1, m))
+    check_matrix("a", a)
+    _check_float32("a", a, (a.shape[0], m))
     if out is None:
-        out = torch.empty(a.shape[0], n, device=a.device)
+        out = torch.empty(a.shape[0], n, dtype=torch.float32, device=a.device)
     _check_float32("out", out, (a.shape[0], n))
+    if not out.numel() or not m:
+        return out.zero_()
     if panel == "s8":
         return out.copy_(_integer_multiplier(q, kernels)(a * alpha))
     _source(q, addend, alpha, gamma, kernels).add_product(a, out, alpha=1.0, beta=0.0)
@@ -92,7 +98,7 @@ def lut_matmul(
 
 @torch.no_grad()
 def lut_update(
-    weight: Tensor,  # float32, bfloat16 or float16 [rows, columns], changed in place
+    weight: Tensor,  # any float dtype [rows, columns], changed in place
     a: Tensor,  # float32 [m, m], any strides
     q: QuantizedMatrix,
     *,
@@ -116,6 +122,11 @@ def lut_update(
         raise ValueError(f"weight: expected shape {q.shape}, got {tuple(weight.shape)}")
     m = min(q.shape)
     _check_float32("a", a, (m, m))
+    for name, value in (("decay", decay), ("step_size", step_size)):
+        if not is_real_number(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not m:
+        return weight
     oriented = orient(weight)
     if panel == "s8":
         multiply = _integer_multiplier(q, kernels)
@@ -143,7 +154,8 @@ def lut_matvec_block(
     Raises TypeError or ValueError naming the parameter.
     """
     kernels = _check(q, "f32", ("f32",), addend, alpha, gamma, backend)
-    _check_float32("v", v, (max(q.shape), v.shape[1] if v.ndim == 2 else -1))
+    check_matrix("v", v)
+    _check_float32("v", v, (max(q.shape), v.shape[1]))
     return _source(q, addend, alpha, gamma, kernels).times(v)
 
 
@@ -209,7 +221,7 @@ def _source(
     if not q.state_format.spectral:
         return StoredSum(q, backend, alpha=alpha, addend=addend, gamma=gamma)
     m, n = sorted(q.shape)
-    x = torch.empty(m, n, device=q.device)
+    x = torch.empty(m, n, dtype=torch.float32, device=q.device)
     q.decode_spectral(x, backend)
     backend.accumulate(x, buffer_weight=alpha, grad=addend, grad_weight=gamma)
     return DenseRows(x, backend)
@@ -264,7 +276,7 @@ def _spectral_operator(q: QuantizedMatrix, gram: Tensor) -> tuple[Tensor, float]
 def _low_rank_terms(q: QuantizedMatrix, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
     """(P, E R, R^T R) for the coded part E and the factors P R^T."""
     left, right = q.oriented_factors(backend)
-    rows = right.mT.contiguous()
+    rows = right.mT.clone(memory_format=torch.contiguous_format)
     if q.state_format.rotate:
         backend.rotate(rows)  # like the codes
     coded = _CodesAlone(q.codes(), backend)

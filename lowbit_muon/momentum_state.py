@@ -76,6 +76,9 @@ class StoredSpectrum(RowSource):
         self._codes = momentum.codes()
         self._rotate = momentum.state_format.rotate
         self._gram = backend.code_gram(self._codes)
+        self._norm = math.sqrt(float(self._gram.diagonal().double().sum()))
+        self._shift = momentum.state_format.spectral_shift
+        self._momentum_norm = float(momentum.tensors["norm"])
 
     def load(self, rows: slice, out: Tensor) -> None:
         """See `RowSource.load`."""
@@ -84,16 +87,27 @@ class StoredSpectrum(RowSource):
             self.backend.rotate(out, inverse=True)
 
     def gram(self) -> Tensor:
-        """Y Y^T, [m, m], which a rotation of the columns does not change; taken once."""
+        """Y Y^T, [m, m], which a rotation of the columns does not change; to be taken once."""
         return self._gram
 
     def norm(self) -> float:
         """||Y||_F."""
-        return math.sqrt(float(self._gram.diagonal().double().sum()))
+        return self._norm
+
+    @property
+    def scale(self) -> float:
+        """||Y||_F relative to the momentum's norm."""
+        return self._norm / self._momentum_norm if self._momentum_norm > 0 else 1.0
+
+    @property
+    def lift(self) -> float:
+        """How much larger than in the momentum small singular values are, both of norm one."""
+        return 1 / (self._shift * self._norm) if self._norm > 0 else 1.0
 
     def add_product(self, a: Tensor, out: Tensor, *, alpha: float, beta: float) -> None:
         """See `RowSource.add_product`; by panels of the result, which are rotated back."""
-        for rows in self.slices():
+        for start in range(0, out.shape[0], self.height):
+            rows = slice(start, start + self.height)
             update = self.backend.code_product(a[rows], self._codes)
             if self._rotate:
                 self.backend.rotate(update, inverse=True)
@@ -131,7 +145,7 @@ def update_momentum(
         grad=oriented,
         decay=decay,
         # (a norm is not finite if any element is not)
-        grad_weight=1 / (_norm(grad) + _EPS) if normalize else 1 - decay,
+        grad_weight=1 / (_norm(oriented) + _EPS) if normalize else 1 - decay,
         nesterov=nesterov,
         backend=backend,
     )
@@ -220,7 +234,7 @@ def _use_stored(momentum: QuantizedMatrix, backend: Backend, use: Use) -> None:
     """`use` of what the codes hold."""
     if momentum.state_format.spectral and reads_integer_codes(momentum.codes()):
         spectrum = StoredSpectrum(momentum, backend)
-        use(spectrum, spectrum.norm(), 1.0)
+        use(spectrum, spectrum.norm(), spectrum.scale)
         return
     source: RowSource
     if momentum.state_format.spectral:
@@ -237,8 +251,8 @@ def _use_stored(momentum: QuantizedMatrix, backend: Backend, use: Use) -> None:
 
 
 def _norm(grad: Tensor) -> float:
-    """Frobenius norm, accumulated in float32 at least; not finite if any element is not."""
-    return float(torch.linalg.vector_norm(grad, dtype=torch.float32))
+    """Frobenius norm, accumulated in float64; not finite if any element is not."""
+    return float(torch.linalg.vector_norm(grad, dtype=torch.float64))
 
 
 def _describe(grad: Tensor) -> str:

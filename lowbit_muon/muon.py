@@ -30,6 +30,7 @@ from lowbit_muon.momentum_state import (
     update_momentum,
 )
 from lowbit_muon.newton_schulz import (
+    Triple,
     choose_method,
     operator_of_gram,
     orthogonalize,
@@ -49,10 +50,6 @@ from lowbit_muon.row_source import RowSource
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
-# With ns_input="stored" a spectral format's codes are orthogonalised: their singular values are
-# roots of the momentum's, and with two steps fewer the smallest come out as with all of them.
-STEPS_SAVED_BY_STORED_SPECTRUM = 2
-
 AdjustLr = Literal["original", "match_rms_adamw"]
 
 
@@ -81,7 +78,9 @@ class Muon(Optimizer):
         ns_input: "exact" orthogonalises the fresh momentum, before it was quantised; "stored" what
             the codes hold, without Nesterov's look-ahead: less work, and quantisation noise in the
             update. Of spectral formats it takes the codes' own matrix, whose polar factor is the
-            momentum's, in integer products and with two Newton-Schulz steps fewer.
+            momentum's, in integer products and without the first Newton-Schulz steps, as far as its
+            larger singular values make up for them (two of five with the presets); formats with
+            levels that are not whole numbers or with block scales are decoded instead.
         backend: "auto", or a backend by name, which then must be there.
         nonfinite: what to do with a gradient that holds inf or nan: "skip" leaves the parameter and
             its state as they are (counted in its state as "skipped", with one warning), "raise"
@@ -246,10 +245,12 @@ class Muon(Optimizer):
                 )
                 write_matrix(state, view, matrix)
         # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
-        if len(views) > 1 and not bool(param.grad.isfinite().all()):  # type: ignore[union-attr]
+        grad: Tensor = param.grad  # type: ignore[assignment]
+        grad = grad.float() if grad.dtype == torch.float64 else grad
+        if len(views) > 1 and not bool(grad.isfinite().all()):
             count_skipped(state, param)
             return
-        grad, weights = flatten(param.grad, group), flatten(param, group)  # type: ignore[arg-type]
+        grad, weights = flatten(grad, group), flatten(param, group)
         for view in views:
             momentum = read_matrix(state, view, step.state_format)
             try:
@@ -275,7 +276,7 @@ class GroupStep:
     """What one step needs to know of its group, resolved once for all its matrices."""
 
     state_format: StateFormat
-    coefficients: tuple[tuple[float, float, float], ...]
+    coefficients: Sequence[Triple]
     lr: float
     weight_decay: float
     momentum: float
@@ -321,8 +322,8 @@ class GroupStep:
         step_size = self.lr * update_scale(self.adjust_lr_fn, weight.shape)
         eps, oriented = self.eps * scale, orient(weight)
         coefficients = self.coefficients
-        if isinstance(x, StoredSpectrum):  # its small singular values are larger already
-            coefficients = coefficients[STEPS_SAVED_BY_STORED_SPECTRUM:] or coefficients[-1:]
+        if isinstance(x, StoredSpectrum):
+            coefficients = steps_after_lift(coefficients, x.lift)
         if choose_method(x.shape, coefficients, torch.float32, x.device) == "newton_schulz":
             update = orthogonalize(
                 x.dense(), len(coefficients), coefficients, "newton_schulz", eps=eps
@@ -332,6 +333,19 @@ class GroupStep:
             operator, inverse_norm = operator_of_gram(x.gram(), norm, coefficients, eps=eps)
             # One product with the weight as its addend: the update itself is never stored.
             x.add_product(operator, oriented, alpha=-step_size * inverse_norm, beta=decay)
+
+
+def steps_after_lift(coefficients: Sequence[Triple], lift: float) -> Sequence[Triple]:
+    """The steps that are left for a matrix whose small singular values are `lift` times larger.
+
+    A step multiplies small singular values by a; the first steps, as far as the lift makes up for
+    them, are left out. One is always left.
+    """
+    saved = 0
+    while saved + 1 < len(coefficients) and lift >= coefficients[saved][0]:
+        lift /= coefficients[saved][0]
+        saved += 1
+    return coefficients[saved:]
 
 
 def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:

@@ -180,16 +180,13 @@ def operator_of_gram(
     """(Q, inverse_norm) with orthogonalize(X) = inverse_norm * Q @ X.
 
     gram_matrix: X X^T [m, m], float32 and finite; overwritten. norm: ||X||_F. coefficients: from
-    `resolve_coefficients`. inverse_norm = 1 / max(norm, eps), or 0 if both are. Takes the Gram form
-    where it is precise and an eigendecomposition elsewhere.
+    `resolve_coefficients`. inverse_norm = 1 / max(norm, eps), or 0 if both are. Raises ValueError
+    where the Gram form is not precise.
     """
     divisor = max(norm, eps)
     inverse = 1 / divisor if divisor > 0 else 0.0
     r = gram_matrix.mul_(inverse).mul_(inverse)
-    if gram_is_precise(coefficients, r.dtype):
-        return gram_operator(r, coefficients, overwrite=True), inverse
-    eigenvalues, eigenvectors = torch.linalg.eigh(r)
-    return spectrum_operator(eigenvalues, eigenvectors, coefficients), inverse
+    return gram_operator(r, coefficients, overwrite=True), inverse
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowbit_muon.products import one_thread
+
 _EPS = 1e-7  # MuonQ's guard against columns that have died
 
 
@@ -27,7 +29,9 @@ def power_iteration(
     largest = right_factor.abs().amax()
     directions = right_factor / torch.where(largest > 0, largest, 1)
     directions /= directions.norm(dim=0, keepdim=True) + _EPS
-    left_factor, _ = torch.linalg.qr(times(directions))
+    product = times(directions)
+    with one_thread(product.device):
+        left_factor, _ = torch.linalg.qr(product)
     return left_factor, transposed_times(left_factor)
 
 
@@ -37,4 +41,6 @@ def random_right_factor(columns: int, rank: int, seed: int, device: torch.device
     Drawn on the CPU, since generators of different devices give different numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(columns, rank, generator=generator).to(device)
+    return torch.randn(columns, rank, generator=generator, dtype=torch.float32, device="cpu").to(
+        device
+    )

@@ -7,6 +7,9 @@ records gradients.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,20 @@ def _kernels(x: Tensor) -> Backend | None:
     if x.ndim == 2 and x.dtype == torch.float32:
         return get_backend("auto", x.device)
     return None
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """LAPACK's results depend on the number of threads; stored codes must not."""
+    threads = torch.get_num_threads()
+    if threads == 1 or device.type != "cpu":
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def multiply(

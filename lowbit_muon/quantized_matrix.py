@@ -20,6 +20,7 @@ from lowbit_muon.checks import check_matrix, check_tensor
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.power_iteration import power_iteration, random_right_factor
 from lowbit_muon.presets import resolve_format
+from lowbit_muon.root_iteration import full_precision_products
 from lowbit_muon.row_source import DenseRows, RowSource
 from lowbit_muon.spectral import encoding_operator, spectral_expand, spectral_expand_codes
 
@@ -213,9 +214,7 @@ class QuantizedMatrix:
             # In panels of rows, so that neither Y nor a residual ever exists as a whole.
             for rows in source.slices():
                 if operator is not None:
-                    panel = torch.empty(
-                        rows.stop - rows.start, source.shape[1], device=source.device
-                    )
+                    panel = source.panel_memory(rows)
                     source.add_product(operator[rows], panel, alpha=1.0, beta=0.0)
                 elif divisor == 0:
                     panel = source.panel(rows).zero_()
@@ -224,9 +223,8 @@ class QuantizedMatrix:
                     if divisor != 1:
                         panel.div_(divisor)
                 if factors is not None:
-                    backend.product(
-                        factors[0][rows], factors[1].mT, out=panel, alpha=-1.0, beta=1.0
-                    )
+                    left, right = factors
+                    backend.product(left[rows], right.mT, out=panel, alpha=-1.0, beta=1.0)
                 yield rows, panel
 
         noise = codec.store_panels(
@@ -234,11 +232,13 @@ class QuantizedMatrix:
         )
         if f.spectral:
             tensors["noise"].fill_(noise)
+        source.release()
 
     def _encoding_operator(self, source: RowSource, norm: float) -> Tensor:
         """C / norm with Y = C X / norm, for a source of this norm."""
-        gram_matrix = source.gram().div_(norm).div_(norm)
-        return encoding_operator(gram_matrix, self.state_format.spectral_shift).div_(norm)
+        with full_precision_products():
+            gram_matrix = source.gram().div_(norm).div_(norm)
+            return encoding_operator(gram_matrix, self.state_format.spectral_shift).div_(norm)
 
     def _factorise(self, source: RowSource, divisor: float) -> tuple[Tensor, Tensor]:
         """One power iteration from the stored right factor; stores both.

@@ -18,6 +18,8 @@ from lowbit_muon.backends.base import Backend
 # 4 MiB. The same for every number of threads, because sums over panels depend on it and codes must
 # not depend on threads.
 SCRATCH_FLOATS = 2**20
+# Rows that panels of a Gram matrix have at least, however wide: each pair is decoded again.
+_FEWEST_ROWS = 64
 
 
 class RowSource(ABC):
@@ -29,7 +31,7 @@ class RowSource(ABC):
         self.shape = (m, n)
         self.backend = backend
         self.device = device
-        self._scratch: Tensor | None = None
+        self._scratch: list[Tensor] = []  # at most one; copies of this object share it
 
     @abstractmethod
     def load(self, rows: slice, out: Tensor) -> float | None:
@@ -48,9 +50,14 @@ class RowSource(ABC):
 
     def panel_memory(self, rows: slice) -> Tensor:
         """Scratch memory for these rows."""
-        if self._scratch is None:
-            self._scratch = torch.empty(self.height, self.shape[1], device=self.device)
-        return self._scratch[: rows.stop - rows.start]
+        if not self._scratch:
+            shape = (self.height, self.shape[1])
+            self._scratch.append(torch.empty(shape, dtype=torch.float32, device=self.device))
+        return self._scratch[0][: rows.stop - rows.start]
+
+    def release(self) -> None:
+        """Give the scratch memory back."""
+        self._scratch.clear()
 
     def panel(self, rows: slice) -> Tensor:
         """These rows in scratch memory, which the caller may overwrite."""
@@ -69,11 +76,13 @@ class RowSource(ABC):
         The iteration that follows takes more than 4 m^2 floats, so 3 m^2 are free for panels here.
         """
         m, n = self.shape
-        self._scratch = None
-        result = torch.empty(m, m, device=self.device)
+        self.release()
+        result = torch.empty(m, m, dtype=torch.float32, device=self.device)
         room = max(SCRATCH_FLOATS, 3 * m * m)
-        height = m if m * n <= room else max(1, room // (2 * n))
-        slots = torch.empty(min(2, -(-m // max(1, height))), height, n, device=self.device)
+        height = m if m * n <= room else min(m, max(_FEWEST_ROWS, room // (2 * n)))
+        slots = torch.empty(
+            1 if height == m else 2, height, n, dtype=torch.float32, device=self.device
+        )
         slices = [slice(start, min(start + height, m)) for start in range(0, m, max(1, height))]
         for i, rows in enumerate(slices):
             panel = slots[0, : rows.stop - rows.start]
@@ -89,21 +98,21 @@ class RowSource(ABC):
 
     def dense(self) -> Tensor:
         """The whole matrix."""
-        result = torch.empty(self.shape, device=self.device)
+        result = torch.empty(self.shape, dtype=torch.float32, device=self.device)
         for rows in self.slices():
             self.load(rows, result[rows])
         return result
 
     def times(self, v: Tensor) -> Tensor:
         """X V, [m, r], for v [n, r]."""
-        result = torch.empty(self.shape[0], v.shape[1], device=self.device)
+        result = torch.empty(self.shape[0], v.shape[1], dtype=torch.float32, device=self.device)
         for rows, panel in self.panels():
             self.backend.product(panel, v, out=result[rows])
         return result
 
     def transposed_times(self, v: Tensor) -> Tensor:
         """X^T V, [n, r], for v [m, r]."""
-        result = torch.zeros(self.shape[1], v.shape[1], device=self.device)
+        result = torch.zeros(self.shape[1], v.shape[1], dtype=torch.float32, device=self.device)
         for rows, panel in self.panels():
             self.backend.product(panel.mT, v[rows], out=result, beta=1.0)
         return result
@@ -111,9 +120,12 @@ class RowSource(ABC):
     def add_product(self, a: Tensor, out: Tensor, *, alpha: float, beta: float) -> None:
         """out <- alpha * a X + beta * out for a [k, m] and out [k, n].
 
-        `out` of another dtype than float32 is rounded once, for which panels of its rows are
-        computed one by one.
+        `out` of another dtype than float32 is rounded after each factor and not for each panel, so
+        panels of its rows are computed one by one.
         """
+        if self.shape[0] == 0:
+            out.mul_(beta) if beta else out.zero_()
+            return
         if out.dtype == torch.float32:
             for rows, panel in self.panels():
                 self.backend.product(a[:, rows], panel, out=out, alpha=alpha, beta=beta)
@@ -122,7 +134,7 @@ class RowSource(ABC):
         height = max(1, SCRATCH_FLOATS // (2 * max(1, self.shape[1])))
         for start in range(0, out.shape[0], height):
             part = out[start : start + height]
-            update = torch.empty(part.shape, device=self.device)
+            update = torch.empty(part.shape, dtype=torch.float32, device=self.device)
             self.add_product(a[start : start + height], update, alpha=alpha, beta=0.0)
             if beta == 0:
                 part.copy_(update)

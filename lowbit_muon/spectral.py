@@ -12,16 +12,14 @@ two products of codes. Both need only the Gram matrix of the short side.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend, PackedCodes
-from lowbit_muon.products import gram, multiply, symmetric_from_spectrum
+from lowbit_muon.products import gram, multiply, one_thread, symmetric_from_spectrum
 from lowbit_muon.root_iteration import ROOT_TABLE, iterate_root
 
 EncodingMethod = Literal["auto", "eigh", "products"]
@@ -41,20 +39,6 @@ def companding_gain(eigenvalues: Tensor, shift: float) -> Tensor:
     return torch.where(linear, 1 / shift, compand_singular_values(s, shift) / s.clamp_min(1e-300))
 
 
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """LAPACK's eigenvectors depend on the number of threads; the stored codes must not."""
-    threads = torch.get_num_threads()
-    if threads == 1 or device.type != "cpu":
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def encoding_operator(gram_matrix: Tensor, shift: float, method: EncodingMethod = "auto") -> Tensor:
     """C [m, m] with Y = C M, from R = M M^T / ||M||_F^2 [m, m].
 
@@ -66,7 +50,7 @@ def encoding_operator(gram_matrix: Tensor, shift: float, method: EncodingMethod 
         method = "products" if shift >= ROOT_TABLE[-1].shift else "eigh"
     if method == "products":
         return iterate_root(gram_matrix, shift, overwrite=True)
-    with _one_thread(gram_matrix.device):
+    with one_thread(gram_matrix.device):
         eigenvalues, vectors = torch.linalg.eigh(gram_matrix)
     gain = companding_gain(eigenvalues.double(), shift).to(gram_matrix.dtype)
     return symmetric_from_spectrum(vectors, gain)

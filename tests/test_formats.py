@@ -77,6 +77,8 @@ def test_bad_combinations() -> None:
         StateFormat("x", 2, codebook="table", table=(1.0, 0.0), snap_levels=False)
     with pytest.raises(ValueError, match="mu_law"):
         StateFormat("x", 4, codebook="linear", companded_scale=True)
+    with pytest.raises(ValueError, match="companded_scale: expected False together with spectral"):
+        StateFormat("x", 4, spectral=True, companded_scale=True)
 
 
 def test_from_dict_names_what_is_wrong() -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lowbit_muon import PRESETS, QuantizedMatrix, StateFormat, quantize, row_source
+from lowbit_muon.backends import get_backend
 from lowbit_muon.lut_gemm import lut_gram, lut_matmul, lut_matvec_block, lut_update
+from lowbit_muon.momentum_state import StoredSum
 
 PLAIN = StateFormat("plain", 4)
 BLOCKS = dataclasses.replace(PLAIN, name="blocks", granularity="block", block_size=16)
@@ -123,6 +125,30 @@ def test_weight_update(shape: tuple[int, int], dtype: torch.dtype, panel: str) -
     assert bool(((weight.double() - exact).abs() <= bound + limbs).all())
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_empty_matrices(name: str, shape: tuple[int, int]) -> None:
+    q = quantize(torch.zeros(shape), FORMATS[name])
+    assert lut_gram(q).shape == (0, 0)
+    n = max(shape)
+    assert torch.equal(lut_matmul(torch.zeros(3, 0), q), torch.zeros(3, n))
+    assert lut_matvec_block(q, torch.zeros(n, 2)).shape == (0, 2)
+    assert lut_update(torch.zeros(shape), torch.zeros(0, 0), q, decay=1, step_size=1).shape == shape
+
+
+def test_wide_matrices_are_not_decoded_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_source, "SCRATCH_FLOATS", 100)
+    q = make("mulaw4", (70, 3000))
+    source = StoredSum(q, get_backend("auto", q.device))
+    loaded = []
+    load = source.load
+    monkeypatch.setattr(source, "load", lambda rows, out: (loaded.append(rows), load(rows, out)))
+    gram = source.gram()
+    x = decoded(q)
+    close(gram, x @ x.mT, 3000 + 200, x.abs() @ x.abs().mT)
+    assert len(loaded) == 3  # 64 rows, 6, and these beside the first
+
+
 def test_rounded_panel_is_near_and_never_chosen() -> None:
     q = make("spectral4", (60, 300))
     exact = lut_gram(q, panel="f32")
@@ -171,6 +197,7 @@ GOOD = {"q": quantize(torch.ones(4, 6), "spectral4", backend="reference")}
     ("call", "error", "message"),
     [
         (lambda q: lut_gram(torch.ones(2, 2)), TypeError, "q: expected a QuantizedMatrix"),
+        (lambda q: lut_matmul([[1.0]], q), TypeError, "a: expected a tensor"),
         (lambda q: lut_gram(q, panel="f16"), ValueError, "panel: expected one of"),
         (lambda q: lut_matmul(torch.ones(4, 4), q, panel="s16"), ValueError, "panel"),
         (lambda q: lut_gram(q, alpha=float("nan")), ValueError, "alpha: expected a finite"),

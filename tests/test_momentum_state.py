@@ -16,7 +16,8 @@ from lowbit_muon import momentum_state as state_module
 from lowbit_muon import row_source as source_module
 from lowbit_muon.backends import get_backend
 from lowbit_muon.momentum_state import StoredSpectrum
-from lowbit_muon.muon import STEPS_SAVED_BY_STORED_SPECTRUM
+from lowbit_muon.muon import steps_after_lift
+from lowbit_muon.newton_schulz import resolve_coefficients
 from lowbit_muon.parameter_state import matrix_views, read_matrix, resolve_group_format
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
 
@@ -135,7 +136,7 @@ def test_stored_input_is_what_the_codes_hold(name: str, shape: tuple[int, int]) 
     optimizer.step()
     stored = momentum_of(optimizer)
     if stored.state_format.spectral:
-        oriented, steps = StoredSpectrum(stored, CPU).dense(), 5 - STEPS_SAVED_BY_STORED_SPECTRUM
+        oriented, steps = StoredSpectrum(stored, CPU).dense(), 3
     else:
         oriented, steps = orient(stored.dequantize()), 5
     update = orthogonalize(oriented, steps)
@@ -151,9 +152,86 @@ def test_stored_spectrum_takes_the_direction_of_the_momentum() -> None:
     optimizer = run((64, 200), state_format="spectral4")
     stored = momentum_of(optimizer)
     exact = orthogonalize(orient(stored.dequantize()), 5)
-    few = orthogonalize(StoredSpectrum(stored, CPU).dense(), 5 - STEPS_SAVED_BY_STORED_SPECTRUM)
+    few = orthogonalize(StoredSpectrum(stored, CPU).dense(), 3)
     cosine = float((exact * few).sum() / (exact.norm() * few.norm()))
     assert cosine > 0.95
+
+
+def test_steps_saved_follow_the_lift() -> None:
+    steps = resolve_coefficients("muon", 5)
+    assert [len(steps_after_lift(steps, lift)) for lift in (0.5, 1, 3.4, 3.5, 12, 1e9)] == [
+        *(5, 5, 5, 4, 3, 1),
+    ]
+
+
+def test_stored_spectrum_respects_eps() -> None:
+    """A gradient far below eps moves the weight by about norm / eps, as in torch.optim.Muon."""
+    moves = []
+    for ns_input in ("exact", "stored"):
+        param = torch.nn.Parameter(torch.zeros(40, 90))
+        optimizer = Muon([param], lr=1.0, weight_decay=0.0, ns_input=ns_input)
+        param.grad = grads((40, 90), 1, torch.float32)[0] * 1e-14
+        optimizer.step()
+        moves.append(float(param.detach().norm()))
+    assert moves[0] < 1e-3
+    # (the small directions of Y are lifted: as many times as the first steps would)
+    assert moves[1] < 20 * moves[0]
+
+
+@pytest.mark.parametrize("name", ["mulaw4", "muonq4", "spectral4"])
+@pytest.mark.parametrize("shape", [(1100, 400), (300, 700)], ids=str)
+def test_threads_do_not_change_the_state(name: str, shape: tuple[int, int]) -> None:
+    before = torch.get_num_threads()
+    states = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            states.append(momentum_of(run(shape, state_format=name)).tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(states[0][role], states[1][role]) for role in states[0])
+
+
+@pytest.mark.parametrize("ns_input", ["exact", "stored"])
+@pytest.mark.parametrize("name", [*BY_PANELS, "spectral4"])
+def test_default_dtype_of_torch_does_not_matter(name: str, ns_input: str) -> None:
+    expected = weight_of(run((40, 90), state_format=name, ns_input=ns_input))
+    inputs = grads((40, 90), 3, torch.float32)
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(0.1 * torch.randn(40, 90))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = Muon([param], lr=0.02, state_format=name, ns_input=ns_input)
+        for grad in inputs:
+            param.grad = grad
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(param.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["fp32", "mulaw4", "spectral4"])
+def test_autograd_sees_that_a_weight_changed(name: str) -> None:
+    """A graph made before the step must not be used after it, as with torch.optim.Muon."""
+    param = torch.nn.Parameter(torch.randn(20, 30))
+    optimizer = Muon([param], state_format=name)
+    loss = (torch.randn(5, 20, requires_grad=True) @ param).sum()
+    param.grad = torch.randn(20, 30)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_gradients_with_muonq4(dtype: torch.dtype) -> None:
+    updates = []
+    for scale in (1.0, 1e25):
+        param = torch.nn.Parameter(torch.zeros(40, 90))
+        optimizer = Muon([param], lr=1.0, state_format="muonq4", nesterov=False)
+        param.grad = grads((40, 90), 1, torch.float32)[0] * scale
+        optimizer.step()
+        updates.append(param.detach())
+    assert difference(updates[1], updates[0]) < 1e-3
 
 
 def peak_bytes(optimizer: Muon, trace: Path) -> float:

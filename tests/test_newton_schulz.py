@@ -336,23 +336,14 @@ def test_composed_polynomial(coefficients: str) -> None:
     assert edges.tolist() == pytest.approx([math.prod(a for a, _, _ in triples)] * 2, rel=2**-23)
 
 
-@pytest.mark.parametrize("steps", [5, 20])  # with twenty only an eigendecomposition is precise
 @pytest.mark.parametrize("shape", [(20, 30), (30, 30), (400, 420)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e9])
-def test_operator_gives_the_update(shape: tuple[int, int], steps: int, scale: float) -> None:
+def test_operator_gives_the_update(shape: tuple[int, int], scale: float) -> None:
     x = torch.randn(shape) * scale
-    coefficients = resolve_coefficients("muon", steps)
+    coefficients = resolve_coefficients("muon", 5)
     gram_matrix = (x.double() @ x.double().mT).float()
     operator, inverse_norm = operator_of_gram(gram_matrix, float(x.norm()), coefficients, eps=1e-7)
-    update = operator @ x * inverse_norm
-    if steps == 5:
-        assert_orthogonalized(update, x, "gram")
-    else:
-        # Twenty steps bring all singular values of a random matrix to where the polynomial
-        # oscillates, in [0.68, 1.13]; rounding decides where in it, but not for one of them alone.
-        sizes = torch.linalg.svdvals(update.double())
-        assert float(sizes.min()) > 0.6
-        assert float(sizes.max()) < 1.2
+    assert_orthogonalized(operator @ x * inverse_norm, x, "gram")
 
 
 def test_operator_of_a_zero_matrix() -> None:

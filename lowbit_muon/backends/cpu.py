@@ -239,8 +239,8 @@ def _grad_arguments(grad: Tensor | None, weight: float, shape: torch.Size) -> di
 def _tables(codebook: Codebook) -> tuple[Tensor, Tensor]:
     """Levels and thresholds, float32."""
     return (
-        torch.tensor(codebook.levels, dtype=torch.float32),
-        torch.tensor(codebook.thresholds, dtype=torch.float32),
+        torch.tensor(codebook.levels, dtype=torch.float32, device="cpu"),
+        torch.tensor(codebook.thresholds, dtype=torch.float32, device="cpu"),
     )
 
 
@@ -248,4 +248,6 @@ def _tables(codebook: Codebook) -> tuple[Tensor, Tensor]:
 def _signs(columns: int) -> tuple[Tensor, Tensor]:
     """The signs of a rotation, float32 [columns] each."""
     first, second = rotation_signs(columns)
-    return torch.tensor(first, dtype=torch.float32), torch.tensor(second, dtype=torch.float32)
+    return torch.tensor(first, dtype=torch.float32, device="cpu"), torch.tensor(
+        second, dtype=torch.float32, device="cpu"
+    )

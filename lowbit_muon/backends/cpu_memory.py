@@ -45,7 +45,7 @@ def readable(x: Tensor, name: str) -> Tensor:
 
 def output(tensor: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     if tensor is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     check(tensor, name, shape, dtype)
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")

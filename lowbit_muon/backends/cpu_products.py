@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes, check_integer_codes
-from lowbit_muon.backends.cpu_memory import check, output, readable
+from lowbit_muon.backends.cpu_memory import check, readable
 from lowbit_muon.formats import Codebook
 
 
@@ -35,9 +35,7 @@ class CpuProducts:
         check(b, "b", None, torch.float32)
         columns = b.shape[1]
         check(b, "b", (depth, columns), torch.float32)
-        if out is None:
-            out = torch.empty(rows, columns)
-        check(out, "out", (rows, columns), torch.float32)
+        out = _given_or_new(out, (rows, columns))
         if not _has_plain_lines(out):
             out.copy_(self.product(a, b, out=out.contiguous(), alpha=alpha, beta=beta))
             return out
@@ -79,9 +77,7 @@ class CpuProducts:
             check(addend, "addend", (size, size), torch.float32)
             addend = _with_plain_rows(addend)
             arguments |= {"addend": addend.data_ptr(), "addend_stride": addend.stride(0)}
-        if out is None:
-            out = torch.empty(size, size)
-        check(out, "out", (size, size), torch.float32)
+        out = _given_or_new(out, (size, size))
         rows = out if size <= 1 or out.stride(1) == 1 else out.mT
         if not _has_plain_lines(out):
             raise ValueError(f"out: expected contiguous rows or columns, got {out.stride()}")
@@ -102,7 +98,7 @@ class CpuProducts:
         check_integer_codes(codes, blocks=True)
         operand = _CodeOperand(codes)
         rows = codes.packed.shape[0]
-        out = torch.empty(rows, rows)
+        out = _given_or_new(None, (rows, rows))
         self._extension.code_gram(
             rows=rows,
             block_size=codes.layout.effective_block(codes.columns),
@@ -116,7 +112,7 @@ class CpuProducts:
         """See `Backend.rounded_gram`."""
         check(x, "x", None, torch.float32)
         rows, columns = x.shape
-        out = torch.empty(rows, rows)
+        out = _given_or_new(None, (rows, rows))
         self._extension.rounded_gram(
             rows=rows,
             columns=columns,
@@ -137,7 +133,9 @@ class CpuProducts:
         rows = codes.packed.shape[0]
         check(a, "a", None, torch.float32)
         check(a, "a", (a.shape[0], rows), torch.float32)
-        out = output(out, "out", (a.shape[0], codes.columns), torch.float32)
+        out = _given_or_new(out, (a.shape[0], codes.columns))
+        if not out.is_contiguous():
+            raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
         if rows == 0:
             return out.mul_(beta) if beta else out.zero_()
         self._extension.code_product(
@@ -176,7 +174,17 @@ class _CodeOperand:
 def _byte_levels(codebook: Codebook) -> Tensor:
     """int8 [256]: a code past the end means the last level, as everywhere."""
     levels = [int(level) for level in codebook.levels]
-    return torch.tensor(levels + levels[-1:] * (256 - len(levels)), dtype=torch.int8)
+    return torch.tensor(levels + levels[-1:] * (256 - len(levels)), dtype=torch.int8, device="cpu")
+
+
+def _given_or_new(out: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """`out` after checks, or new memory. Autograd is told that `out` changes behind its back."""
+    if out is None:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    check(out, "out", shape, torch.float32)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _operand(name: str, x: Tensor) -> dict[str, int]:

@@ -257,32 +257,45 @@ class ReferenceBackend:
         check_integer_codes(codes)
         levels = integer_levels(codes)
         if not levels.numel():
-            return self.product(a, levels.float(), out=out, beta=beta)
+            return self.product(a, levels, out=out, beta=beta)
         whole, scales = round_to_whole(a * codes.scales[:, 0], LIMB_LIMIT)
         low = (whole + 128) % 256 - 128
-        high = (whole - low) / 256
-        result = scales * (256 * (high @ levels).float() + (low @ levels).float())
+        low, high = low.float(), ((whole - low) / 256).float()
+        result = scales * (
+            256 * exact_product(high, levels).float() + exact_product(low, levels).float()
+        )
         if out is None:
             return result
         return out.copy_(result if beta == 0 else beta * out + result)
 
 
 def integer_levels(codes: PackedCodes) -> Tensor:
-    """The levels of codes as float64 [m, n], in which integer sums are exact."""
-    ones = torch.ones_like(codes.scales)
-    return decode(dataclasses.replace(codes, scales=ones)).double()
+    """The levels of codes: float32 [m, n], whole numbers."""
+    return decode(dataclasses.replace(codes, scales=torch.ones_like(codes.scales)))
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, float64, of whole numbers: int8 in float32, or any in float64.
+
+    float32 holds every sum of up to 512 products of int8, also where products are taken in TF32 or
+    bfloat16, which hold their factors.
+    """
+    total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.float64, device=left.device)
+    for a, b in zip(left.split(512, dim=1), right.split(512), strict=True):
+        total += a @ b
+    return total
 
 
 def gram_by_segments(whole: Tensor, scales: Tensor, segment: int) -> Tensor:
     """X X^T, float32 [m, m]: exact sums over `segment` columns, scaled and added up in float32.
 
-    whole: float64 [m, n] of whole numbers; scales: float32 [m, ceil(n / segment)].
+    whole: [m, n] as `exact_product` takes; scales: float32 [m, ceil(n / segment)].
     """
     m, n = whole.shape
     total = torch.zeros(m, m, dtype=torch.float32, device=whole.device)
     for index, part in enumerate(whole.split(segment, dim=1) if n else ()):
         scale = scales[:, index]
-        total += (part @ part.mT).float() * torch.outer(scale, scale)
+        total += exact_product(part, part.mT).float() * torch.outer(scale, scale)
     return total
 
 

@@ -104,7 +104,6 @@ using RotationKernel = void (*)(const RotateArgs& args, size_t begin, size_t end
 // each step of k the 16 words of a strip lie side by side. A word is 32 bits along k: one float,
 // two int16 or four int8.
 constexpr size_t kStrip = 16;
-constexpr size_t kStepWords = kStrip;
 
 enum class WordType { float32, int16, int8 };
 

@@ -179,9 +179,6 @@ inline void store_words(void* to, I32x16 x) {
 inline I32x16 operator+(I32x16 a, I32x16 b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
 }
-inline F32x16 to_float(I32x16 x) {
-    return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)};
-}
 // sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
 inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
     const __m256i word = _mm256_set1_epi32(static_cast<int>(a));

@@ -156,9 +156,6 @@ inline void store_words(void* to, I32x16 x) {
 inline I32x16 operator+(I32x16 a, I32x16 b) {
     LOWBIT_EACH(I32x16, a.v[q] + b.v[q]);
 }
-inline F32x16 to_float(I32x16 x) {
-    LOWBIT_EACH(F32x16, __builtin_convertvector(x.v[q], F32x4));
-}
 // sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
 inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
     const int32_t low = static_cast<int16_t>(a & 0xffff);
