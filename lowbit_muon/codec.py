@@ -21,13 +21,12 @@ Panels = Callable[[], Iterable[tuple[slice, Tensor]]]
 
 def compress(x: Tensor, mu: float) -> Tensor:
     """sign(x) ln(1 + mu |x|) / ln(1 + mu) (mu-law, ITU-T G.711); x is clamped to [-1, 1]."""
-    clamped = x.clamp(-1, 1)
-    return clamped.sign() * (clamped.abs() * mu).log1p() / math.log1p(mu)
+    return x.abs().clamp_(max=1).mul_(mu).log1p_().div_(math.log1p(mu)).copysign_(x)
 
 
 def expand(y: Tensor, mu: float) -> Tensor:
     """The inverse of `compress`."""
-    return y.sign() * (y.abs() * math.log1p(mu)).expm1() / mu
+    return y.abs().mul_(math.log1p(mu)).expm1_().div_(mu).copysign_(y)
 
 
 def empty_codes(
@@ -93,11 +92,15 @@ def _tensor_scale(
     largest = squares = 0.0
     count = 0
     for _, values in panels():
-        if values.numel():
-            values = _to_code_domain(values, state_format, backend)
-            largest = max(largest, float(values.abs().max()))
+        if not values.numel():
+            continue
+        values = _to_code_domain(values, state_format, backend)
+        count += values.numel()
+        if layout.statistic == "absmax":
+            low, high = values.aminmax()
+            largest = max(largest, -float(low), float(high))
+        else:
             squares += float(values.double().square().sum())
-            count += values.numel()
     statistic = largest if layout.statistic == "absmax" else math.sqrt(squares / max(count, 1))
     scale = statistic * layout.clip
     return scale if scale >= SMALLEST_SCALE else 0.0
