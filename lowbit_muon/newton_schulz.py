@@ -237,7 +237,8 @@ def choose_method(
 
     The Gram form saves products once n > 1.5 m, for any number of steps: 4T-3 of m^3 and two of
     m^2 n against T of m^3 and 2T of m^2 n. All but the last are symmetric, and the CPU kernels
-    compute a triangle: for them it is never behind (bench/results/orthogonalize.json).
+    compute a triangle: for them it is 5 to 15% behind for square matrices and ahead for others
+    (bench/results/orthogonalize.json), with half the memory.
     """
     if not gram_is_precise(coefficients, dtype):
         return "newton_schulz"
