@@ -113,7 +113,13 @@ setup(
             "lowbit_muon.backends._cpu",
             sources=[
                 str(SOURCES / name)
-                for name in ("bindings.cpp", "codec.cpp", "isa.cpp", "product.cpp")
+                for name in (
+                    "bindings.cpp",
+                    "codec.cpp",
+                    "integer_product.cpp",
+                    "isa.cpp",
+                    "product.cpp",
+                )
             ],
             depends=["setup.py"]
             + [str(path) for path in sorted(SOURCES.glob("**/*")) if path.is_file()],

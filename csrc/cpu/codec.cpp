@@ -4,9 +4,9 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <stdexcept>
 #include <vector>
 
+#include "arguments.hpp"
 #include "isa.hpp"
 
 namespace lowbit {
@@ -16,21 +16,8 @@ namespace {
 // Below this many elements a thread costs more than it saves (its wake-up is about 5 us).
 constexpr size_t kElementsPerThread = 16384;
 
-void expect(bool condition, const std::string& message) {
-    if (!condition) {
-        throw std::invalid_argument(message);
-    }
-}
-
-template <typename T>
-T* pointer(uintptr_t address, const char* name) {
-    expect(address != 0, std::string(name) + ": expected a pointer, got null");
-    return reinterpret_cast<T*>(address);
-}
-
 void check_codes(int bits, size_t block_size, size_t columns) {
-    expect(bits == 2 || bits == 3 || bits == 4 || bits == 8,
-           "bits: expected 2, 3, 4 or 8, got " + std::to_string(bits));
+    expect_bits(bits);
     expect(block_size >= 1 && block_size <= columns, "block_size: expected 1.." +
                                                          std::to_string(columns) + ", got " +
                                                          std::to_string(block_size));
