@@ -234,7 +234,7 @@ class Muon(Optimizer):
                 self._update_parameter(param, step, group)
 
     def _update_parameter(self, param: Tensor, step: GroupStep, group: dict[str, Any]) -> None:
-        check_gradient(param)
+        grad = check_gradient(param)
         views = matrix_views(param, group)
         state = self.state[param]
         if not state:
@@ -245,7 +245,6 @@ class Muon(Optimizer):
                 )
                 write_matrix(state, view, matrix)
         # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
-        grad: Tensor = param.grad  # type: ignore[assignment]
         grad = grad.float() if grad.dtype == torch.float64 else grad
         if len(views) > 1 and not bool(grad.isfinite().all()):
             count_skipped(state, param)
@@ -356,13 +355,14 @@ def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def check_gradient(param: Tensor) -> None:
-    """Raise, as torch.optim.Muon does, for a gradient that Muon cannot take."""
+def check_gradient(param: Tensor) -> Tensor:
+    """The gradient; raises, as torch.optim.Muon does, for one that Muon cannot take."""
     if torch.is_complex(param):
         raise RuntimeError("Muon does not support complex parameters")
     assert param.grad is not None
     if param.grad.is_sparse:
         raise RuntimeError("Muon does not support sparse gradients")
+    return param.grad
 
 
 def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:

@@ -35,13 +35,13 @@ PackCodesArgs code_operand(size_t rows, size_t columns, int bits, uintptr_t leve
     return args;
 }
 
-size_t codes_per_word(const ProductKernels& kernels) {
-    return kernels.code_type == WordType::int8 ? 4 : 2;
+size_t codes_per_word(WordType type) {
+    return type == WordType::int8 ? 4 : 2;
 }
 
 // Words of `codes` codes along k, in whole groups of four.
-size_t code_steps(const ProductKernels& kernels, size_t codes) {
-    return ceil_divide(ceil_divide(codes, codes_per_word(kernels)), 4) * 4;
+size_t code_steps(WordType type, size_t codes) {
+    return ceil_divide(ceil_divide(codes, codes_per_word(type)), 4) * 4;
 }
 
 // What a Gram matrix in integers is made of.
@@ -53,7 +53,7 @@ struct IntegerRows {
     const int32_t* row_sums;  // [rows, segments], once packed; null: nothing to correct
 
     size_t segments() const { return ceil_divide(columns, segment); }
-    size_t per_word() const { return type == WordType::int8 ? 4 : 2; }
+    size_t per_word() const { return codes_per_word(type); }
 };
 
 // out <- X X^T. Integer sums of a segment are scaled when they are complete: at the end if one
@@ -124,7 +124,7 @@ void integer_gram(const IntegerRows& x, float* out, int threads, const Pack& pac
     {
         for (size_t chunk = 0; chunk < x.columns; chunk += chunk_columns) {
             const size_t count = std::min(chunk_columns, x.columns - chunk);
-            const size_t steps = ceil_divide(ceil_divide(count, x.per_word()), 4) * 4;
+            const size_t steps = code_steps(x.type, count);
 #pragma omp for schedule(static)
             for (size_t s = 0; s < strips; ++s) {
                 for (size_t c = 0; c < count; c += kPanelColumns) {
@@ -260,7 +260,7 @@ void code_product(size_t out_rows, size_t rows, size_t columns, int bits, uintpt
     float* const result = pointer<float>(out, "out");
     const ProductKernels& kernels = product_kernels();
     PackCodesArgs codes = code_operand(rows, columns, bits, levels, packed, row_bytes);
-    const size_t steps = code_steps(kernels, rows);
+    const size_t steps = code_steps(kernels.code_type, rows);
     const size_t strips = ceil_divide(out_rows, kStrip);
     const Buffer<uint32_t> high(strips * steps * kStrip);
     const Buffer<uint32_t> low(strips * steps * kStrip);
@@ -280,7 +280,7 @@ void code_product(size_t out_rows, size_t rows, size_t columns, int bits, uintpt
 
     const int parts = useful_threads(threads, out_rows * rows * columns / 4);
     const size_t width = kernels.group_columns;
-    const size_t packed_steps = ceil_divide(rows, codes_per_word(kernels));
+    const size_t packed_steps = ceil_divide(rows, codes_per_word(kernels.code_type));
     const Buffer<uint32_t> words(kPanelColumns * packed_steps);
     // The sums of both limbs of a group of columns, for one thread.
     const Buffer<int32_t> sums(static_cast<size_t>(parts) * 2 * out_rows * width);
