@@ -17,7 +17,10 @@ from lowbit_muon.formats import Codebook, CodeLayout
 
 @dataclass(frozen=True)
 class PackedCodes:
-    """Codes of an oriented matrix [m, n] with everything needed to decode them."""
+    """Codes of an oriented matrix [m, n] with everything needed to decode them.
+
+    A `DeviceBackend` also takes a batch of b such matrices, with a leading dimension.
+    """
 
     packed: Tensor  # uint8 [m, layout.row_bytes(columns)]
     scales: Tensor  # float32 [m, layout.blocks(columns)]
@@ -28,6 +31,12 @@ class PackedCodes:
     def row_slice(self, rows: slice) -> PackedCodes:
         """The codes of these rows."""
         return dataclasses.replace(self, packed=self.packed[rows], scales=self.scales[rows])
+
+    def flat(self) -> PackedCodes:
+        """A batch as one matrix of b*m rows; a matrix as it is."""
+        return dataclasses.replace(
+            self, packed=self.packed.flatten(0, -2), scales=self.scales.flatten(0, -2)
+        )
 
 
 # int32 holds that many products of 127 with 127 (a Gram matrix) or 128 (a limb, see code_product).
@@ -66,7 +75,7 @@ def check_integer_codes(codes: PackedCodes, *, blocks: bool = False) -> None:
         if blocks:
             expected += f" or blocks of a multiple of 4 that goes with {INTEGER_SEGMENT}"
         raise ValueError(f"codes: expected {expected}, got one for {block} of {columns} columns")
-    terms = max(columns, codes.packed.shape[0])
+    terms = max(columns, codes.packed.shape[-2])
     if terms > MAX_INTEGER_TERMS:
         raise ValueError(f"codes: expected at most {MAX_INTEGER_TERMS} terms a sum, got {terms}")
 
@@ -180,4 +189,72 @@ class Backend(Protocol):
         A diag(scales) is rounded, row by row, to whole multiples 256*h + l of a 32639th of the
         row's largest magnitude; the limbs h and l are int8, and their products with the levels are
         summed exactly. Raises ValueError as `code_gram` does.
+        """
+
+
+class DeviceBackend(Backend, Protocol):
+    """A backend that never makes the host wait, `accumulate` excepted.
+
+    What depends on values is returned and taken as tensors on the device. `code_gram`,
+    `code_product`, `product` and `symmetric_product` also take batches: a leading dimension b in
+    every matrix. The dense products take float32, bfloat16 and float16 factors of one dtype, sum in
+    float32, round once to the dtype of `out` (by default the factors'), and have one argument more,
+    `active`: bool [b]; matrices where it is False are left as they are (a single matrix is a batch
+    of one).
+    """
+
+    def accumulate_rows(
+        self,
+        buffer: Tensor,  # float32 [m, n], changed in place
+        *,
+        buffer_weight: float = 0.0,
+        codes: PackedCodes | None = None,
+        code_weight: float = 1.0,
+        grad: Tensor | None = None,  # float32, bfloat16 or float16 [m, n], any strides
+        grad_weight: float = 1.0,
+    ) -> Tensor:
+        """`accumulate`, returning each row's sum of squares, float64 [m]."""
+
+    def update_codes(
+        self,
+        codes: PackedCodes,
+        grad: Tensor,  # float32, bfloat16 or float16 [m, n], any strides
+        *,
+        code_weight: float,
+        grad_weight: float,
+        packed: Tensor,  # uint8 [m, layout.row_bytes(n)], contiguous
+        scales: Tensor,  # float32 [m, layout.blocks(n)], contiguous
+        out: Tensor | None = None,  # float32, bfloat16 or float16 [m, n]
+        out_value_weight: float = 1.0,
+        out_grad_weight: float = 0.0,
+    ) -> Tensor:
+        """One pass: X = code_weight*decode(codes) + grad_weight*grad, quantised as `quantize` does
+        into (packed, scales), which do not overlap the codes.
+
+        out <- out_value_weight*X + out_grad_weight*grad, computed in float32 from X before it was
+        quantised. Returns the rows' sums of squares of X and of `out` before it was rounded (zeros
+        without `out`), float64 [2, m].
+        """
+
+    def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
+        """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
+
+        x: float32 [b, m, n]; factor: float32 [b]; out: float32, bfloat16 or float16 [b, m, n].
+        """
+
+    def update_weight(
+        self,
+        weight: Tensor,  # float32, bfloat16 or float16 [m, n], any strides, changed in place
+        update: Tensor,  # float32, bfloat16 or float16 [m, n], any strides
+        *,
+        decay: Tensor,  # float32, one element
+        step_size: Tensor,  # float32, one element
+        seed: Tensor | None = None,  # int32, one element
+    ) -> None:
+        """weight <- decay * weight - step_size * update, in float32 with one rounding at the end.
+
+        Unchanged where decay is 1 and step_size 0, even if the update is not finite. With `seed`
+        the weight must be bfloat16 and is rounded stochastically: the low half of
+        `random_bits(seed, row*n + column)` is added to the 32 bits of the result, which are cut
+        after the upper 16. What is not finite is rounded as usual.
         """
