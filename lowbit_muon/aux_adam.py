@@ -17,7 +17,8 @@ from lowbit_muon.checkpoint import SavedState
 from lowbit_muon.checkpoint_adam import convert_adam, read_moments
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.formats import StateFormat
-from lowbit_muon.muon import DEFAULT_COEFFICIENTS, AdjustLr, Muon, count_skipped
+from lowbit_muon.group_step import AdjustLr, NsDtype, count_skipped
+from lowbit_muon.muon import DEFAULT_COEFFICIENTS, Muon
 
 AuxAdam = Literal["auto", "adamw", "adamw8bit"]
 
@@ -49,8 +50,8 @@ class MuonWithAuxAdam(Muon):
             of fewer than 4096 elements in float32, 8 bytes); "adamw": torch.optim.AdamW; "auto":
             8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
             else torch.optim.AdamW, with one warning that says why.
-        nesterov, ns_coefficients, ns_steps, adjust_lr_fn, state_format, ns_input, backend, seed:
-            as for `Muon`, for the groups that do not set them.
+        nesterov, ns_coefficients, ns_steps, adjust_lr_fn, state_format, ns_input, ns_dtype,
+            stochastic_rounding, backend, seed: as for `Muon`, for the groups that do not set them.
         nonfinite: as for `Muon`, for both kinds of parameters.
 
     Raises:
@@ -71,6 +72,8 @@ class MuonWithAuxAdam(Muon):
         state_format: str | StateFormat = "spectral4",
         aux_adam: AuxAdam = "auto",
         ns_input: Literal["exact", "stored"] = "exact",
+        ns_dtype: NsDtype = "auto",
+        stochastic_rounding: bool = False,
         backend: str = "auto",
         nonfinite: Literal["skip", "raise"] = "skip",
         seed: int = 0,
@@ -87,6 +90,8 @@ class MuonWithAuxAdam(Muon):
             adjust_lr_fn=adjust_lr_fn,
             state_format=state_format,
             ns_input=ns_input,
+            ns_dtype=ns_dtype,
+            stochastic_rounding=stochastic_rounding,
             backend=backend,
             nonfinite=nonfinite,
             seed=seed,

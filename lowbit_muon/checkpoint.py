@@ -31,7 +31,8 @@ StateDict = dict[str, Any]
 VERSION_KEY = "format_version"
 LAYOUT_OPTIONS = ("state_format", "batch_experts", "row_splits")
 _KEPT_OPTIONS = (
-    *LAYOUT_OPTIONS, "ns_input", "backend", "nonfinite", "seed", "use_muon", "aux_adam"
+    *LAYOUT_OPTIONS, "ns_input", "ns_dtype", "stochastic_rounding", "backend", "nonfinite", "seed",
+    "use_muon", "aux_adam",
 )  # fmt: skip
 # What torch's learning rate schedulers keep in a group.
 _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")

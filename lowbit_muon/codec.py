@@ -58,7 +58,7 @@ def store_panels(
         scales.fill_(_tensor_scale(panels, state_format, layout, backend))
     noise = 0.0
     for rows, panel in panels():
-        values = _to_code_domain(panel, state_format, backend)
+        values = to_code_domain(panel, state_format, backend)
         panel_scales = scales.expand(values.shape[0], 1) if single_scale else scales[rows]
         if single_scale:
             backend.encode(values, panel_scales, book, layout, packed=packed[rows])
@@ -70,15 +70,15 @@ def store_panels(
     return noise
 
 
-def _to_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> Tensor:
+def to_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> Tensor:
     """Values as the codebook sees them: rotated (in place) or companded, if the format says so."""
     if state_format.rotate:
         backend.rotate(values)
     return compress(values, state_format.mu) if state_format.companded_scale else values
 
 
-def _from_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> None:
-    """Inverse of `_to_code_domain`, in place."""
+def from_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> None:
+    """Inverse of `to_code_domain`, in place."""
     if state_format.companded_scale:
         values.copy_(expand(values, state_format.mu))
     if state_format.rotate:
@@ -94,7 +94,7 @@ def _tensor_scale(
     for _, values in panels():
         if not values.numel():
             continue
-        values = _to_code_domain(values, state_format, backend)
+        values = to_code_domain(values, state_format, backend)
         count += values.numel()
         if layout.statistic == "absmax":
             low, high = values.aminmax()
@@ -104,6 +104,21 @@ def _tensor_scale(
     statistic = largest if layout.statistic == "absmax" else math.sqrt(squares / max(count, 1))
     scale = statistic * layout.clip
     return scale if scale >= SMALLEST_SCALE else 0.0
+
+
+def matrix_scales(values: Tensor, layout: CodeLayout) -> Tensor:
+    """The one scale of each matrix, float32 [b, 1, 1], of float32 values [b, m, n], m*n > 0.
+
+    What `store_panels` takes for granularity "tensor", on the device.
+    """
+    order = math.inf if layout.statistic == "absmax" else 2
+    statistic = torch.linalg.vector_norm(
+        values, order, dim=(1, 2), keepdim=True, dtype=torch.float64
+    )
+    if layout.statistic == "rms":
+        statistic = statistic / math.sqrt(values[0].numel())
+    scales = statistic * layout.clip
+    return torch.where(scales >= SMALLEST_SCALE, scales, 0.0).float()
 
 
 def packed_codes(
@@ -121,7 +136,7 @@ def load(
         packed, scales, state_format.code_book(), state_format.code_layout(), buffer.shape[1]
     )
     backend.accumulate(buffer, codes=codes)
-    _from_code_domain(buffer, state_format, backend)
+    from_code_domain(buffer, state_format, backend)
 
 
 def store_factor(
@@ -134,7 +149,7 @@ def store_factor(
     """
     values = factor.mT.clone(memory_format=torch.contiguous_format)
     backend.quantize(
-        _to_code_domain(values, state_format, backend),
+        to_code_domain(values, state_format, backend),
         state_format.factor_code_book(),
         state_format.factor_layout(),
         packed=packed,
@@ -151,5 +166,5 @@ def load_factor(
         packed, scales, state_format.factor_code_book(), state_format.factor_layout(), length
     )
     backend.accumulate(values, codes=codes)
-    _from_code_domain(values, state_format, backend)
+    from_code_domain(values, state_format, backend)
     return values.mT

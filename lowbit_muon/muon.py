@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import warnings
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -16,27 +13,28 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from lowbit_muon import checkpoint
 from lowbit_muon.backends import check_backend_name, get_backend
-from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.base import is_device_backend
 from lowbit_muon.checkpoint_momentum import (
     convert_momentum,
     export_momentum,
     torch_muon_group,
 )
 from lowbit_muon.checks import is_real_number
+from lowbit_muon.device_step import DeviceStep, host_counters
 from lowbit_muon.formats import StateFormat
-from lowbit_muon.momentum_state import (
-    NonFiniteGradientError,
-    StoredSpectrum,
-    update_momentum,
+from lowbit_muon.group_step import (
+    AdjustLr,
+    GroupStep,
+    NsDtype,
+    check_gradient,
+    count_skipped,
+    rounding_seed,
+    seed_of_step,
 )
-from lowbit_muon.newton_schulz import (
-    Triple,
-    choose_method,
-    operator_of_gram,
-    orthogonalize,
-    resolve_coefficients,
-)
+from lowbit_muon.momentum_state import NonFiniteGradientError
+from lowbit_muon.newton_schulz import resolve_coefficients
 from lowbit_muon.parameter_state import (
+    MatrixView,
     flatten,
     matrix_views,
     read_matrix,
@@ -44,13 +42,11 @@ from lowbit_muon.parameter_state import (
     write_matrix,
 )
 from lowbit_muon.presets import resolve_format
-from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
-from lowbit_muon.row_source import RowSource
+from lowbit_muon.quantized_matrix import QuantizedMatrix
 
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
-AdjustLr = Literal["original", "match_rms_adamw"]
 
 
 class Muon(Optimizer):
@@ -81,10 +77,16 @@ class Muon(Optimizer):
             momentum's, in integer products and without the first Newton-Schulz steps, as far as its
             larger singular values make up for them (two of five with the presets); formats with
             levels that are not whole numbers or with block scales are decoded instead.
+        ns_dtype: dtype of the Newton-Schulz products: "auto" is float32 on CPUs and wherever there
+            is no backend for the device, and float16 on GPUs (`lowbit_muon.half_precision`, which
+            is closer to float32 than torch's bfloat16).
+        stochastic_rounding: round bfloat16 weights stochastically, with bits that depend on `seed`,
+            the parameter's number and its step alone. Makes no difference to float32 weights.
         backend: "auto", or a backend by name, which then must be there.
         nonfinite: what to do with a gradient that holds inf or nan: "skip" leaves the parameter and
-            its state as they are (counted in its state as "skipped", with one warning), "raise"
-            raises NonFiniteGradientError before any parameter changes.
+            its state as they are (counted in its state as "skipped", with one warning; on a GPU,
+            where the host does not look, without), "raise" raises NonFiniteGradientError before any
+            parameter changes.
         batch_experts: take a parameter [experts, rows, columns] as that many matrices.
         row_splits: row counts of the matrices that are fused in one parameter (query, key and
             value, or heads), each orthogonalised for itself.
@@ -112,6 +114,8 @@ class Muon(Optimizer):
         *,
         state_format: str | StateFormat = "spectral4",
         ns_input: Literal["exact", "stored"] = "exact",
+        ns_dtype: NsDtype = "auto",
+        stochastic_rounding: bool = False,
         backend: str = "auto",
         nonfinite: Literal["skip", "raise"] = "skip",
         batch_experts: bool = False,
@@ -129,6 +133,8 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "state_format": state_format,
             "ns_input": ns_input,
+            "ns_dtype": ns_dtype,
+            "stochastic_rounding": stochastic_rounding,
             "backend": backend,
             "nonfinite": nonfinite,
             "batch_experts": batch_experts,
@@ -190,7 +196,9 @@ class Muon(Optimizer):
 
     def state_dict(self) -> StateDict:
         """As torch's, with our format version in each group; tensors and plain values only."""
-        return checkpoint.with_version(super().state_dict())
+        state_dict = checkpoint.with_version(super().state_dict())
+        state = {key: host_counters(value) for key, value in state_dict["state"].items()}
+        return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this class, or of torch.optim.Muon, KellerJordan's or Moonlight's Muon.
@@ -229,13 +237,25 @@ class Muon(Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         step = GroupStep.from_group(group)
-        for param in group["params"]:
-            if param.grad is not None:
-                self._update_parameter(param, step, group)
+        on_device = DeviceStep(step, group)
+        earlier = itertools.takewhile(lambda other: other is not group, self.param_groups)
+        first = sum(len(other["params"]) for other in earlier)
+        for number, param in enumerate(group["params"], first):
+            if param.grad is None:
+                continue
+            grad = check_gradient(param)
+            views = matrix_views(param, group)
+            state = self._initialized_state(param, step, group, views)
+            backend = get_backend(step.backend_name, param.device)
+            if is_device_backend(backend):
+                on_device.add(param, grad, state, views, backend, number=number)
+            else:
+                _update_parameter(param, grad, state, views, step, group, number)
+        on_device.run()
 
-    def _update_parameter(self, param: Tensor, step: GroupStep, group: dict[str, Any]) -> None:
-        grad = check_gradient(param)
-        views = matrix_views(param, group)
+    def _initialized_state(
+        self, param: Tensor, step: GroupStep, group: dict[str, Any], views: list[MatrixView]
+    ) -> dict[str, Any]:
         state = self.state[param]
         if not state:
             state.update(step=0, skipped=0)
@@ -244,20 +264,7 @@ class Muon(Optimizer):
                     view.shape, step.state_format, seed=group["seed"] + index, device=param.device
                 )
                 write_matrix(state, view, matrix)
-        # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
-        grad = grad.float() if grad.dtype == torch.float64 else grad
-        if len(views) > 1 and not bool(grad.isfinite().all()):
-            count_skipped(state, param)
-            return
-        grad, weights = flatten(grad, group), flatten(param, group)
-        for view in views:
-            momentum = read_matrix(state, view, step.state_format)
-            try:
-                step.update_matrix(weights[view.rows], grad[view.rows], momentum)
-            except NonFiniteGradientError:
-                count_skipped(state, param)
-                return
-        state["step"] += 1
+        return state
 
     def _raise_if_nonfinite(self, group: dict[str, Any]) -> None:
         names = group.get("param_names") or range(len(group["params"]))
@@ -270,99 +277,31 @@ class Muon(Optimizer):
                 )
 
 
-@dataclass(frozen=True)
-class GroupStep:
-    """What one step needs to know of its group, resolved once for all its matrices."""
-
-    state_format: StateFormat
-    coefficients: Sequence[Triple]
-    lr: float
-    weight_decay: float
-    momentum: float
-    nesterov: bool
-    eps: float
-    adjust_lr_fn: AdjustLr | None
-    ns_input: Literal["exact", "stored"]
-    backend_name: str
-
-    @classmethod
-    def from_group(cls, group: dict[str, Any]) -> GroupStep:
-        return cls(
-            state_format=resolve_group_format(group),
-            coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            eps=group["eps"],
-            adjust_lr_fn=group["adjust_lr_fn"],
-            ns_input=group["ns_input"],
-            backend_name=group["backend"],
-        )
-
-    def update_matrix(self, weight: Tensor, grad: Tensor, momentum: QuantizedMatrix) -> None:
-        """One Muon step of one matrix: weight and grad [rows, columns]."""
-        if weight.numel() == 0:
+def _update_parameter(
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    views: list[MatrixView],
+    step: GroupStep,
+    group: dict[str, Any],
+    number: int,
+) -> None:
+    """One parameter on the host; `number` is its place in the optimizer."""
+    # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
+    grad = grad.float() if grad.dtype == torch.float64 else grad
+    if len(views) > 1 and not bool(grad.isfinite().all()):
+        count_skipped(state, param)
+        return
+    grad, weights = flatten(grad, group), flatten(param, group)
+    for index, view in enumerate(views):
+        momentum = read_matrix(state, view, step.state_format)
+        seed = seed_of_step(rounding_seed(group["seed"], number, index), int(state["step"]))
+        try:
+            step.update_matrix(weights[view.rows], grad[view.rows], momentum, seed=seed)
+        except NonFiniteGradientError:
+            count_skipped(state, param)
             return
-        backend: Backend = get_backend(self.backend_name, weight.device)
-        update_momentum(
-            momentum,
-            grad,
-            decay=self.momentum,
-            nesterov=self.nesterov,
-            backend=backend,
-            use=functools.partial(self._update_weight, weight),
-            from_stored=self.ns_input == "stored",
-        )
-
-    def _update_weight(self, weight: Tensor, x: RowSource, norm: float, scale: float) -> None:
-        """W <- (1 - lr*wd) W - lr*update_scale*orthogonalize(X); X is `scale` times too large."""
-        decay = 1 - self.lr * self.weight_decay
-        step_size = self.lr * update_scale(self.adjust_lr_fn, weight.shape)
-        eps, oriented = self.eps * scale, orient(weight)
-        coefficients = self.coefficients
-        if isinstance(x, StoredSpectrum):
-            coefficients = steps_after_lift(coefficients, x.lift)
-        if choose_method(x.shape, coefficients, torch.float32, x.device) == "newton_schulz":
-            update = orthogonalize(
-                x.dense(), len(coefficients), coefficients, "newton_schulz", eps=eps
-            )
-            oriented.mul_(decay).add_(update, alpha=-step_size)
-        else:
-            operator, inverse_norm = operator_of_gram(x.gram(), norm, coefficients, eps=eps)
-            # One product with the weight as its addend: the update itself is never stored.
-            x.add_product(operator, oriented, alpha=-step_size * inverse_norm, beta=decay)
-
-
-def steps_after_lift(coefficients: Sequence[Triple], lift: float) -> Sequence[Triple]:
-    """The steps that are left for a matrix whose small singular values are `lift` times larger.
-
-    A step multiplies small singular values by a; the first steps, as far as the lift makes up for
-    them, are left out. One is always left.
-    """
-    saved = 0
-    while saved + 1 < len(coefficients) and lift >= coefficients[saved][0]:
-        lift /= coefficients[saved][0]
-        saved += 1
-    return coefficients[saved:]
-
-
-def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
-    """Factor of the learning rate for a matrix [rows, columns] (see `Muon`)."""
-    rows, columns = shape
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
-
-
-def check_gradient(param: Tensor) -> Tensor:
-    """The gradient; raises, as torch.optim.Muon does, for one that Muon cannot take."""
-    if torch.is_complex(param):
-        raise RuntimeError("Muon does not support complex parameters")
-    assert param.grad is not None
-    if param.grad.is_sparse:
-        raise RuntimeError("Muon does not support sparse gradients")
-    return param.grad
+    state["step"] += 1
 
 
 def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
@@ -394,6 +333,12 @@ def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
         "None, 'original' or 'match_rms_adamw'",
     )
     yield "ns_input", lambda v: v in ("exact", "stored"), "'exact' or 'stored'"
+    yield (
+        "ns_dtype",
+        lambda v: v in ("auto", "float32", "float16", "bfloat16"),
+        "'auto', 'float32', 'float16' or 'bfloat16'",
+    )
+    yield "stochastic_rounding", boolean, "a bool"
     yield "nonfinite", lambda v: v in ("skip", "raise"), "'skip' or 'raise'"
     yield "batch_experts", boolean, "a bool"
     yield "row_splits", row_counts, "None or a sequence of row counts"
@@ -408,15 +353,3 @@ def check_group(group: dict[str, Any]) -> None:
     resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     resolve_group_format(group)
     check_backend_name(group["backend"])
-
-
-def count_skipped(state: dict[str, Any], param: Tensor) -> None:
-    """Count a gradient that was left out in the parameter's state, and warn of the first."""
-    state["skipped"] += 1
-    if state["skipped"] == 1:
-        warnings.warn(
-            f"a gradient of a parameter of size {tuple(param.shape)} held inf or nan: the "
-            "parameter and its state were left as they were (nonfinite='skip')",
-            RuntimeWarning,
-            stacklevel=3,
-        )

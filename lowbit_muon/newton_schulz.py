@@ -227,6 +227,17 @@ def orthogonalize(
     return (result.mT if _is_tall(x) else result).to(x.dtype).contiguous()
 
 
+@torch.no_grad()
+def orthogonalize_normalized(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
+    """`orthogonalize` of float32 x [b, m, n], m <= n, whose norms are at most one; overwrites x.
+
+    Asks the device for nothing: neither for norms nor whether they are finite.
+    """
+    if choose_method(x.shape, coefficients, x.dtype, x.device) == "newton_schulz":
+        return _newton_schulz(x, coefficients)
+    return multiply(gram_operator(gram(x), coefficients, overwrite=True), x)
+
+
 def choose_method(
     shape: Sequence[int],
     coefficients: Sequence[Triple],

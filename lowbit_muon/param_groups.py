@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit_muon.muon import AdjustLr
+from lowbit_muon.group_step import AdjustLr
 
 Group = dict[str, Any]
 

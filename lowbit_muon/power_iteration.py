@@ -23,12 +23,13 @@ def power_iteration(
 
     times: V -> M V; transposed_times: V -> M^T V; right_factor: the last one, float32
     [columns, rank]. Q = R / column norms; P = qr(M Q); R = M^T P. Returns (P [rows, rank] with
-    orthonormal columns, R [columns, rank]); P R^T is the projection of M on P.
+    orthonormal columns, R [columns, rank]); P R^T is the projection of M on P. All may be batches,
+    [b, ..].
     """
     # Entries of at most one keep the norm of the columns within float32.
-    largest = right_factor.abs().amax()
+    largest = right_factor.abs().amax(dim=(-2, -1), keepdim=True)
     directions = right_factor / torch.where(largest > 0, largest, 1)
-    directions /= directions.norm(dim=0, keepdim=True) + _EPS
+    directions /= directions.norm(dim=-2, keepdim=True) + _EPS
     product = times(directions)
     with one_thread(product.device):
         left_factor, _ = torch.linalg.qr(product)

@@ -1,8 +1,8 @@
 """Matrix products of the optimizer: the backend's kernels where they apply, torch's elsewhere.
 
 float32 matrices take the kernels, which are faster than torch.mm on CPUs and compute one triangle
-of products known to be symmetric. Batches (three dimensions) and float64 take torch's. Nothing here
-records gradients.
+of products known to be symmetric. Batches (three dimensions) take them where the backend has such
+kernels and else torch's, like float64. Nothing here records gradients.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.base import Backend, is_device_backend
 
 
 def _kernels(x: Tensor) -> Backend | None:
     """The backend that multiplies matrices like `x`; None if torch does."""
-    if x.ndim == 2 and x.dtype == torch.float32:
-        return get_backend("auto", x.device)
-    return None
+    if x.dtype != torch.float32:
+        return None
+    backend = get_backend("auto", x.device)
+    return backend if x.ndim == 2 or is_device_backend(backend) else None
 
 
 @contextlib.contextmanager

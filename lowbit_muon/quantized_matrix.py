@@ -27,7 +27,7 @@ from lowbit_muon.spectral import encoding_operator, spectral_expand, spectral_ex
 # Norms outside this range are scaled to one before a Gram matrix squares them in float32.
 _SAFE_NORMS = (1e-12, 1e15)
 # Spectral formats divide by the norm; momentum below this is stored as zero.
-_SMALLEST_NORM = 1e-30
+SMALLEST_NORM = 1e-30
 # Warm-started iterations reach this in a few optimizer steps; a one-off quantise does them at once.
 _ONE_OFF_ITERATIONS = 8
 
@@ -200,7 +200,7 @@ class QuantizedMatrix:
             return
         divisor = scale
         if f.stores_norm:
-            norm = norm if norm >= _SMALLEST_NORM else 0.0
+            norm = norm if norm >= SMALLEST_NORM else 0.0
             tensors["norm"].fill_(norm)
             divisor *= norm
         if f.is_dense:
@@ -381,4 +381,4 @@ def quantize(
 def rescaling(norm: float) -> float:
     """Factor that brings a norm into the range that float32 can square; 1 if it is there."""
     smallest, largest = _SAFE_NORMS
-    return 1.0 if norm < _SMALLEST_NORM or smallest <= norm <= largest else 1 / norm
+    return 1.0 if norm < SMALLEST_NORM or smallest <= norm <= largest else 1 / norm

@@ -13,7 +13,7 @@ two products of codes. Both need only the Gram matrix of the short side.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,7 +67,10 @@ def spectral_compand(
     return multiply(operator.div_(norm), matrix, out=out)
 
 
-def unbiased_shift(shift: float, noise: float, m: int, n: int) -> float:
+Number = TypeVar("Number", float, Tensor)
+
+
+def unbiased_shift(shift: float, noise: Number, m: int, n: int) -> Number:
     """The c to decode with: shift - noise * (1/m + 1/n).
 
     noise: squared Frobenius norm of the error E that Y [m, n] was quantised with. White E of

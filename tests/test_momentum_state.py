@@ -15,8 +15,8 @@ from lowbit_muon import Muon, orthogonalize
 from lowbit_muon import momentum_state as state_module
 from lowbit_muon import row_source as source_module
 from lowbit_muon.backends import get_backend
+from lowbit_muon.group_step import steps_after_lift
 from lowbit_muon.momentum_state import StoredSpectrum
-from lowbit_muon.muon import steps_after_lift
 from lowbit_muon.newton_schulz import resolve_coefficients
 from lowbit_muon.parameter_state import matrix_views, read_matrix, resolve_group_format
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient

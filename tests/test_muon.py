@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbit_muon import PRESETS, Muon, NonFiniteGradientError
 from lowbit_muon.formats import StateFormat
-from lowbit_muon.muon import update_scale
+from lowbit_muon.group_step import update_scale
 from lowbit_muon.newton_schulz import NS_COEFFICIENTS
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 17), (17, 1)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -197,11 +197,36 @@ class DeviceBackend(Backend, Protocol):
 
     What depends on values is returned and taken as tensors on the device. `code_gram`,
     `code_product`, `product` and `symmetric_product` also take batches: a leading dimension b in
-    every matrix. The dense products take float32, bfloat16 and float16 factors of one dtype, sum in
-    float32, round once to the dtype of `out` (by default the factors'), and have one argument more,
-    `active`: bool [b]; matrices where it is False are left as they are (a single matrix is a batch
-    of one).
+    every matrix. The dense products take float32, bfloat16 and float16 factors of one dtype and an
+    addend of any of these, sum in float32, round once to the dtype of `out` (by default the
+    factors'), and have one argument more, `active`: bool [b]; matrices where it is False are left
+    as they are (a single matrix is a batch of one).
     """
+
+    def product(
+        self,
+        a: Tensor,  # [b, m, k] or [m, k], any strides
+        b: Tensor,  # [b, k, n] or [k, n], any strides
+        *,
+        out: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """`Backend.product` of batches."""
+
+    def symmetric_product(
+        self,
+        a: Tensor,  # [b, m, k] or [m, k], any strides
+        b: Tensor | None = None,
+        *,
+        addend: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        out: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """`Backend.symmetric_product` of batches."""
 
     def accumulate_rows(
         self,
@@ -239,7 +264,8 @@ class DeviceBackend(Backend, Protocol):
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
 
-        x: float32 [b, m, n]; factor: float32 [b]; out: float32, bfloat16 or float16 [b, m, n].
+        x: float32 [b, m, n]; factor: float32 [b]; out: float32, bfloat16 or float16 [b, m, n], may
+        be x.
         """
 
     def update_weight(
@@ -258,3 +284,8 @@ class DeviceBackend(Backend, Protocol):
         `random_bits(seed, row*n + column)` is added to the 32 bits of the result, which are cut
         after the upper 16. What is not finite is rounded as usual.
         """
+
+
+def is_device_backend(backend: Backend) -> TypeGuard[DeviceBackend]:
+    """Whether a backend takes batches and leaves results on the device."""
+    return hasattr(backend, "accumulate_rows")

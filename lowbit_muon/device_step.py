@@ -1,0 +1,135 @@
+"""A group's step on a device: matrices in batches of one shape, counters that stay there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.base import DeviceBackend
+from lowbit_muon.batched_update import BATCH_ELEMENTS, BatchStep, MatrixUpdate
+from lowbit_muon.group_step import GroupStep, rounding_seed, seed_of_step, update_scale
+from lowbit_muon.parameter_state import MatrixView, flatten, read_matrix
+
+State = dict[str, Any]
+
+
+@dataclass
+class _Bucket:
+    """Matrices that can go into one batch, in the order of their parameters."""
+
+    backend: DeviceBackend
+    updates: list[MatrixUpdate] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    # Of each matrix: its parameter's state, whether it is the first of its parameter, and, for a
+    # parameter of several matrices, whether its whole gradient is finite.
+    states: list[State] = field(default_factory=list)
+    counted: list[bool] = field(default_factory=list)
+    finite: list[Tensor | None] = field(default_factory=list)
+
+
+class DeviceStep:
+    """Collects a group's parameters and updates them in batches, without waiting for the device."""
+
+    def __init__(self, step: GroupStep, group: dict[str, Any]) -> None:
+        self._step, self._group = step, group
+        self._buckets: dict[Hashable, _Bucket] = {}
+
+    def add(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        views: list[MatrixView],
+        backend: DeviceBackend,
+        *,
+        number: int,
+    ) -> None:
+        """Take a parameter with its gradient; `number` is its place in the optimizer."""
+        finite = grad.isfinite().all() if len(views) > 1 else None
+        grad, weights = flatten(grad, self._group), flatten(param, self._group)
+        for index, view in enumerate(views):
+            if not view.shape[0] * view.shape[1]:
+                continue
+            key = (view.shape, weights.dtype, grad.dtype, weights.device)
+            bucket = self._buckets.setdefault(key, _Bucket(backend))
+            momentum = read_matrix(state, view, self._step.state_format)
+            bucket.updates.append(MatrixUpdate(weights[view.rows], grad[view.rows], momentum))
+            bucket.seeds.append(rounding_seed(self._group["seed"], number, index))
+            bucket.states.append(state)
+            bucket.counted.append(index == 0)
+            bucket.finite.append(finite)
+
+    def run(self) -> None:
+        """Update all that was added."""
+        for bucket in self._buckets.values():
+            m, n = sorted(bucket.updates[0].weight.shape)
+            # An m x m matrix of the spectral encoder takes nine of its kind, an m x n one three.
+            size = max(1, 3 * BATCH_ELEMENTS // (3 * m * n + 9 * m * m))
+            for start in range(0, len(bucket.updates), size):
+                self._run_batch(bucket, slice(start, start + size))
+
+    def _run_batch(self, bucket: _Bucket, part: slice) -> None:
+        step, updates = self._step, bucket.updates[part]
+        shape = updates[0].weight.shape
+        run = BatchStep(
+            lr=step.lr,
+            weight_decay=step.weight_decay,
+            momentum=step.momentum,
+            nesterov=step.nesterov,
+            coefficients=step.coefficients,
+            eps=step.eps,
+            update_scale=update_scale(step.adjust_lr_fn, shape),
+            ns_dtype="float16" if step.ns_dtype == "auto" else step.ns_dtype,
+            from_stored=step.ns_input == "stored",
+            backend=bucket.backend,
+        )
+        seeds = None
+        if step.stochastic_rounding and updates[0].weight.dtype == torch.bfloat16:
+            counts = [device_counter(state, "step") for state in bucket.states[part]]
+            seeds = [
+                seed_of_step(start, count).int()
+                for start, count in zip(bucket.seeds[part], counts, strict=True)
+            ]
+        finite = [flag for flag in bucket.finite[part] if flag is not None]
+        accepted = run(updates, seeds, torch.stack(finite) if finite else None)
+        self._count(bucket, part, accepted)
+
+    def _count(self, bucket: _Bucket, part: slice, accepted: Tensor) -> None:
+        changes: dict[str, list[Tensor]] = defaultdict(list)
+        counters: dict[str, list[Tensor]] = defaultdict(list)
+        for name, flags in (("step", accepted), ("skipped", ~accepted)):
+            for state, counted, change in zip(
+                bucket.states[part], bucket.counted[part], flags.long().unbind(), strict=True
+            ):
+                if counted:
+                    counters[name].append(device_counter(state, name))
+                    changes[name].append(change)
+            if counters[name]:
+                torch._foreach_add_(counters[name], changes[name])
+
+
+def device_counter(state: State, name: str) -> Tensor:
+    """A count in a parameter's state as an int64 tensor on the parameter's device.
+
+    Whether a gradient was finite is known to the device alone; `host_counters` reads it.
+    """
+    count = state[name]
+    if not isinstance(count, Tensor):
+        device = next(value.device for value in state.values() if isinstance(value, Tensor))
+        state[name] = torch.full((), count, dtype=torch.int64, device=device)
+    return state[name]
+
+
+def host_counters(state: State) -> State:
+    """The state with its counts as plain ints."""
+    counts = {
+        name: int(state[name])
+        for name in ("step", "skipped")
+        if isinstance(state.get(name), Tensor) and state[name].dtype == torch.int64
+    }
+    return {**state, **counts}
