@@ -160,6 +160,11 @@ class Muon(Optimizer):
         try:
             for param in self.param_groups[-1]["params"]:
                 matrix_views(param, self.param_groups[-1])
+                if group["stochastic_rounding"] and param.dtype == torch.float16:
+                    raise ValueError(
+                        "stochastic_rounding: expected bfloat16 (or float32) parameters, got "
+                        f"float16 of size {tuple(param.shape)}"
+                    )
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
