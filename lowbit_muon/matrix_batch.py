@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit_muon import codec
 from lowbit_muon.backends.base import DeviceBackend, PackedCodes, reads_integer_codes
 from lowbit_muon.power_iteration import power_iteration
-from lowbit_muon.products import multiply
+from lowbit_muon.products import multiply, symmetric_mm
 from lowbit_muon.quantized_matrix import SMALLEST_NORM, QuantizedMatrix
 from lowbit_muon.root_iteration import full_precision_products
 from lowbit_muon.spectral import encoding_operator, unbiased_shift
@@ -96,7 +96,7 @@ class MatrixBatch:
         shift = unbiased_shift(f.spectral_shift, self.stored("noise"), m, n).float()
         operator.diagonal(dim1=1, dim2=2).add_(shift)
         # ||A Y||_F^2 = <A K, A> for K = Y Y^T
-        decoded = multiply(operator, gram).mul_(operator).sum(dim=(1, 2), dtype=torch.float64)
+        decoded = symmetric_mm(operator, gram).mul_(operator).sum(dim=(1, 2), dtype=torch.float64)
         norm = self.stored("norm")[:, 0]
         gain = torch.where(decoded > 0, norm * decoded.clamp_min(1e-300).rsqrt(), 0.0)
         operator.mul_(gain.float().view(-1, 1, 1))

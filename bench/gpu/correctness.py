@@ -1,0 +1,303 @@
+"""Every kernel of a device backend against the reference on the CPU.
+
+Each check draws its input on the CPU, runs the reference there and the backend on the device, and
+compares on the CPU: bit for bit where the contract says so, else within the rounding of sums.
+`sizes` lets the same checks run in the Triton interpreter, which takes milliseconds a program.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.momentum import decaying_matrix
+from lowbit_muon import PRESETS, Muon
+from lowbit_muon.backends.base import DeviceBackend, PackedCodes, reads_integer_codes
+from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.formats import StateFormat
+
+REFERENCE = DeviceReferenceBackend()
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODED = tuple(name for name, f in PRESETS.items() if not f.is_dense)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """[m, n] of the matrices that are checked, and the orders of dense products."""
+
+    matrices: Sequence[tuple[int, int]] = (
+        (1, 1), (1, 4097), (3, 64), (17, 129), (64, 515), (200, 1000), (576, 1536), (1024, 4096),
+    )  # fmt: skip
+    products: Sequence[tuple[int, int, int]] = (
+        (1, 1, 1), (17, 33, 65), (128, 128, 128), (576, 1536, 576), (200, 1000, 300),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kernel's check; `run` raises AssertionError and returns what it compared."""
+
+    name: str
+    run: Callable[[DeviceBackend, torch.device, Sizes], int]
+
+
+def normal(shape: Sequence[int], seed: int) -> Tensor:
+    """float32, as spread as a momentum: rows of different sizes, some zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator)
+    x *= torch.logspace(-6, 2, shape[-2]).unsqueeze(-1)
+    if shape[-2] > 2:
+        x[..., 1, :] = 0
+    return x
+
+
+def every_code(state_format: StateFormat, m: int, n: int, seed: int) -> PackedCodes:
+    """Random bytes, so that each code occurs; scales of several sizes, one zero."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = state_format.code_layout()
+    packed = torch.randint(0, 256, (m, layout.row_bytes(n)), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(m, layout.blocks(n), generator=generator) + 0.01
+    scales[m // 2, 0] = 0
+    return PackedCodes(packed, scales, state_format.code_book(), layout, n)
+
+
+def moved(codes: PackedCodes, device: torch.device) -> PackedCodes:
+    """The same codes on the device."""
+    return replace(codes, packed=codes.packed.to(device), scales=codes.scales.to(device))
+
+
+def same(name: str, ours: Tensor, theirs: Tensor) -> int:
+    """Raise unless bit-identical, NaN included; returns the elements compared."""
+    ours = ours.cpu()
+    if not torch.equal(ours.isnan(), theirs.isnan()) or not torch.equal(
+        ours.nan_to_num(0), theirs.nan_to_num(0)
+    ):
+        different = int((ours != theirs).sum())
+        raise AssertionError(f"{name}: {different} of {theirs.numel()} elements differ")
+    return theirs.numel()
+
+
+def near(name: str, ours: Tensor, theirs: Tensor, bound: Tensor | float) -> int:
+    """Raise unless every element is within `bound`; returns the elements compared."""
+    excess = (ours.cpu().double() - theirs.double()).abs() - bound
+    if theirs.numel() and not bool((excess <= 0).all()):
+        raise AssertionError(f"{name}: error exceeds its bound by {float(excess.max()):.3g}")
+    return theirs.numel()
+
+
+def formats_and_sizes(sizes: Sizes) -> Iterator[tuple[StateFormat, int, int]]:
+    """Every coded preset with every size."""
+    for name, (m, n) in itertools.product(CODED, sizes.matrices):
+        yield PRESETS[name], m, n
+
+
+def check_accumulate(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """Decoding, weighted sums and row sums of squares; strided and half-precision gradients."""
+    count = 0
+    for f, m, n in formats_and_sizes(sizes):
+        codes = every_code(f, m, n, seed=m + n)
+        for dtype in GRAD_DTYPES:
+            grad = normal((n, m), seed=1).to(dtype).mT
+            expected, found = (normal((m, n), seed=2).to(d) for d in ("cpu", device))
+            weights = {"buffer_weight": 0.7, "code_weight": 0.3, "grad_weight": -1.25}
+            squares = REFERENCE.accumulate_rows(expected, codes=codes, grad=grad, **weights)
+            ours = backend.accumulate_rows(
+                found, codes=moved(codes, device), grad=grad.to(device), **weights
+            )
+            count += same(f"{f.name} {m}x{n} {dtype}", found, expected)
+            # a sum of n squares in float64, in another order
+            near("squares", ours, squares, squares * n * 2.0**-52)
+    return count
+
+
+def check_quantize(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """Statistics, thresholds and packing."""
+    count = 0
+    for f, m, n in formats_and_sizes(sizes):
+        x, book, layout = normal((m, n), seed=m * n), f.code_book(), f.code_layout()
+        packed, scales = REFERENCE.quantize(x, book, layout)
+        ours, our_scales = backend.quantize(x.to(device), book, layout)
+        count += same(f"{f.name} {m}x{n} scales", our_scales, scales)
+        count += same(f"{f.name} {m}x{n} codes", ours, packed)
+        again = backend.encode(x.to(device), scales.to(device), book, layout)
+        count += same(f"{f.name} {m}x{n} encode", again, packed)
+    return count
+
+
+def check_update_codes(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """The fused pass, non-finite gradients included."""
+    count = 0
+    for (f, m, n), dtype in itertools.product(formats_and_sizes(sizes), GRAD_DTYPES):
+        codes = every_code(f, m, n, seed=m + n)
+        grad = normal((m, n), seed=3).to(dtype)
+        outcome = []
+        for chosen, place in ((REFERENCE, torch.device("cpu")), (backend, device)):
+            packed = torch.empty_like(codes.packed, device=place)
+            scales = torch.empty_like(codes.scales, device=place)
+            out = torch.empty(m, n, device=place)
+            squares = chosen.update_codes(
+                moved(codes, place), grad.to(place), code_weight=0.9, grad_weight=0.1,
+                packed=packed, scales=scales, out=out, out_value_weight=0.9, out_grad_weight=0.1,
+            )  # fmt: skip
+            outcome.append((packed, scales, out, squares))
+        (packed, scales, out, squares), (ours, our_scales, our_out, our_squares) = outcome
+        count += same(f"{f.name} {m}x{n} {dtype} scales", our_scales, scales)
+        count += same(f"{f.name} {m}x{n} {dtype} codes", ours, packed)
+        count += same(f"{f.name} {m}x{n} {dtype} out", our_out, out)
+        near("squares", our_squares, squares, squares * n * 2.0**-52)
+        if m * n == 1:
+            continue
+        grad[0, n // 2] = float("inf")
+        squares = backend.update_codes(
+            moved(codes, device), grad.to(device), code_weight=0.9, grad_weight=0.1,
+            packed=ours, scales=our_scales,
+        )  # fmt: skip
+        if bool(squares[0].sum().isfinite()):
+            raise AssertionError(f"{f.name} {m}x{n}: a non-finite gradient was not seen")
+    return count
+
+
+def check_rotate(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """The Walsh-Hadamard rotation and its inverse."""
+    count = 0
+    for (m, n), inverse in itertools.product(sizes.matrices, (False, True)):
+        expected = normal((m, n), seed=n)
+        found = expected.to(device, copy=True)
+        REFERENCE.rotate(expected, inverse=inverse)
+        backend.rotate(found, inverse=inverse)
+        count += same(f"{m}x{n}", found, expected)
+    return count
+
+
+def check_code_products(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """Integer Gram matrices and products, batched, for every code that integers can read."""
+    count = 0
+    for f, m, n in formats_and_sizes(sizes):
+        single = every_code(f, m, n, seed=m + n)
+        other = every_code(f, m, n, seed=m + n + 1)
+        codes = replace(
+            single,
+            packed=torch.stack([single.packed, other.packed]),
+            scales=torch.stack([single.scales, other.scales]),
+        )
+        try:
+            gram = REFERENCE.code_gram(codes)
+        except ValueError:
+            continue
+        count += same(f"{f.name} {m}x{n} gram", backend.code_gram(moved(codes, device)), gram)
+        if reads_integer_codes(codes):
+            a = torch.randn(2, min(m, 70), m, generator=torch.Generator().manual_seed(m))
+            product = REFERENCE.code_product(a, codes)
+            ours = backend.code_product(a.to(device), moved(codes, device))
+            count += same(f"{f.name} {m}x{n} product", ours, product)
+    return count
+
+
+def check_dense_products(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """Products and symmetric products of three dtypes, addends, and inactive matrices."""
+    count = 0
+    for (m, n, k), dtype in itertools.product(sizes.products, GRAD_DTYPES):
+        generator = torch.Generator().manual_seed(m)
+        a = torch.randn(2, m, k, generator=generator).to(dtype)
+        b = torch.randn(2, k, n, generator=generator).to(dtype)
+        addend = torch.randn(2, m, m, generator=generator)
+        addend = (addend + addend.mT).to(dtype)
+        a32, b32 = a.double(), b.double()
+        active = torch.tensor([True, False])
+        # k products summed in float32 and one rounding to the dtype of the result
+        eps = torch.finfo(dtype).eps + k * 2.0**-23
+        out = torch.full((2, m, n), 7.0, dtype=dtype, device=device)
+        backend.product(a.to(device), b.to(device), out=out, alpha=0.5, active=active.to(device))
+        expected = 0.5 * (a32 @ b32)
+        bound = eps * 0.5 * (a32.abs() @ b32.abs())
+        count += near(f"{m}x{k}x{n} {dtype}", out[0], expected[0], bound[0])
+        same("inactive", out[1], torch.full((m, n), 7.0, dtype=dtype))
+        found = backend.symmetric_product(
+            a.to(device), addend=addend.to(device), alpha=0.5, beta=-2.0
+        )
+        expected = 0.5 * (a32 @ a32.mT) - 2 * addend.double()
+        bound = eps * (0.5 * (a32.abs() @ a32.abs().mT) + 2 * addend.double().abs())
+        count += near(f"symmetric {m}x{k} {dtype}", found, expected, bound)
+        same("symmetry", found, found.mT.cpu().contiguous())
+    return count
+
+
+def check_weights(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """`scaled`, weight updates, and stochastic rounding."""
+    count = 0
+    for (m, n), dtype in itertools.product(sizes.matrices, GRAD_DTYPES):
+        x, update = normal((2, m, n), seed=m), normal((m, n), seed=n).to(dtype)
+        x[1, 0, 0] = float("nan")
+        factor = torch.tensor([0.3, 0.0])
+        outs = [torch.empty(2, m, n, dtype=dtype, device=d) for d in ("cpu", device)]
+        REFERENCE.scaled(x, factor, out=outs[0])
+        backend.scaled(x.to(device), factor.to(device), out=outs[1])
+        count += same(f"scaled {m}x{n} {dtype}", outs[1], outs[0])
+        for seed in (None, -7) if dtype == torch.bfloat16 else (None,):
+            weights = [normal((n, m), seed=5).to(dtype).to(d).mT for d in ("cpu", device)]
+            for chosen, weight in zip((REFERENCE, backend), weights, strict=True):
+                place = weight.device
+                chosen.update_weight(
+                    weight,
+                    update.to(place),
+                    decay=torch.tensor(0.999).to(place),
+                    step_size=torch.tensor(0.01).to(place),
+                    seed=None if seed is None else torch.tensor(seed, dtype=torch.int32).to(place),
+                )
+            count += same(f"weight {m}x{n} {dtype} {seed}", weights[1], weights[0])
+    return count
+
+
+def check_steps(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """Three optimizer steps of every format against the CPU's own step, in float32 and float16."""
+    shapes = [shape for shape in sizes.matrices if shape[0] * shape[1] < 2**20]
+    count = 0
+    for name, ns_dtype in itertools.product(PRESETS, ("float32", "float16")):
+        trained = []
+        for place, options in (
+            (torch.device("cpu"), {"backend": "auto"}),
+            (device, {"backend": backend.name, "ns_dtype": ns_dtype}),
+        ):
+            trained.append(_train(name, shapes, place, options))
+        for (expected, start), (found, _) in zip(*trained, strict=True):
+            moved_by = float((expected - start).norm())
+            # one flipped code in a small spectral matrix is worth 4%; float16 see half_precision
+            bound = 0.1 if PRESETS[name].spectral or ns_dtype == "float16" else 0.01
+            error = float((found.cpu() - expected).norm())
+            if not error <= bound * moved_by:
+                shape = tuple(expected.shape)
+                raise AssertionError(f"{name} {ns_dtype} {shape}: {error / moved_by:.3g}")
+            count += expected.numel()
+    return count
+
+
+def _train(
+    name: str, shapes: Sequence[tuple[int, int]], device: torch.device, options: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """(weights after three steps, before) of each shape."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    params = [nn.Parameter(start.to(device, copy=True)) for start in starts]
+    optimizer = Muon(params, lr=0.02, state_format=name, **options)
+    for _ in range(3):
+        for param in params:
+            param.grad = decaying_matrix(param.shape[0], param.shape[1], generator).to(device)
+        optimizer.step()
+    return [(p.detach(), start) for p, start in zip(params, starts, strict=True)]
+
+
+CHECKS = (
+    Check("accumulate", check_accumulate),
+    Check("quantize", check_quantize),
+    Check("update_codes", check_update_codes),
+    Check("rotate", check_rotate),
+    Check("code products", check_code_products),
+    Check("dense products", check_dense_products),
+    Check("weights", check_weights),
+    Check("optimizer steps", check_steps),
+)

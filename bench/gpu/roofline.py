@@ -1,0 +1,239 @@
+"""Estimates on paper: bytes and operations of a step's kernels against an H100's limits.
+
+Nothing here was measured. The step itself runs on tensors without data (device "meta"), over a
+backend that computes nothing and writes down what each call has to read, write and multiply;
+torch's own operations in between are counted by what they read and write. A kernel cannot be faster
+than the larger of bytes/bandwidth and operations/rate; real ones reach a part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowbit_muon import PRESETS, Muon
+from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.formats import Codebook, CodeLayout
+
+Unit = Literal["int8", "float16", "tf32x3", "float32", "none"]
+
+# NVIDIA H100 SXM5, data sheet (https://www.nvidia.com/en-us/data-center/h100/): bytes and dense
+# operations a second. Three TF32 products stand for one of float32.
+BANDWIDTH = 3.35e12
+RATES: dict[Unit, float] = {
+    "int8": 1979e12,
+    "float16": 989e12,
+    "tf32x3": 495e12 / 3,
+    "float32": 67e12,
+    "none": math.inf,
+}
+
+
+@dataclass
+class Work:
+    """What one kind of kernel does in a step."""
+
+    unit: Unit = "none"
+    calls: int = 0
+    bytes: int = 0
+    operations: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """The least time it can take."""
+        return max(self.bytes / BANDWIDTH, self.operations / RATES[self.unit])
+
+
+@dataclass
+class Ledger:
+    """Work by kernel."""
+
+    work: dict[str, Work] = field(default_factory=dict)
+
+    def add(self, name: str, unit: Unit, operations: int, *tensors: Tensor | None) -> None:
+        """Count one call that reads or writes each of these tensors once."""
+        entry = self.work.setdefault(name, Work(unit))
+        entry.calls += 1
+        entry.operations += operations
+        entry.bytes += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def seconds(self) -> float:
+        """The least time of all kernels, one after another."""
+        return sum(entry.seconds for entry in self.work.values())
+
+
+def _unit(x: Tensor) -> Unit:
+    return "tf32x3" if x.dtype == torch.float32 else "float16"
+
+
+class PaperBackend(DeviceReferenceBackend):
+    """Computes nothing; writes down what it would have to do."""
+
+    name = "paper"
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def accumulate_rows(
+        self, buffer: Tensor, *, buffer_weight: float = 0.0, codes: PackedCodes | None = None,
+        code_weight: float = 1.0, grad: Tensor | None = None, grad_weight: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        packed = None if codes is None else codes.packed
+        read = buffer if buffer_weight else None
+        self.ledger.add("accumulate", "none", 0, read, buffer, packed, grad)
+        return torch.empty(buffer.shape[0], dtype=torch.float64, device="meta")
+
+    def update_codes(
+        self, codes: PackedCodes, grad: Tensor, *, code_weight: float, grad_weight: float,
+        packed: Tensor, scales: Tensor, out: Tensor | None = None, out_value_weight: float = 1.0,
+        out_grad_weight: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        self.ledger.add("update_codes", "none", 0, codes.packed, grad, packed, out)
+        return torch.empty(2, grad.shape[0], dtype=torch.float64, device="meta")
+
+    def quantize(
+        self, x: Tensor, codebook: Codebook, layout: CodeLayout, *, packed: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rows, columns = x.shape
+        packed = torch.empty(rows, layout.row_bytes(columns), dtype=torch.uint8, device="meta")
+        scales = torch.empty(rows, layout.blocks(columns), device="meta")
+        self.ledger.add("quantize", "none", 0, x, packed)
+        return packed, scales
+
+    def encode(
+        self, x: Tensor, scales: Tensor, codebook: Codebook, layout: CodeLayout, *,
+        packed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return self.quantize(x, codebook, layout)[0]
+
+    def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
+        self.ledger.add("rotate", "none", 0, x, x)
+
+    def code_gram(self, codes: PackedCodes) -> Tensor:
+        b, m, _ = codes.packed.shape
+        out = torch.empty(b, m, m, device="meta")
+        # one triangle of the m x m sums, each a product and a sum
+        self.ledger.add("code_gram", "int8", b * m * m * codes.columns, codes.packed, out)
+        return out
+
+    def code_product(
+        self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
+    ) -> Tensor:
+        b, k, m = a.shape
+        out = torch.empty(b, k, codes.columns, device="meta")
+        operations = 2 * 2 * b * k * m * codes.columns  # two limbs
+        self.ledger.add("code_product", "int8", operations, a, codes.packed, out)
+        return out
+
+    def product(
+        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, alpha: float = 1.0,
+        beta: float = 0.0, active: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        shape = (*a.shape[:-1], b.shape[-1])
+        if out is None:
+            out = torch.empty(shape, dtype=a.dtype, device="meta")
+        if active is not None:  # returns at once
+            self.ledger.add("inactive", "none", 0)
+            return out
+        operations = 2 * math.prod(shape) * a.shape[-1]
+        read = out if beta else None
+        self.ledger.add(f"product {_unit(a)}", _unit(a), operations, a, b, read, out)
+        return out
+
+    def symmetric_product(
+        self, a: Tensor, b: Tensor | None = None, *, addend: Tensor | None = None,
+        alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        shape = (*a.shape[:-1], a.shape[-2])
+        if out is None:
+            out = torch.empty(shape, dtype=a.dtype, device="meta")
+        if active is not None:
+            self.ledger.add("inactive", "none", 0)
+            return out
+        operations = math.prod(shape) * a.shape[-1]  # one triangle
+        name = f"symmetric {_unit(a)}"
+        self.ledger.add(name, _unit(a), operations, a, b, addend, out)
+        return out
+
+    def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
+        self.ledger.add("scaled", "none", 0, x, out)
+        return out
+
+    def update_weight(
+        self, weight: Tensor, update: Tensor, *, decay: Tensor, step_size: Tensor,
+        seed: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.ledger.add("update_weight", "none", 0, weight, update, weight)
+
+
+class _TorchOperations(TorchDispatchMode):
+    """Counts what torch's own operations read and write; views and empty tensors are free."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        name = str(func)
+        if not ("empty" in name or "detach" in name or _is_view(result)):
+            self.ledger.add("torch", "none", 0, *tensors)
+        return result
+
+
+def _is_view(result: object) -> bool:
+    first = result[0] if isinstance(result, (tuple, list)) and result else result
+    return isinstance(first, Tensor) and first._is_view()
+
+
+@contextlib.contextmanager
+def _on_paper(ledger: Ledger) -> Iterator[None]:
+    backend = PaperBackend(ledger)
+    with contextlib.ExitStack() as stack:
+        for module in ("muon", "products", "quantized_matrix"):
+            name = f"lowbit_muon.{module}.get_backend"
+            stack.enter_context(mock.patch(name, return_value=backend))
+        yield
+
+
+def step_on_paper(
+    shape: tuple[int, int],
+    state_format: str,
+    *,
+    count: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> Ledger:
+    """What one step of `count` matrices has to do; gradients and weights in `dtype`."""
+    ledger = Ledger()
+    params = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for _ in range(count)]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    if PRESETS[state_format].normalize:
+        options.setdefault("nesterov", False)
+    optimizer = Muon(params, state_format=state_format, **options)
+    with _on_paper(ledger):
+        optimizer.step()  # creates the state
+        ledger.work.clear()
+        with _TorchOperations(ledger), torch.no_grad():
+            optimizer._step_group(optimizer.param_groups[0])
+    return ledger
+
+
+def copy_seconds(shape: tuple[int, int]) -> float:
+    """Reading and writing a float32 matrix once, for comparison."""
+    return 8 * math.prod(shape) / BANDWIDTH
