@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import DeviceBackend
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.half_precision import orthogonalize_batch
 from lowbit_muon.matrix_batch import MatrixBatch
 from lowbit_muon.newton_schulz import Triple, orthogonalize_normalized
@@ -199,8 +200,8 @@ def _as_gradient(grad: Tensor) -> Tensor:
 
 
 def _norm(grad: Tensor) -> Tensor:
-    """Frobenius norm, accumulated in float64; not finite if any element is not."""
-    return torch.linalg.vector_norm(grad, dtype=torch.float64).float()
+    """Frobenius norm; not finite if any element is not."""
+    return torch.linalg.vector_norm(grad, dtype=accumulation_dtype(grad.device)).float()
 
 
 def _norms(row_squares: Iterator[Tensor]) -> tuple[Tensor, Tensor]:

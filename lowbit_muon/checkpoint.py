@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.formats import FORMAT_VERSION
 
 Group = dict[str, Any]
@@ -159,7 +160,9 @@ def export(optimizer: Checkpointed) -> StateDict:
 
 def own_copy(value: Tensor, device: torch.device) -> Tensor:
     """A contiguous copy with storage of its own, of the tensor's exact size."""
-    return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+    wide = value.dtype == torch.float64
+    dtype = accumulation_dtype(device) if wide else value.dtype
+    return torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
 
 
 def whole_number(name: str, value: object) -> int:

@@ -18,6 +18,7 @@ from lowbit_muon.checkpoint import (
     own_copy,
     whole_number,
 )
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.formats import Codebook, CodeLayout, StateFormat
 from lowbit_muon.parameter_state import (
     MatrixView,
@@ -157,7 +158,7 @@ def _quantized(
     for index, view in enumerate(views):
         part = momentum[view.rows]
         if state_format.normalize:
-            norm = float(torch.linalg.vector_norm(part, dtype=torch.float64))
+            norm = float(torch.linalg.vector_norm(part, dtype=accumulation_dtype(part.device)))
             part = part / norm if norm > 0 else part
         matrix = quantize(part, state_format, seed=group["seed"] + index, backend=group["backend"])
         write_matrix(state, view, matrix)

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Metal has no float64.
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """What sums over a matrix are kept in: float64, or float32 where the device has nothing wider.
+
+    Statistics then have float32's rounding, and codes may differ from those of other devices.
+    """
+    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
 
 
 def is_real_number(value: object) -> TypeGuard[float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import Backend, PackedCodes
 from lowbit_muon.backends.reference import SMALLEST_SCALE
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.formats import Codebook, CodeLayout, StateFormat
 
 # (rows, values): a function that yields the matrix in panels of rows, as often as it is called.
@@ -100,7 +101,7 @@ def _tensor_scale(
             low, high = values.aminmax()
             largest = max(largest, -float(low), float(high))
         else:
-            squares += float(values.double().square().sum())
+            squares += float(values.to(accumulation_dtype(values.device)).square().sum())
     statistic = largest if layout.statistic == "absmax" else math.sqrt(squares / max(count, 1))
     scale = statistic * layout.clip
     return scale if scale >= SMALLEST_SCALE else 0.0
@@ -113,7 +114,7 @@ def matrix_scales(values: Tensor, layout: CodeLayout) -> Tensor:
     """
     order = math.inf if layout.statistic == "absmax" else 2
     statistic = torch.linalg.vector_norm(
-        values, order, dim=(1, 2), keepdim=True, dtype=torch.float64
+        values, order, dim=(1, 2), keepdim=True, dtype=accumulation_dtype(values.device)
     )
     if layout.statistic == "rms":
         statistic = statistic / math.sqrt(values[0].numel())

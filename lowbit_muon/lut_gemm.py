@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend, PackedCodes, check_integer_codes
-from lowbit_muon.checks import check_matrix, is_real_number
+from lowbit_muon.checks import accumulation_dtype, check_matrix, is_real_number
 from lowbit_muon.momentum_state import StoredSum
 from lowbit_muon.products import symmetric_mm
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
@@ -269,7 +269,8 @@ def _spectral_operator(q: QuantizedMatrix, gram: Tensor) -> tuple[Tensor, float]
     noise, norm = float(q.tensors["noise"]), float(q.tensors["norm"])
     operator = gram.clone()
     operator.diagonal().add_(unbiased_shift(q.state_format.spectral_shift, noise, *sorted(q.shape)))
-    decoded = float((operator.double() * symmetric_mm(operator, gram)).sum())
+    wide = accumulation_dtype(gram.device)
+    decoded = float((operator.to(wide) * symmetric_mm(operator, gram)).sum())
     return operator, norm / math.sqrt(decoded) if decoded > 0 else 0.0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowbit_muon import codec
 from lowbit_muon.backends.base import DeviceBackend, PackedCodes, reads_integer_codes
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.power_iteration import power_iteration
 from lowbit_muon.products import multiply, symmetric_mm
 from lowbit_muon.quantized_matrix import SMALLEST_NORM, QuantizedMatrix
@@ -96,9 +97,10 @@ class MatrixBatch:
         shift = unbiased_shift(f.spectral_shift, self.stored("noise"), m, n).float()
         operator.diagonal(dim1=1, dim2=2).add_(shift)
         # ||A Y||_F^2 = <A K, A> for K = Y Y^T
-        decoded = symmetric_mm(operator, gram).mul_(operator).sum(dim=(1, 2), dtype=torch.float64)
+        wide = accumulation_dtype(gram.device)
+        decoded = symmetric_mm(operator, gram).mul_(operator).sum(dim=(1, 2), dtype=wide)
         norm = self.stored("norm")[:, 0]
-        gain = torch.where(decoded > 0, norm * decoded.clamp_min(1e-300).rsqrt(), 0.0)
+        gain = torch.where(decoded > 0, norm * decoded.rsqrt(), 0.0)
         operator.mul_(gain.float().view(-1, 1, 1))
         buffer = backend.code_product(operator, codes) if integer else multiply(operator, companded)
         if f.rotate:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend, reads_integer_codes
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient, rescaling
 from lowbit_muon.row_source import SCRATCH_FLOATS, DenseRows, RowSource
 
@@ -76,7 +77,9 @@ class StoredSpectrum(RowSource):
         self._codes = momentum.codes()
         self._rotate = momentum.state_format.rotate
         self._gram = backend.code_gram(self._codes)
-        self._norm = math.sqrt(float(self._gram.diagonal().double().sum()))
+        self._norm = math.sqrt(
+            float(self._gram.diagonal().to(accumulation_dtype(self.device)).sum())
+        )
         self._shift = momentum.state_format.spectral_shift
         self._momentum_norm = float(momentum.tensors["norm"])
 
@@ -251,8 +254,8 @@ def _use_stored(momentum: QuantizedMatrix, backend: Backend, use: Use) -> None:
 
 
 def _norm(grad: Tensor) -> float:
-    """Frobenius norm, accumulated in float64; not finite if any element is not."""
-    return float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+    """Frobenius norm; not finite if any element is not."""
+    return float(torch.linalg.vector_norm(grad, dtype=accumulation_dtype(grad.device)))
 
 
 def _describe(grad: Tensor) -> str:

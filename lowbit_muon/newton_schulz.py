@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.checks import is_real_number
+from lowbit_muon.checks import accumulation_dtype, is_real_number
 from lowbit_muon.products import gram, multiply, symmetric_addmm, symmetric_from_spectrum
 
 Triple = tuple[float, float, float]
@@ -119,7 +119,7 @@ def composed_polynomial(eigenvalues: Tensor, coefficients: Sequence[Triple]) -> 
     eigenvalues: any shape and floating point dtype; those rounded below 0 count as 0. Computed in
     float64, returned in the dtype given.
     """
-    square = eigenvalues.double().clamp_min(0)
+    square = eigenvalues.to(accumulation_dtype(eigenvalues.device)).clamp_min(0)
     value = torch.ones_like(square)
     for a, b, c in coefficients:
         factor = a + square * (b + square * c)
@@ -301,7 +301,7 @@ def _scaled_into_range(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         divisor = torch.where(divisor == 0, 1, divisor)
         x = x / divisor
         norm = _frobenius_norm(x)
-    divisor = divisor.double()
+    divisor = divisor.to(accumulation_dtype(x.device))
     denominator = torch.maximum(norm, eps / divisor)
     return x, torch.where(denominator == 0, 0, 1 / denominator), divisor
 
@@ -314,8 +314,9 @@ def _frobenius_norm(x: Tensor) -> Tensor:
     1, as Polar Express does, multiply an error of the norm by up to 1e3 where the rank is one.
     """
     inner, outer = (-1, -2) if x.stride(-1) == 1 else (-2, -1)
+    wide = accumulation_dtype(x.device)
     partial = torch.linalg.vector_norm(x, dim=inner, keepdim=True)
-    return torch.linalg.vector_norm(partial, dim=outer, keepdim=True, dtype=torch.float64)
+    return torch.linalg.vector_norm(partial, dim=outer, keepdim=True, dtype=wide)
 
 
 def _operator(x: Tensor, inverse: Tensor, coefficients: Sequence[Triple], method: str) -> Tensor:

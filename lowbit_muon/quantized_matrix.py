@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit_muon import codec
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend, PackedCodes, reads_integer_codes
-from lowbit_muon.checks import check_matrix, check_tensor
+from lowbit_muon.checks import accumulation_dtype, check_matrix, check_tensor
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.power_iteration import power_iteration, random_right_factor
 from lowbit_muon.presets import resolve_format
@@ -46,7 +46,8 @@ class QuantizedMatrix:
       dense [m, n];
       codes uint8 [m, bytes], scales float32 [m, blocks] or [1, 1];
       norm float64 [1]: Frobenius norm, for formats that store the matrix scaled to norm one;
-      noise float64 [1]: squared Frobenius norm of the quantisation error of a spectral format's Y;
+      noise float64 [1]: squared Frobenius norm of the quantisation error of a spectral format's Y
+      (both float32 on devices without float64);
       left_codes, right_codes uint8 [rank, bytes] and left_scales, right_scales float32 [rank, 1]:
       the factors of rows and of columns.
     """
@@ -72,7 +73,7 @@ class QuantizedMatrix:
         )
         for role, present in (("norm", f.stores_norm), ("noise", f.spectral)):
             if present:
-                tensors[role] = torch.zeros(1, dtype=torch.float64, device=device)
+                tensors[role] = torch.zeros(1, dtype=accumulation_dtype(device), device=device)
         matrix = cls(f, shape, tensors)
         if matrix.rank:
             for side, length in zip(("left", "right"), shape, strict=True):
@@ -101,7 +102,13 @@ class QuantizedMatrix:
             )
         checked = {}
         for role, expected in layout_of.items():
-            value = check_tensor(role, tensors[role], expected.dtype, tuple(expected.shape))
+            value, dtype = tensors[role], expected.dtype
+            if dtype == torch.float64 and isinstance(value, Tensor):
+                # it may have been saved on a device without float64
+                dtype = accumulation_dtype(value.device)
+                if value.dtype in (torch.float32, torch.float64):
+                    value = value.to(dtype)
+            value = check_tensor(role, value, dtype, tuple(expected.shape))
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"{role}: expected finite values, got inf or nan")
             if role.endswith(("scales", "norm", "noise")) and bool((value < 0).any()):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend, PackedCodes
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.products import gram, multiply, one_thread, symmetric_from_spectrum
 from lowbit_muon.root_iteration import ROOT_TABLE, iterate_root
 
@@ -52,7 +53,8 @@ def encoding_operator(gram_matrix: Tensor, shift: float, method: EncodingMethod 
         return iterate_root(gram_matrix, shift, overwrite=True)
     with one_thread(gram_matrix.device):
         eigenvalues, vectors = torch.linalg.eigh(gram_matrix)
-    gain = companding_gain(eigenvalues.double(), shift).to(gram_matrix.dtype)
+    wide = eigenvalues.to(accumulation_dtype(eigenvalues.device))
+    gain = companding_gain(wide, shift).to(gram_matrix.dtype)
     return symmetric_from_spectrum(vectors, gain)
 
 

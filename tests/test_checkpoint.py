@@ -386,7 +386,7 @@ CORRUPTIONS = {
     ),
     "factor missing": ("mulaw4", remove("state/1/right_codes"), "missing .*right_codes"),
     "norm infinite": ("spectral4", edit("state/1/norm", lambda t: t / 0), "norm: .*finite"),
-    "norm cast": ("spectral4", edit("state/1/norm", lambda t: t.float()), "norm: expected"),
+    "norm cast": ("spectral4", edit("state/1/norm", lambda t: t.half()), "norm: expected"),
     "code without a level": (
         "muonq4", edit("state/1/codes", lambda t: t | 255), "codes: expected codes below 15, got 15"
     ),

@@ -20,6 +20,7 @@ from lowbit_muon.backends.base import (
     PackedCodes,
     check_integer_codes,
 )
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.formats import CHUNK_BYTES, Codebook, CodeLayout, rotation_signs
 
 # Scales below the smallest normal float32 are stored as zero: their reciprocal would overflow.
@@ -91,7 +92,9 @@ def block_scales(x: Tensor, layout: CodeLayout) -> Tensor:
         if layout.statistic == "absmax":
             statistics.append(block.abs().amax(dim=1))
         else:
-            statistics.append(block.double().square().mean(dim=1).sqrt().float())
+            statistics.append(
+                block.to(accumulation_dtype(x.device)).square().mean(dim=1).sqrt().float()
+            )
     scales = torch.stack(statistics, dim=1) * torch.tensor(layout.clip, dtype=torch.float32)
     return torch.where(scales < SMALLEST_SCALE, torch.zeros_like(scales), scales)
 
@@ -181,7 +184,7 @@ class ReferenceBackend:
             buffer += decode(codes) * code_weight
         if grad is not None:
             buffer += grad.float() * grad_weight
-        return float(buffer.double().square().sum())
+        return float(buffer.to(accumulation_dtype(buffer.device)).square().sum())
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
@@ -275,14 +278,14 @@ def integer_levels(codes: PackedCodes) -> Tensor:
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, float64, of whole numbers: int8 in float32, or any in float64.
+    """left @ right, int32, of whole numbers: int8 in float32, or any in float64.
 
     float32 holds every sum of up to 512 products of int8, also where products are taken in TF32 or
     bfloat16, which hold their factors.
     """
-    total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.float64, device=left.device)
+    total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.int32, device=left.device)
     for a, b in zip(left.split(512, dim=1), right.split(512), strict=True):
-        total += a @ b
+        total += (a @ b).int()
     return total
 
 
@@ -302,7 +305,8 @@ def gram_by_segments(whole: Tensor, scales: Tensor, segment: int) -> Tensor:
 def round_to_whole(a: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """(whole, scales): a = scales * whole to half a unit, |whole| <= limit.
 
-    a: float32 [k, m]; whole: float64 [k, m]; scales: float32 [k, 1]. A row that is not finite has
+    a: float32 [k, m]; whole: float64 [k, m] (float32 where there is no float64, which makes
+    `rounded_gram` round its sums); scales: float32 [k, 1]. A row that is not finite has
     the scale NaN, one too small to divide by the whole numbers zero.
     """
     largest = a.abs().amax(dim=1, keepdim=True) if a.numel() else a.new_zeros(a.shape[0], 1)
@@ -311,5 +315,9 @@ def round_to_whole(a: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     scales = largest / limits
     usable = (scales >= SMALLEST_SCALE) & largest.isfinite()
     inverse = torch.where(usable, limits / largest, torch.zeros_like(largest))
-    whole = torch.where(usable, a * inverse, torch.zeros_like(a)).round().double()
+    whole = (
+        torch.where(usable, a * inverse, torch.zeros_like(a))
+        .round()
+        .to(accumulation_dtype(a.device))
+    )
     return whole, torch.where(largest.isfinite(), scales, torch.full_like(scales, math.nan))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference import ReferenceBackend, decode
+from lowbit_muon.checks import accumulation_dtype
 
 
 class DeviceReferenceBackend(ReferenceBackend):
@@ -194,7 +195,7 @@ def _round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
 
 
 def _row_squares(x: Tensor) -> Tensor:
-    return x.double().square().sum(dim=1)
+    return x.to(accumulation_dtype(x.device)).square().sum(dim=1)
 
 
 def _unbatch(codes: PackedCodes) -> list[PackedCodes]:
