@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.gpu.correctness import CHECKS, Check, Sizes
-from bench.gpu.roofline import BANDWIDTH, step_on_paper
+from bench.gpu.roofline import BANDWIDTH, step_on_paper, torch_step_on_paper
 from bench.gpu.rows import Case, Row
 from bench.gpu.timing import (
     LLAMA_1B,
@@ -107,8 +107,9 @@ def timing_cases(name: str, *, quick: bool, broken: Sequence[str]) -> list[Case]
 def paper_rows() -> Iterator[Row]:
     """The least time of one step of one bfloat16 matrix on an H100, by kernel; not measured."""
     for shape in PAPER_SHAPES:
-        for name in PAPER_FORMATS:
-            ledger = step_on_paper(shape, name)
+        ledgers = {name: step_on_paper(shape, name) for name in PAPER_FORMATS}
+        ledgers["torch.optim.Muon"] = torch_step_on_paper(shape)
+        for name, ledger in ledgers.items():
             largest = sorted(ledger.work.items(), key=lambda item: -item[1].seconds)[:3]
             parts = ", ".join(f"{kernel} {work.seconds * 1e6:.0f}" for kernel, work in largest)
             total = sum(work.bytes for work in ledger.work.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import gpu_check
 from bench.gpu.correctness import CHECKS, REFERENCE, Check, Sizes
-from bench.gpu.roofline import RATES, step_on_paper
+from bench.gpu.roofline import RATES, step_on_paper, torch_step_on_paper
 from bench.gpu.rows import Case, Row
 from lowbit_muon import muon as muon_module
 from lowbit_muon.backends import get_backend
@@ -170,6 +170,13 @@ def test_work_on_paper_is_what_the_mathematics_says(m: int, n: int) -> None:
     # read and written: codes, and a float32 matrix
     assert work["quantize"].bytes == 4 * m * n + m * n // 2
     assert step_on_paper((m, n), "spectral4", count=3).work["code_gram"].operations == 3 * m * m * n
+
+
+def test_torch_on_paper() -> None:
+    """Five steps of two products with X and one of m x m, all in bfloat16."""
+    m, n = 64, 96
+    work = torch_step_on_paper((n, m)).work["torch product float16"]
+    assert work.operations == 5 * (2 * 2 * m * m * n + 2 * m**3)
 
 
 def test_least_times_are_bounded_by_bandwidth_and_rate() -> None:

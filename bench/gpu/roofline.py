@@ -178,8 +178,13 @@ class PaperBackend(DeviceReferenceBackend):
         self.ledger.add("update_weight", "none", 0, weight, update, weight)
 
 
+# Of torch's matrix products: which argument the first factor is.
+_TORCH_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+
+
 class _TorchOperations(TorchDispatchMode):
-    """Counts what torch's own operations read and write; views and empty tensors are free."""
+    """Counts what torch's own operations read and write, and its products; views and empty tensors
+    are free. What qr multiplies is not counted."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -189,8 +194,13 @@ class _TorchOperations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        name = str(func)
-        if not ("empty" in name or "detach" in name or _is_view(result)):
+        name = str(func).split(".")[1]
+        if name in _TORCH_PRODUCTS:
+            factor = args[_TORCH_PRODUCTS[name]]
+            unit: Unit = "float32" if factor.dtype == torch.float32 else "float16"
+            operations = 2 * result.numel() * factor.shape[-1]
+            self.ledger.add(f"torch product {unit}", unit, operations, *tensors)
+        elif not ("empty" in name or "detach" in name or _is_view(result)):
             self.ledger.add("torch", "none", 0, *tensors)
         return result
 
@@ -234,6 +244,13 @@ def step_on_paper(
     return ledger
 
 
-def copy_seconds(shape: tuple[int, int]) -> float:
-    """Reading and writing a float32 matrix once, for comparison."""
-    return 8 * math.prod(shape) / BANDWIDTH
+def torch_step_on_paper(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Ledger:
+    """The same of torch.optim.Muon."""
+    ledger = Ledger()
+    param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    param.grad = torch.empty_like(param)
+    optimizer = torch.optim.Muon([param])
+    optimizer.step()
+    with _TorchOperations(ledger):
+        optimizer.step()
+    return ledger
