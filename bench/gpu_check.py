@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.gpu.correctness import CHECKS, Check, Sizes
-from bench.gpu.roofline import BANDWIDTH, step_on_paper, torch_step_on_paper
+from bench.gpu.roofline import BANDWIDTH, all_ledgers
 from bench.gpu.rows import Case, Row
 from bench.gpu.timing import (
     LLAMA_1B,
@@ -45,8 +45,6 @@ QUICK_SIZES = Sizes(
     matrices=((1, 1), (17, 129), (200, 1000)), products=((17, 33, 65), (128, 128, 128))
 )
 SECONDS = 480.0
-PAPER_FORMATS = ("spectral4", "mulaw4", "linear8", "fp32")
-PAPER_SHAPES = ((2048, 8192), (4096, 4096), (4096, 11008))
 
 
 def no_gpu_reason() -> str | None:
@@ -106,9 +104,7 @@ def timing_cases(name: str, *, quick: bool, broken: Sequence[str]) -> list[Case]
 
 def paper_rows() -> Iterator[Row]:
     """The least time of one step of one bfloat16 matrix on an H100, by kernel; not measured."""
-    for shape in PAPER_SHAPES:
-        ledgers = {name: step_on_paper(shape, name) for name in PAPER_FORMATS}
-        ledgers["torch.optim.Muon"] = torch_step_on_paper(shape)
+    for shape, ledgers in all_ledgers().items():
         for name, ledger in ledgers.items():
             largest = sorted(ledger.work.items(), key=lambda item: -item[1].seconds)[:3]
             parts = ", ".join(f"{kernel} {work.seconds * 1e6:.0f}" for kernel, work in largest)

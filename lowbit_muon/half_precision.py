@@ -96,13 +96,13 @@ def _run_of_steps(
         z = backend.symmetric_product(r, r, addend=r, beta=b, alpha=c)
         if step + 1 < len(coefficients):
             rz = backend.symmetric_product(r, z)
-            linear = r.mul(a * a).add_(rz, alpha=2 * a)
-            r = backend.symmetric_product(rz, z, addend=linear)
+            linear = torch.add(rz, r, alpha=a / 2)
+            r = backend.symmetric_product(rz, z, addend=linear, beta=2 * a)
         if step == 0:
             w, w_diagonal = z, a
         else:
-            linear = z.mul(w_diagonal).add_(w, alpha=a)
-            w = backend.symmetric_product(z, w, addend=linear)
+            linear = torch.add(w, z, alpha=w_diagonal / a)
+            w = backend.symmetric_product(z, w, addend=linear, beta=a)
             w_diagonal *= a
     # the factor of x is rounded with the sum, once
     return backend.product(w, x, out=x.clone(), alpha=scale, beta=scale * w_diagonal)

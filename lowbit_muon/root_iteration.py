@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.checks import is_real_number
-from lowbit_muon.products import symmetric_addmm, symmetric_mm
+from lowbit_muon.products import symmetric_addmm
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ def iterate_root(gram_matrix: Tensor, shift: float, *, overwrite: bool = False) 
             p = _raise(p, a, b)
         terms = [p, w]
         for left, right in program.forms:
-            terms.append(symmetric_mm(_combine(left, terms), _combine(right, terms)))
+            factors = _combine(left, terms), _combine(right, terms)
+            terms.append(symmetric_addmm(None, *factors, alpha=left[0] * right[0]))
         constant, *linear = program.output
-        root = symmetric_addmm(
-            w, w, _combine(linear, terms), beta=constant / shift, alpha=1 / shift
-        )
+        combined = _combine(linear, terms)
+        root = symmetric_addmm(w, w, combined, beta=constant / shift, alpha=linear[0] / shift)
     return (root + root.mT).mul_(0.5)
 
 
@@ -123,18 +123,21 @@ def _affine(x: Tensor, constant: float, slope: float) -> Tensor:
 
 def _raise(p: Tensor, a: float, b: float) -> Tensor:
     """P H^3 with H = aI + bP, in two products; `p` is overwritten."""
-    square = symmetric_mm(p, p)
-    raised = p.mul_(a).add_(square, alpha=b)  # P H
-    # H^2 - a^2 I = 2ab P + b^2 P^2 = 2b PH - b^2 P^2
-    square.mul_(-b * b).add_(raised, alpha=2 * b)
-    return symmetric_addmm(raised, raised, square, beta=a * a)
+    raised = symmetric_addmm(p, p, p, beta=a, alpha=b)  # U = P H
+    # H^2 = a^2 I + b (aP + U)
+    torch.add(raised, p, alpha=a, out=p)
+    return symmetric_addmm(raised, raised, p, beta=a * a, alpha=b)
 
 
 def _combine(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
-    """Sum of coefficient * term, as a new tensor."""
-    result = terms[0] * coefficients[0]
-    for coefficient, term in zip(coefficients[1:], terms[1:], strict=True):
-        result.add_(term, alpha=coefficient)
+    """Sum of coefficient * term as a new tensor, divided by the first coefficient.
+
+    That leaves one pass over the matrices for each further term; a product's factor makes up for it.
+    """
+    first = coefficients[0]
+    result = torch.add(terms[0], terms[1], alpha=coefficients[1] / first)
+    for coefficient, term in zip(coefficients[2:], terms[2:], strict=True):
+        result.add_(term, alpha=coefficient / first)
     return result
 
 

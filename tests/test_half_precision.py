@@ -63,14 +63,14 @@ def test_error_against_float64(dtype: torch.dtype, name: str, shape: tuple[int, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_row(dtype: torch.dtype, name: str) -> None:
     """Its only singular value is one, where the polynomial is so steep that eps moves it within its
-    range; the direction is kept."""
+    range and, by five roundings of up to twice eps, beyond; the direction is kept."""
     coefficients = resolve_coefficients(name, 5)
     x = decaying(1, 50)[None]
     half, norm, unit = prepare(x, dtype)
     found = orthogonalize_batch(half, norm, coefficients, BACKEND, unit=unit).double()
     low, high = half_precision._gain_bounds(coefficients)
     eps = torch.finfo(dtype).eps
-    assert low * (1 - 4 * eps) <= found.norm() <= high * (1 + 4 * eps)
+    assert low - 10 * eps <= found.norm() <= high + 10 * eps
     torch.testing.assert_close(found / found.norm(), (half.double() / half.double().norm()),
                                rtol=2 * eps, atol=eps * 1e-2)  # fmt: skip
 

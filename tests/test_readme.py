@@ -36,3 +36,10 @@ def test_the_table_of_formats_is_true() -> None:
             (576, 1536), PRESETS[name], seed=0, device=torch.device("cpu")
         )
         assert round(stored.bits_per_element, 2) == bits
+
+
+def test_estimates_on_paper_are_those_of_the_code() -> None:
+    from bench.gpu.roofline import markdown
+
+    block = README.split("<!-- paper -->\n")[1].split("<!-- /paper -->")[0]
+    assert block == markdown(), "python -m bench.gpu.roofline prints the new tables"

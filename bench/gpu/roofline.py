@@ -1,5 +1,7 @@
 """Estimates on paper: bytes and operations of a step's kernels against an H100's limits.
 
+    python -m bench.gpu.roofline          the tables of the README, in Markdown
+
 Nothing here was measured. The step itself runs on tensors without data (device "meta"), over a
 backend that computes nothing and writes down what each call has to read, write and multiply;
 torch's own operations in between are counted by what they read and write. A kernel cannot be faster
@@ -178,6 +180,12 @@ class PaperBackend(DeviceReferenceBackend):
         self.ledger.add("update_weight", "none", 0, weight, update, weight)
 
 
+# Operations that move nothing.
+_FREE = {
+    "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand",
+    "new_empty", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
+    "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
+}  # fmt: skip
 # Of torch's matrix products: which argument the first factor is.
 _TORCH_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 
@@ -200,14 +208,9 @@ class _TorchOperations(TorchDispatchMode):
             unit: Unit = "float32" if factor.dtype == torch.float32 else "float16"
             operations = 2 * result.numel() * factor.shape[-1]
             self.ledger.add(f"torch product {unit}", unit, operations, *tensors)
-        elif not ("empty" in name or "detach" in name or _is_view(result)):
+        elif name not in _FREE:
             self.ledger.add("torch", "none", 0, *tensors)
         return result
-
-
-def _is_view(result: object) -> bool:
-    first = result[0] if isinstance(result, (tuple, list)) and result else result
-    return isinstance(first, Tensor) and first._is_view()
 
 
 @contextlib.contextmanager
@@ -254,3 +257,46 @@ def torch_step_on_paper(shape: tuple[int, int], dtype: torch.dtype = torch.bfloa
     with _TorchOperations(ledger):
         optimizer.step()
     return ledger
+
+
+PAPER_FORMATS = ("spectral4", "mulaw4", "linear8", "fp32")
+PAPER_SHAPES = ((2048, 8192), (4096, 4096), (4096, 11008))
+PEER = "torch.optim.Muon"
+
+
+def all_ledgers() -> dict[tuple[int, int], dict[str, Ledger]]:
+    """One step of one bfloat16 matrix: by shape, by format."""
+    return {
+        shape: {name: step_on_paper(shape, name) for name in PAPER_FORMATS}
+        | {PEER: torch_step_on_paper(shape)}
+        for shape in PAPER_SHAPES
+    }
+
+
+def markdown() -> str:
+    """Least times of whole steps, and the kernels of `spectral4` for the largest shape."""
+    ledgers = all_ledgers()
+    names = (*PAPER_FORMATS, PEER)
+    lines = ["| estimate, ms | " + " | ".join(f"`{name}`" for name in names) + " |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for shape, by_name in ledgers.items():
+        times = (f"{by_name[name].seconds * 1e3:.1f}" for name in names)
+        lines.append(f"| {shape[0]}x{shape[1]} | " + " | ".join(times) + " |")
+    shape = PAPER_SHAPES[-1]
+    lines += [
+        "",
+        f"| `spectral4`, {shape[0]}x{shape[1]} | calls | MiB | G operations | of | least us |",
+        "|---|---|---|---|---|---|",
+    ]
+    work = sorted(ledgers[shape]["spectral4"].work.items(), key=lambda item: -item[1].seconds)
+    for name, entry in work:
+        if entry.seconds:
+            lines.append(
+                f"| {name} | {entry.calls} | {entry.bytes / 2**20:.0f} | "
+                f"{entry.operations / 1e9:.0f} | {entry.unit} | {entry.seconds * 1e6:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
