@@ -12,6 +12,9 @@ s8   the codes' own levels, whole numbers of at most 127: the Gram matrix is sum
      fold out of the sums; block scales are applied to the sum of each block, as MixPE does after
      each group (arXiv 2411.16158). Codes alone, no addend.
 s16  rows of X rounded to 1/2896 of their largest magnitude: Gram matrices of any X.
+f16, bf16
+     X divided by its largest magnitude and rounded to half precision, for the tensor cores of GPUs:
+     Gram matrices of any X, summed in float32. Backends for CPUs have no such products.
 auto of a Gram matrix: s8 where it can read the codes, since its sums are exact, else f32; of A X:
      f32. s16 is never chosen: bench.lut_gemm shows what it costs.
 """
@@ -26,7 +29,12 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import Backend, PackedCodes, check_integer_codes
+from lowbit_muon.backends.base import (
+    Backend,
+    PackedCodes,
+    check_integer_codes,
+    is_device_backend,
+)
 from lowbit_muon.checks import accumulation_dtype, check_matrix, is_real_number
 from lowbit_muon.momentum_state import StoredSum
 from lowbit_muon.products import symmetric_mm
@@ -34,7 +42,8 @@ from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
 from lowbit_muon.row_source import SCRATCH_FLOATS, DenseRows, RowSource
 from lowbit_muon.spectral import unbiased_shift
 
-Panel = Literal["auto", "f32", "s16", "s8"]
+Panel = Literal["auto", "f32", "s16", "s8", "f16", "bf16"]
+_HALF_PANELS = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -51,7 +60,8 @@ def lut_gram(
 
     Raises TypeError or ValueError naming the parameter, also for a panel that cannot read `q`.
     """
-    kernels = _check(q, panel, ("auto", "f32", "s16", "s8"), addend, alpha, gamma, backend)
+    panels = ("auto", "f32", "s16", "s8", *_HALF_PANELS)
+    kernels = _check(q, panel, panels, addend, alpha, gamma, backend)
     if not min(q.shape):
         return torch.zeros(min(q.shape), min(q.shape), dtype=torch.float32, device=q.device)
     if panel == "auto":
@@ -62,6 +72,8 @@ def lut_gram(
     source = _source(q, addend, alpha, gamma, kernels)
     if panel == "s16":
         return kernels.rounded_gram(source.dense())
+    if panel in _HALF_PANELS:
+        return _half_gram(source.dense(), _HALF_PANELS[panel], kernels)
     return source.gram()
 
 
@@ -225,6 +237,20 @@ def _source(
     q.decode_spectral(x, backend)
     backend.accumulate(x, buffer_weight=alpha, grad=addend, grad_weight=gamma)
     return DenseRows(x, backend)
+
+
+def _half_gram(x: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """X X^T, float32, with X rounded to half precision; x: float32 [m, n]."""
+    if not is_device_backend(backend):
+        raise ValueError(
+            "panel: expected one of 'auto', 'f32', 's16', 's8' with backend "
+            f"'{backend.name}', which has no products in half precision, got {dtype}"
+        )
+    largest = x.abs().amax().view(1)
+    half = torch.empty(1, *x.shape, dtype=dtype, device=x.device)
+    backend.scaled(x[None], torch.where(largest > 0, 1 / largest, 0.0), out=half)
+    gram = torch.empty(x.shape[0], x.shape[0], dtype=torch.float32, device=x.device)
+    return backend.symmetric_product(half[0], out=gram).mul_(largest.square())
 
 
 def _integer_gram(q: QuantizedMatrix, backend: Backend) -> Tensor:

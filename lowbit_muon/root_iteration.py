@@ -132,7 +132,7 @@ def _raise(p: Tensor, a: float, b: float) -> Tensor:
 def _combine(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
     """Sum of coefficient * term as a new tensor, divided by the first coefficient.
 
-    That leaves one pass over the matrices for each further term; a product's factor makes up for it.
+    That leaves one pass over the matrices for a further term; a product's factor makes up for it.
     """
     first = coefficients[0]
     result = torch.add(terms[0], terms[1], alpha=coefficients[1] / first)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_muon import PRESETS, QuantizedMatrix, StateFormat, quantize, row_source
+from lowbit_muon import PRESETS, QuantizedMatrix, StateFormat, lut_gemm, quantize, row_source
 from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from lowbit_muon.lut_gemm import lut_gram, lut_matmul, lut_matvec_block, lut_update
 from lowbit_muon.momentum_state import StoredSum
 
@@ -241,3 +242,21 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         call(GOOD["q"])
+
+
+@pytest.mark.parametrize(("panel", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("name", ["spectral4", "mulaw4", "nf4", "fp32"])
+def test_half_precision_panels(
+    name: str, panel: lut_gemm.Panel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = quantize(1e-6 * torch.randn(24, 50), name)
+    with pytest.raises(ValueError, match="panel: expected one of 'auto', 'f32'"):
+        lut_gram(stored, panel=panel)
+    monkeypatch.setattr(lut_gemm, "get_backend", lambda *_: DeviceReferenceBackend())
+    x = stored.dequantize().double()
+    # each factor rounded once to nearest; float16 also loses what is below 2**-25 of the largest
+    largest = x.abs().max()
+    rounded = x.abs() * torch.finfo(dtype).eps / 2 + largest * 2.0**-25
+    bound = 2 * (x.abs() + rounded) @ rounded.mT
+    bound = bound + bound.mT + 50 * 2.0**-23 * x.abs() @ x.abs().mT
+    assert ((lut_gram(stored, panel=panel).double() - x @ x.mT).abs() <= bound).all()
