@@ -42,4 +42,4 @@ format: venv
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) build *.egg-info lowbit_muon/backends/_cpu*.so
+	rm -rf $(VENV) build *.egg-info lowbit_muon/backends/_cpu*.so lowbit_muon/backends/_cuda.so

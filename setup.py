@@ -1,15 +1,19 @@
-"""Builds the optional C++ extension; all other metadata is in pyproject.toml.
+"""Builds the optional C++ extension and CUDA library; all other metadata is in pyproject.toml.
 
-LOWBIT_MUON_NO_EXTENSION=1 skips it. Without a working C++17 compiler (gcc or clang) the install
-goes on and the package uses its reference backend.
+LOWBIT_MUON_NO_EXTENSION=1 skips the extension. Without a working C++17 compiler (gcc or clang) the
+install goes on and the package uses its reference backend. LOWBIT_MUON_CUDA=1 asks for the CUDA
+library, 0 forbids it; otherwise it is built where nvcc is found, and where that fails the install
+goes on as well.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 from pybind11 import get_include
 from setuptools import Extension, setup
@@ -17,6 +21,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 SOURCES = Path("csrc/cpu")
+CUDA_SOURCES = Path("csrc/cuda")
+CPU_EXTENSION = "lowbit_muon.backends._cpu"
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -49,8 +55,39 @@ X86_PROBE = "#ifndef __x86_64__\n#error not x86-64\n#endif\n#include <immintrin.
 OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
 
 
+def cuda_rules() -> ModuleType:
+    """lowbit_muon/backends/cuda_build.py; the package itself cannot be imported without torch."""
+    path = Path("lowbit_muon/backends/cuda_build.py")
+    spec = importlib.util.spec_from_file_location("cuda_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class BuildKernels(build_ext):
     """Compiles each ISA level with its own flags; where that fails, installs without them."""
+
+    def run(self) -> None:
+        super().run()
+        rules = cuda_rules()
+        output = Path(self.get_ext_fullpath(CPU_EXTENSION)).with_name(rules.LIBRARY_NAME)
+        depends = sorted(str(path) for path in CUDA_SOURCES.iterdir())
+        try:
+            reason = rules.reason_to_skip()
+            if reason is None and (self.force or newer_group(depends, str(output))):
+                rules.build(CUDA_SOURCES, output)
+        except RuntimeError as error:
+            if os.environ.get(rules.VARIABLE, "") not in ("", "0"):
+                raise
+            reason = str(error)
+        if reason is not None and rules.find_nvcc() is not None:
+            self.warn(f"the CUDA kernels of lowbit_muon were not built ({reason})")
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution must hold."""
+        return [*super().get_source_files(), *map(str, sorted(CUDA_SOURCES.iterdir()))]
 
     def build_extensions(self) -> None:
         for extension in list(self.extensions):
@@ -110,7 +147,7 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "lowbit_muon.backends._cpu",
+            CPU_EXTENSION,
             sources=[
                 str(SOURCES / name)
                 for name in (

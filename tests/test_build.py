@@ -28,7 +28,7 @@ def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.Co
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, "LOWBIT_MUON_CUDA": "0", **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -78,7 +78,7 @@ def test_every_module_has_a_layer() -> None:
 def test_kernels_name_no_optimizer_and_optimizers_no_device() -> None:
     kernels = [*(PACKAGE.parent / "csrc").rglob("*.*"), *(PACKAGE / "backends").rglob("*.py")]
     for path in kernels:
-        if path.suffix in (".cpp", ".hpp", ".h", ".inc", ".py"):
+        if path.suffix in (".cpp", ".hpp", ".inl", ".cu", ".cuh", ".py"):
             # The package's own name ("lowbit_muon") is not the optimizer's.
             text = re.sub("lowbit_?-?muon", "", path.read_text(), flags=re.IGNORECASE)
             assert not re.search(r"\bmuon|newton|nesterov", text, flags=re.IGNORECASE), path
