@@ -1,0 +1,94 @@
+"""Element by element over a matrix or a batch: scaling, and the update of a weight."""
+# mypy: disable-error-code="no-untyped-def,import-untyped"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A tile is two-dimensional because one operand may be the transpose of another: 32 elements on
+# either side are full sectors of memory (64 or 128 bytes), and 64 columns leave 16 a thread.
+BLOCK_M, BLOCK_N = 32, 64
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def tile_position(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(row, column, mask) of this program's tile; tiles are numbered along the rows first."""
+    across = tl.cdiv(columns, BLOCK_N)
+    row = (tl.program_id(0) // across) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    column = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    return row.to(tl.int64), column.to(tl.int64), (row < rows) & (column < columns)
+
+
+@triton.jit
+def scaled_kernel(
+    x_ptr,  # float32 [batch, rows, columns]
+    stride_xb,
+    stride_xm,
+    stride_xn,
+    factor_ptr,  # float32 [batch]
+    stride_fb,
+    out_ptr,  # float32, bfloat16 or float16 [batch, rows, columns]
+    stride_ob,
+    stride_om,
+    stride_on,
+    rows,
+    columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out <- factor * x, zeros where the factor is zero."""
+    batch = tl.program_id(1).to(tl.int64)
+    row, column, mask = tile_position(rows, columns, BLOCK_M, BLOCK_N)
+    factor = tl.load(factor_ptr + batch * stride_fb)
+    offset = batch * stride_xb + row * stride_xm + column * stride_xn
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
+    result = tl.where(factor == 0, 0.0, x * factor)
+    target = out_ptr + batch * stride_ob + row * stride_om + column * stride_on
+    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mix(h):
+    """The finaliser of MurmurHash3 as `reference_device.random_bits` uses it, of uint32 h."""
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def update_weight_kernel(
+    weight_ptr,  # float32, bfloat16 or float16 [rows, columns], changed in place
+    stride_wm,
+    stride_wn,
+    update_ptr,  # float32, bfloat16 or float16 [rows, columns]
+    stride_um,
+    stride_un,
+    decay_ptr,  # float32, one element
+    step_size_ptr,  # float32, one element
+    seed_ptr,  # int32, one element
+    rows,
+    columns,
+    STOCHASTIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """weight <- decay * weight - step_size * update, rounded once."""
+    row, column, mask = tile_position(rows, columns, BLOCK_M, BLOCK_N)
+    decay = tl.load(decay_ptr)
+    step_size = tl.load(step_size_ptr)
+    target = weight_ptr + row * stride_wm + column * stride_wn
+    weight = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    source = update_ptr + row * stride_um + column * stride_un
+    update = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    result = weight * decay - update * step_size
+    result = tl.where((decay == 1) & (step_size == 0), weight, result)
+    if STOCHASTIC:
+        index = (row * columns + column).to(tl.uint32)
+        seed = tl.load(seed_ptr + tl.zeros_like(index)).to(tl.uint32, bitcast=True)
+        noise = mix(mix(index) + mix(seed)) & 0xFFFF
+        bits = result.to(tl.uint32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        result = tl.where(finite, (bits + noise) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
+    tl.store(target, result.to(weight_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,23 @@
+"""What `bench.gpu_check` runs on a GPU, in the interpreter: checks and whole optimizer steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.gpu.correctness import CHECKS, Check, Sizes
+from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import is_device_backend
+
+SIZES = Sizes(
+    matrices=((1, 1), (5, 129)),
+    products=((1, 1, 1), (9, 20, 33)),
+    step_formats=("spectral4", "mulaw4", "linear8"),
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_the_checks_of_the_gpu_script(check: Check) -> None:
+    backend = get_backend("triton", torch.device("cpu"))
+    assert is_device_backend(backend)
+    assert check.run(backend, torch.device("cpu"), SIZES) > 0

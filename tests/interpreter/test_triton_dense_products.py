@@ -1,0 +1,164 @@
+"""Dense products against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import GRAD_TYPES, KINDS, REFERENCE, TRITON, strided_like
+from torch import Tensor
+
+# Half of the distance of one and the next number.
+HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FP32, BF16, FP16 = GRAD_TYPES[0], GRAD_TYPES[1], GRAD_TYPES[2]
+
+
+def assert_close(
+    found: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    addend: Tensor | None = None,
+) -> None:
+    """A sum of k products is within k units of rounding of the sum of their magnitudes, whatever
+    its order (Higham, section 3.1); alpha, beta and the last sum add three; then one rounding to
+    the dtype of the result, absolute where that is subnormal (float16 below 2^-14)."""
+    a, b = a.double(), b.double()
+    exact, magnitude = alpha * (a @ b), abs(alpha) * (a.abs() @ b.abs())
+    if addend is not None:
+        exact = exact + beta * addend.double()
+        magnitude = magnitude + (beta * addend.double()).abs()
+    allowed = (a.shape[-1] + 3) * 2.0**-24 * magnitude
+    allowed = allowed + HALF_STEP[found.dtype] * (exact.abs() + allowed) + 2.0**-25
+    assert found.shape == exact.shape
+    assert (found.double() - exact).abs().le(allowed).all()
+
+
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+@pytest.mark.parametrize("m", [1, 17, 64, 130])
+def test_symmetric_product(dtype: torch.dtype, m: int) -> None:
+    """Exactly symmetric, of every layout, with addends of every dtype, also into itself."""
+    for index, depth in enumerate((1, 33, 64, 100)):
+        a = torch.randn(m, depth).to(dtype)
+        strided = strided_like(a, KINDS[(index + m) % 5])
+        found = TRITON.symmetric_product(strided)
+        assert found.dtype == dtype
+        assert torch.equal(found, found.mT)
+        assert_close(found, a, a.mT)
+        addend = torch.randn(m, m)
+        addend = (addend + addend.mT).to(GRAD_TYPES[index % 3])
+        out = addend.clone() if index % 2 else torch.empty(m, m, dtype=GRAD_TYPES[index % 3])
+        TRITON.symmetric_product(
+            strided, addend=out if index % 2 else addend, alpha=0.3, beta=-0.7, out=out
+        )
+        assert torch.equal(out, out.mT)
+        assert_close(out, a, a.mT, alpha=0.3, beta=-0.7, addend=addend)
+
+
+def test_symmetric_product_of_two_that_commute() -> None:
+    """Polynomials of one matrix: symmetric, though rounding knows it not."""
+    x = torch.randn(70, 70)
+    x = (x + x.mT) / 20
+    y = 0.5 * torch.eye(70) + x @ x
+    y = (y + y.mT) / 2
+    found = TRITON.symmetric_product(x, y)
+    assert torch.equal(found, found.mT)
+    # The reference takes the mean of both triangles, this one of them.
+    assert_close(found, x, y)
+
+
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+def test_batches_and_what_is_not_active(dtype: torch.dtype) -> None:
+    a, b = torch.randn(3, 20, 40).to(dtype), torch.randn(3, 40, 70).to(dtype)
+    active = torch.tensor([True, False, True])
+    for out_dtype in GRAD_TYPES:
+        start = torch.randn(3, 20, 70).to(out_dtype)
+        out = start.clone()
+        assert TRITON.product(a, b, out=out, alpha=2.0, beta=0.5, active=active) is out
+        assert torch.equal(out[1], start[1])
+        kept = active.nonzero()[:, 0]
+        assert_close(out[kept], a[kept], b[kept], alpha=2.0, beta=0.5, addend=start[kept])
+        square = torch.randn(3, 20, 20).to(out_dtype)
+        out = square.clone()
+        TRITON.symmetric_product(a, out=out, active=active)
+        assert torch.equal(out[1], square[1])
+        assert_close(out[kept], a[kept], a[kept].mT)
+
+
+def test_inactive_may_hold_anything() -> None:
+    a = torch.full((2, 5, 6), float("nan"))
+    out = torch.zeros(2, 5, 5)
+    TRITON.symmetric_product(a, addend=a[..., :5], out=out, active=torch.tensor([False, False]))
+    assert torch.equal(out, torch.zeros(2, 5, 5))
+    single = torch.zeros(5, 5)
+    TRITON.product(a[0], a[0].mT, out=single, active=torch.tensor([False]))
+    assert torch.equal(single, torch.zeros(5, 5))
+
+
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 7), (300, 40, 2), (65, 64, 129), (3, 0, 4)])
+def test_product_of_every_shape(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """By the vendor's product, and by the kernel, which `active` asks for."""
+    m, depth, n = shape
+    a, b = torch.randn(m, depth).to(dtype), torch.randn(depth, n).to(dtype)
+    start = torch.randn(m, n).to(dtype)
+    left, right = strided_like(a, KINDS[m % 5]), strided_like(b, KINDS[n % 5])
+    for active in (None, torch.tensor([True])):
+        poisoned = torch.full((m, n), float("nan"), dtype=dtype)
+        assert_close(TRITON.product(left, right, out=poisoned, active=active), a, b)
+        assert_close(TRITON.product(left, right, active=active), a, b)
+        if active is not None or dtype == FP32:  # on a CPU torch rounds beta * out by itself
+            out = TRITON.product(
+                left, right, out=start.clone(), alpha=-1.5, beta=2.0, active=active
+            )
+            assert_close(out, a, b, alpha=-1.5, beta=2.0, addend=start)
+
+
+def test_result_of_another_dtype() -> None:
+    a, b = torch.randn(2, 20, 33), torch.randn(2, 33, 9)
+    for dtype, out_dtype in ((FP32, BF16), (BF16, FP32), (FP16, FP32), (FP32, FP16)):
+        out = torch.full((2, 9, 20), float("nan"), dtype=out_dtype).mT
+        TRITON.product(a.to(dtype), b.to(dtype), out=out)
+        assert_close(out, a.to(dtype), b.to(dtype))
+
+
+def test_not_finite_stays_in_its_row() -> None:
+    a, b = torch.randn(20, 33), torch.randn(33, 9)
+    a[3, 4] = float("inf")
+    out = TRITON.product(a, b, active=torch.tensor([True]))
+    assert out.isfinite().all(dim=1).logical_not().nonzero().tolist() == [[3]]
+    assert torch.equal(out.isfinite(), REFERENCE.product(a, b).isfinite())
+
+
+def test_empty() -> None:
+    assert TRITON.product(torch.empty(0, 3), torch.empty(3, 4)).shape == (0, 4)
+    assert TRITON.symmetric_product(torch.empty(2, 0, 3)).shape == (2, 0, 0)
+    addend = torch.ones(3, 3)
+    found = TRITON.symmetric_product(torch.empty(3, 0), addend=addend, beta=2.0)
+    assert torch.equal(found, 2 * addend)
+
+
+def test_wrong_tensors_raise() -> None:
+    a, square = torch.ones(4, 5), torch.ones(4, 4)
+    symmetric, product = TRITON.symmetric_product, TRITON.product
+    cases: list[tuple[type[Exception], str, Any]] = [
+        (TypeError, "a", lambda: symmetric(a.double())),
+        (ValueError, "a", lambda: symmetric(a[0])),
+        (ValueError, "b", lambda: symmetric(a, a)),
+        (TypeError, "b", lambda: symmetric(a, a.mT.half())),
+        (ValueError, "addend", lambda: symmetric(a, addend=a)),
+        (ValueError, "out", lambda: symmetric(a, out=a)),
+        (TypeError, "out", lambda: symmetric(a, out=square.double())),
+        (ValueError, "active", lambda: symmetric(a, active=torch.ones(2, dtype=torch.bool))),
+        (TypeError, "active", lambda: symmetric(a, active=torch.ones(1))),
+        (ValueError, "b", lambda: product(a, a)),
+        (ValueError, "b", lambda: product(a, torch.ones(1, 5, 4))),
+        (TypeError, "b", lambda: product(a, a.mT.bfloat16())),
+        (ValueError, "out", lambda: product(a, a.mT, out=a)),
+    ]
+    for error, parameter, call in cases:
+        with pytest.raises(error, match=f"^{parameter}: expected .* got "):
+            call()

@@ -1,0 +1,87 @@
+"""Scaling and the update of weights, against the reference without tolerance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from comparison import GRAD_TYPES, KINDS, REFERENCE, TRITON, assert_same, strided_like
+from torch import Tensor
+
+
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+def test_scaled(dtype: torch.dtype) -> None:
+    """Zero wins over what is not finite."""
+    x = torch.randn(4, 33, 70)
+    x[1, 2, 3], x[3, 0, 0] = math.nan, math.inf
+    factor = torch.tensor([0.3, 0.0, -2.0, 1e-30])
+    for layout in (x, x.mT.contiguous().mT):
+        out = torch.empty(4, 33, 70, dtype=dtype)
+        assert TRITON.scaled(layout, factor, out=out) is out
+        assert_same(out, REFERENCE.scaled(x, factor, out=torch.empty_like(out)))
+    TRITON.scaled(torch.empty(0, 3, 4), torch.empty(0), out=torch.empty(0, 3, 4))
+
+
+def element(value: float) -> Tensor:
+    return torch.tensor([value])
+
+
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 200), (33, 70)])
+def test_update_weight(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """In every layout, with updates of every dtype."""
+    for index, kind in enumerate(KINDS):
+        start = torch.randn(shape).to(dtype)
+        update = torch.randn(shape).to(GRAD_TYPES[index % 3])
+        weight, expected = strided_like(start.clone(), kind), start.clone()
+        factors = {"decay": element(0.97), "step_size": torch.tensor(0.13)}
+        TRITON.update_weight(weight, strided_like(update, KINDS[index - 1]), **factors)
+        REFERENCE.update_weight(expected, update, **factors)
+        assert_same(weight, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31 - 1, -(2**31)])
+def test_stochastic_rounding(seed: int) -> None:
+    """Of every bfloat16, with updates that are not finite among them."""
+    start = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(64, 1024)
+    update = torch.randn(64, 1024)
+    update[3, 5], update[7, 9] = math.inf, math.nan
+    factors = {"decay": element(0.9), "step_size": element(0.3)}
+    seeds = torch.tensor([seed], dtype=torch.int32)
+    weight, expected = start[:, :500].clone(), start[:, :500].clone()
+    TRITON.update_weight(weight, update[:, :500], seed=seeds, **factors)
+    REFERENCE.update_weight(expected, update[:, :500], seed=seeds, **factors)
+    assert_same(weight, expected)
+
+
+def test_no_step_changes_nothing() -> None:
+    start = torch.randn(5, 9).bfloat16()
+    for seed in (None, torch.tensor([7], dtype=torch.int32)):
+        weight = start.clone()
+        update = torch.full((5, 9), math.nan)
+        TRITON.update_weight(weight, update, decay=element(1.0), step_size=element(0.0), seed=seed)
+        assert torch.equal(weight, start)
+
+
+def test_wrong_tensors_raise() -> None:
+    x, one = torch.ones(3, 4), element(1.0)
+    batch, seed = torch.ones(2, 3, 4), torch.ones(1, dtype=torch.int32)
+
+    def update(weight: Tensor = x, update: Tensor = x, **others: Tensor) -> None:
+        TRITON.update_weight(weight, update, **{"decay": one, "step_size": one, **others})
+
+    cases = [
+        (TypeError, "weight", lambda: update(x.double())),
+        (TypeError, "weight", lambda: update(x, seed=seed)),
+        (ValueError, "update", lambda: update(update=x.T)),
+        (TypeError, "decay", lambda: update(decay=one.double())),
+        (ValueError, "step_size", lambda: update(step_size=torch.ones(2))),
+        (TypeError, "seed", lambda: update(x.bfloat16(), seed=one)),
+        (ValueError, "x", lambda: TRITON.scaled(x, one, out=x)),
+        (ValueError, "factor", lambda: TRITON.scaled(batch, one, out=batch)),
+        (ValueError, "out", lambda: TRITON.scaled(batch, torch.ones(2), out=x)),
+    ]
+    for error, parameter, call in cases:
+        with pytest.raises(error, match=f"^{parameter}: expected .* got "):
+            call()
