@@ -140,7 +140,10 @@ def lut_update(
     if not m:
         return weight
     oriented = orient(weight)
-    if panel == "s8":
+    if panel == "s8" and _updates_in_place(oriented, q, kernels):
+        _expect_integer_codes(q, blocks=False)
+        kernels.code_product(a * (-step_size * alpha), q.codes(), out=oriented, beta=decay)
+    elif panel == "s8":
         multiply = _integer_multiplier(q, kernels)
         height = max(1, SCRATCH_FLOATS // max(q.shape))
         for part, rows in zip(oriented.split(height), a.split(height), strict=True):
@@ -265,6 +268,15 @@ def _integer_gram(q: QuantizedMatrix, backend: Backend) -> Tensor:
         cross = coded_right @ left.mT
         gram += cross + cross.mT + left @ right_gram @ left.mT
     return gram
+
+
+def _updates_in_place(weight: Tensor, q: QuantizedMatrix, backend: Backend) -> bool:
+    """Whether the product of codes can have the weight, oriented, as its addend and result."""
+    f = q.state_format
+    codes_alone = not (f.spectral or f.rotate or q.rank)
+    halves = (torch.bfloat16, torch.float16) if is_device_backend(backend) else ()
+    dtype_fits = weight.dtype in (torch.float32, *halves)
+    return codes_alone and dtype_fits and weight.is_contiguous()
 
 
 def _integer_multiplier(q: QuantizedMatrix, backend: Backend) -> Callable[[Tensor], Tensor]:

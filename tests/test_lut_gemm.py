@@ -14,6 +14,7 @@ from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from lowbit_muon.lut_gemm import lut_gram, lut_matmul, lut_matvec_block, lut_update
 from lowbit_muon.momentum_state import StoredSum
+from lowbit_muon.quantized_matrix import orient
 
 PLAIN = StateFormat("plain", 4)
 BLOCKS = dataclasses.replace(PLAIN, name="blocks", granularity="block", block_size=16)
@@ -260,3 +261,31 @@ def test_half_precision_panels(
     bound = 2 * (x.abs() + rounded) @ rounded.mT
     bound = bound + bound.mT + 50 * 2.0**-23 * x.abs() @ x.abs().mT
     assert ((lut_gram(stored, panel=panel).double() - x @ x.mT).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(24, 50), (50, 24)])
+def test_the_product_has_the_weight_as_its_addend(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes alone: one product with the update in its epilogue, rounded once."""
+    calls: list[float] = []
+    backend = DeviceReferenceBackend()
+    product = backend.code_product
+
+    def watched(*args: object, beta: float = 0.0, **kwargs: object) -> Tensor:
+        calls.append(beta)
+        return product(*args, beta=beta, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(backend, "code_product", watched)
+    monkeypatch.setattr(lut_gemm, "get_backend", lambda *_: backend)
+    q, a = quantize(torch.randn(shape), PLAIN), torch.randn(24, 24)
+    weight = torch.randn(24, 50).to(dtype)
+    weight = weight if shape == (24, 50) else weight.mT
+    expected = 0.9 * weight.double()
+    update = a.double() @ orient(q.dequantize()).double()
+    expected -= 0.01 * (update if shape == (24, 50) else update.mT)
+    lut_update(weight, a, q, decay=0.9, step_size=0.01, panel="s8")
+    assert calls == [0.9]
+    bound = expected.abs() * torch.finfo(dtype).eps + 0.01 * LIMB_ERROR * update.abs().max()
+    assert ((weight.double() - expected).abs() <= bound).all()

@@ -228,6 +228,16 @@ class DeviceBackend(Backend, Protocol):
     ) -> Tensor:
         """`Backend.symmetric_product` of batches."""
 
+    def code_product(
+        self,
+        a: Tensor,  # float32 [b, k, m] or [k, m], any strides
+        codes: PackedCodes,
+        *,
+        out: Tensor | None = None,  # float32, bfloat16 or float16, contiguous
+        beta: float = 0.0,
+    ) -> Tensor:
+        """`Backend.code_product` of batches; a weight update in `out`'s own dtype, rounded once."""
+
     def accumulate_rows(
         self,
         buffer: Tensor,  # float32 [m, n], changed in place

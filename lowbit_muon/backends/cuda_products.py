@@ -66,6 +66,9 @@ class CudaProducts(DeviceReferenceBackend):
         out_rows = a.shape[-2] if isinstance(a, Tensor) and a.ndim > 1 else 0
         self._checks.tensor(a, "a", (*leading, out_rows, rows), torch.float32, like=packed)
         shape = (*leading, out_rows, columns)
+        if out is not None and out.dtype in (torch.bfloat16, torch.float16):
+            result = self.code_product(a, codes)
+            return out.copy_(result if beta == 0 else out.float().mul_(beta).add_(result))
         out = self._checks.output(out, "out", shape, torch.float32, like=packed)
         if out.numel() == 0 or rows == 0:
             return out.mul_(beta) if beta else out.zero_()

@@ -269,7 +269,7 @@ class ReferenceBackend:
         )
         if out is None:
             return result
-        return out.copy_(result if beta == 0 else beta * out + result)
+        return out.copy_(result if beta == 0 else beta * out.float() + result)
 
 
 def integer_levels(codes: PackedCodes) -> Tensor:

@@ -17,6 +17,7 @@ from lowbit_muon.backends.base import (
     check_integer_codes,
 )
 from lowbit_muon.backends.triton.checks import (
+    FLOAT_TYPES,
     changed,
     check,
     check_codes,
@@ -84,7 +85,7 @@ class IntegerProducts:
         check(a, "a", (*leading, out_rows, depth), torch.float32)
         if out is None:
             out = torch.empty(*leading, out_rows, columns, dtype=torch.float32, device=a.device)
-        check(out, "out", (*leading, out_rows, columns), torch.float32, a)
+        check(out, "out", (*leading, out_rows, columns), FLOAT_TYPES, a)
         if not out.is_contiguous():
             raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
         changed(out)

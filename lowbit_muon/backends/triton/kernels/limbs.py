@@ -136,8 +136,8 @@ def product_value(high, low, scale, target_ptr, mask, beta, HAS_BETA: tl.constex
     """scales * (256*h + l) + beta * out, rounded in the order of the reference, stored."""
     value = scale * (256.0 * high.to(tl.float32) + low.to(tl.float32))
     if HAS_BETA:
-        value = beta * tl.load(target_ptr, mask=mask, other=0.0) + value
-    tl.store(target_ptr, value, mask=mask)
+        value = beta * tl.load(target_ptr, mask=mask, other=0.0).to(tl.float32) + value
+    tl.store(target_ptr, value.to(target_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
@@ -148,7 +148,7 @@ def code_product_kernel(
     codes_ptr,  # uint8 [batch, depth, bytes], bytes contiguous; or int8 levels from `first` on
     stride_cb,
     stride_cm,
-    out_ptr,  # float32 [batch, out_rows, columns], contiguous
+    out_ptr,  # float32, bfloat16 or float16 [batch, out_rows, columns], contiguous
     out_rows,
     depth,
     padded,  # a multiple of BLOCK_K; the padding is zeros
