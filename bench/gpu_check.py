@@ -130,10 +130,9 @@ def run_all(
             rows.extend(case.rows())
 
     sizes = QUICK_SIZES if quick else Sizes()
-    for name in backends:
+    for name in backends:  # the first is timed before the second takes its time
         for check in CHECKS:
             run(correctness_case(check, name, sizes))
-    for name in backends:
         prefix = f"{name}: "
         broken = [
             row.name.removeprefix(prefix)

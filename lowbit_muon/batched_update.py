@@ -24,8 +24,11 @@ from lowbit_muon.newton_schulz import Triple, orthogonalize_normalized
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
 
 _EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
-# 16 Mi elements: enough to fill a GPU, and 10 to 14 bytes each while they are worked on.
+# 16 Mi elements: enough to fill a GPU. While they are worked on they take 10 to 16 bytes each, and
+# with a spectral encoder's m x m matrices, for m = n, up to 50.
 BATCH_ELEMENTS = 2**24
+# Small enough for float32 beside the square root of a matrix's size.
+_LARGEST_FACTOR = 1e30
 
 NsDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -37,6 +40,16 @@ class MatrixUpdate:
     weight: Tensor
     grad: Tensor
     momentum: QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """What is to be orthogonalised: one X, float32 [b, m, n], until it is taken out."""
+
+    matrices: list[Tensor]
+    norm: Tensor  # float64 [b], zero where not accepted
+    accepted: Tensor  # bool [b]
+    scale: Tensor | None = None  # float64 [b]: X is so many times the momentum; None: once
 
 
 @dataclass(frozen=True)
@@ -68,15 +81,16 @@ class BatchStep:
         """
         batch = MatrixBatch([update.momentum for update in updates], self.backend)
         grads = [_as_gradient(update.grad) for update in updates]
-        x, norm, accepted = self._update_momentum(batch, grads, allowed)
-        update = self._orthogonalize(x, norm, accepted)
-        self._update_weights(updates, update, accepted, seeds)
-        return accepted
+        fresh = self._update_momentum(batch, grads, allowed)
+        del grads
+        update = self._orthogonalize(fresh)
+        self._update_weights(updates, update, fresh.accepted, seeds)
+        return fresh.accepted
 
     def _update_momentum(
         self, batch: MatrixBatch, grads: list[Tensor], allowed: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new momentum; (X [b, m, n] to orthogonalise, its norms, which are finite)."""
+    ) -> _Fresh:
+        """Store the new momentum, and return what is to be orthogonalised."""
         backend, decay = self.backend, self.momentum
         grad_weight = 1 - decay
         normalize = batch.state_format.normalize
@@ -91,8 +105,9 @@ class BatchStep:
             for x, grad in zip(buffer, grads, strict=True)
         )
         accepted, norm = _only(accepted, allowed, norm)
+        scale = None
         if normalize:
-            inverse = 1 / (norm + _EPS)
+            scale = inverse = 1 / (norm + _EPS)
             buffer.mul_(inverse.float().view(-1, 1, 1))
             grads = [grad * factor for grad, factor in zip(grads, inverse.float(), strict=True)]
             norm = norm * inverse
@@ -108,11 +123,11 @@ class BatchStep:
             )
             norm = torch.where(accepted, norm, 0.0)
         batch.commit(accepted)
-        return buffer, norm, accepted
+        return _Fresh([buffer], norm, accepted, scale)
 
     def _update_plain(
         self, batch: MatrixBatch, grads: list[Tensor], allowed: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> _Fresh:
         """In one pass over codes and gradients."""
         decay, grad_weight = self.momentum, 1 - self.momentum
         codes = batch.codes()
@@ -121,6 +136,7 @@ class BatchStep:
             "scales": torch.empty_like(codes.scales),
         }
         x = torch.empty(batch.shape, dtype=torch.float32, device=codes.packed.device)
+        ahead = self.nesterov and not self.from_stored
         squares = torch.stack(
             [
                 self.backend.update_codes(
@@ -130,9 +146,9 @@ class BatchStep:
                     grad_weight=grad_weight,
                     packed=batch.new["codes"][i],
                     scales=batch.new["scales"][i],
-                    out=x[i],
-                    out_value_weight=decay if self.nesterov else 1.0,
-                    out_grad_weight=grad_weight if self.nesterov else 0.0,
+                    out=None if self.from_stored else x[i],
+                    out_value_weight=decay if ahead else 1.0,
+                    out_grad_weight=grad_weight if ahead else 0.0,
                 ).sum(dim=1)
                 for i, grad in enumerate(grads)
             ]
@@ -141,26 +157,29 @@ class BatchStep:
         if self.from_stored:
             return self._stored(batch, accepted)
         batch.commit(accepted)
-        return x, norm, accepted
+        return _Fresh([x], norm, accepted)
 
-    def _stored(self, batch: MatrixBatch, accepted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _stored(self, batch: MatrixBatch, accepted: Tensor) -> _Fresh:
         """What the codes hold now."""
         batch.commit(accepted)
         buffer = batch.decode()
         norm, _ = _norms(
             self.backend.accumulate_rows(matrix, buffer_weight=1.0) for matrix in buffer
         )
-        return buffer, norm, accepted
+        return _Fresh([buffer], norm, accepted)
 
     @property
     def _encoder_dtype(self) -> torch.dtype:
         """bfloat16 would be a tenth of 4-bit noise after the encoder has enlarged it."""
         return torch.float32 if self.ns_dtype == "float32" else torch.float16
 
-    def _orthogonalize(self, x: Tensor, norm: Tensor, accepted: Tensor) -> Tensor:
-        """Of X / max(norm, eps) where accepted, [b, m, n]; x is overwritten or dropped."""
+    def _orthogonalize(self, fresh: _Fresh) -> Tensor:
+        """Of X / max(norm, eps) where accepted, [b, m, n]; takes X out of `fresh`."""
+        x, norm = fresh.matrices.pop(), fresh.norm
         _, m, n = x.shape
-        factor = torch.where(accepted, 1 / norm.clamp_min(self.eps), 0.0)
+        eps = self.eps if fresh.scale is None else self.eps * fresh.scale
+        divisor = norm.clamp_min(eps).clamp_min(1 / _LARGEST_FACTOR)
+        factor = torch.where(fresh.accepted, 1 / divisor, 0.0)
         if self.ns_dtype == "float32":
             self.backend.scaled(x, factor.float(), out=x)
             return orthogonalize_normalized(x, self.coefficients)
@@ -168,6 +187,7 @@ class BatchStep:
         dtype = torch.float16 if self.ns_dtype == "float16" else torch.bfloat16
         half = torch.empty(x.shape, dtype=dtype, device=x.device)
         self.backend.scaled(x, (factor / unit).float(), out=half)
+        del x  # nobody else holds it, and what follows takes as much again
         unit_norm = (norm * factor).float()
         return orthogonalize_batch(half, unit_norm, self.coefficients, self.backend, unit=unit)
 
@@ -185,6 +205,10 @@ class BatchStep:
         mask = accepted.float()
         decay, step_size = 1 - mask * (lr * self.weight_decay), mask * (lr * self.update_scale)
         for index, one in enumerate(updates):
+            if one.weight.dtype == torch.float64:  # kernels know no such weights
+                change = update[index].double() * step_size[index]
+                orient(one.weight).mul_(decay[index]).sub_(change)
+                continue
             self.backend.update_weight(
                 orient(one.weight),
                 update[index],

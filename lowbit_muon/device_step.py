@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,10 @@ class _Bucket:
 
     backend: DeviceBackend
     updates: list[MatrixUpdate] = field(default_factory=list)
+    # Of each matrix: where its rounding's seeds start, its parameter's state, whether it is what
+    # its parameter is counted by, and, for a parameter of several matrices, whether its whole
+    # gradient is finite.
     seeds: list[int] = field(default_factory=list)
-    # Of each matrix: its parameter's state, whether it is the first of its parameter, and, for a
-    # parameter of several matrices, whether its whole gradient is finite.
     states: list[State] = field(default_factory=list)
     counted: list[bool] = field(default_factory=list)
     finite: list[Tensor | None] = field(default_factory=list)
@@ -50,8 +51,10 @@ class DeviceStep:
         number: int,
     ) -> None:
         """Take a parameter with its gradient; `number` is its place in the optimizer."""
+        grad = grad.float() if grad.dtype == torch.float64 else grad
         finite = grad.isfinite().all() if len(views) > 1 else None
         grad, weights = flatten(grad, self._group), flatten(param, self._group)
+        counted = False
         for index, view in enumerate(views):
             if not view.shape[0] * view.shape[1]:
                 continue
@@ -61,19 +64,36 @@ class DeviceStep:
             bucket.updates.append(MatrixUpdate(weights[view.rows], grad[view.rows], momentum))
             bucket.seeds.append(rounding_seed(self._group["seed"], number, index))
             bucket.states.append(state)
-            bucket.counted.append(index == 0)
+            bucket.counted.append(not counted)
             bucket.finite.append(finite)
+            counted = True
+        if not counted:  # nothing in it, and nothing to wait for
+            state["step"] += 1
 
     def run(self) -> None:
         """Update all that was added."""
-        for bucket in self._buckets.values():
+        # before any batch counts its step
+        seeds = {key: self._seeds(bucket) for key, bucket in self._buckets.items()}
+        for key, bucket in self._buckets.items():
             m, n = sorted(bucket.updates[0].weight.shape)
-            # An m x m matrix of the spectral encoder takes nine of its kind, an m x n one three.
-            size = max(1, 3 * BATCH_ELEMENTS // (3 * m * n + 9 * m * m))
+            # The spectral encoder holds nine m x m matrices, all else some three of m x n.
+            encoder = 3 * m * m if self._step.state_format.spectral else 0
+            size = max(1, BATCH_ELEMENTS // (m * n + encoder))
             for start in range(0, len(bucket.updates), size):
-                self._run_batch(bucket, slice(start, start + size))
+                self._run_batch(bucket, slice(start, start + size), seeds[key])
 
-    def _run_batch(self, bucket: _Bucket, part: slice) -> None:
+    def _seeds(self, bucket: _Bucket) -> list[Tensor] | None:
+        """Of stochastic rounding in this step: int32, one element each."""
+        if not (
+            self._step.stochastic_rounding and bucket.updates[0].weight.dtype == torch.bfloat16
+        ):
+            return None
+        return [
+            seed_of_step(start, device_counter(state, "step")).int()
+            for start, state in zip(bucket.seeds, bucket.states, strict=True)
+        ]
+
+    def _run_batch(self, bucket: _Bucket, part: slice, seeds: list[Tensor] | None) -> None:
         step, updates = self._step, bucket.updates[part]
         shape = updates[0].weight.shape
         run = BatchStep(
@@ -88,15 +108,7 @@ class DeviceStep:
             from_stored=step.ns_input == "stored",
             backend=bucket.backend,
         )
-        seeds = None
-        if step.stochastic_rounding and updates[0].weight.dtype == torch.bfloat16:
-            counts = [device_counter(state, "step") for state in bucket.states[part]]
-            seeds = [
-                seed_of_step(start, count).int()
-                for start, count in zip(bucket.seeds[part], counts, strict=True)
-            ]
-        finite = [flag for flag in bucket.finite[part] if flag is not None]
-        accepted = run(updates, seeds, torch.stack(finite) if finite else None)
+        accepted = run(updates, seeds and seeds[part], _stacked_flags(bucket.finite[part]))
         self._count(bucket, part, accepted)
 
     def _count(self, bucket: _Bucket, part: slice, accepted: Tensor) -> None:
@@ -111,6 +123,15 @@ class DeviceStep:
                     changes[name].append(change)
             if counters[name]:
                 torch._foreach_add_(counters[name], changes[name])
+
+
+def _stacked_flags(flags: Sequence[Tensor | None]) -> Tensor | None:
+    """bool [b], True where there is none; None if there are none at all."""
+    some = next((flag for flag in flags if flag is not None), None)
+    if some is None:
+        return None
+    true = torch.ones_like(some)
+    return torch.stack([true if flag is None else flag for flag in flags])
 
 
 def device_counter(state: State, name: str) -> Tensor:

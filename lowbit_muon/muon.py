@@ -76,7 +76,8 @@ class Muon(Optimizer):
             update. Of spectral formats it takes the codes' own matrix, whose polar factor is the
             momentum's, in integer products and without the first Newton-Schulz steps, as far as its
             larger singular values make up for them (two of five with the presets); formats with
-            levels that are not whole numbers or with block scales are decoded instead.
+            levels that are not whole numbers or with block scales are decoded instead. On a GPU all
+            are decoded and take all steps: no work is saved there.
         ns_dtype: dtype of the Newton-Schulz products: "auto" is float32 on CPUs and wherever there
             is no backend for the device, and float16 on GPUs (`lowbit_muon.half_precision`, which
             is closer to float32 than torch's bfloat16).

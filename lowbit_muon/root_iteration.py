@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,12 +149,19 @@ def full_precision_products() -> Iterator[None]:
     The root resolves eigenvalues of shift^3; TF32 perturbs a Gram matrix by up to 5e-4. The Gram
     matrix that goes into `iterate_root` has to be computed inside this context too.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # torch raises where its old switch (set_float32_matmul_precision) meets these, the new ones.
+    switches: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    )
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 # Printed by `python -m bench.root_coefficients`, largest shift first. The defect is the largest

@@ -111,6 +111,30 @@ def test_the_guard_repeats_what_went_wrong(
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("factor", [0.3, 3.0, math.inf, math.nan])
+def test_the_guard_sees_norms_out_of_range(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a result that is too small, too large or not finite."""
+    spoilt = half_precision._run_of_steps
+    flags: list[Tensor] = []
+
+    def scaled(x: Tensor, *args: Any) -> Tensor:
+        result = spoilt(x, *args)
+        result[1] *= factor
+        return result
+
+    monkeypatch.setattr(half_precision, "_run_of_steps", scaled)
+    monkeypatch.setattr(half_precision, "restart_lengths", lambda c, _: (len(c),))
+    monkeypatch.setattr(
+        half_precision, "_standard_form", lambda *_, active, **__: flags.append(active)
+    )
+    one = torch.zeros(16, 20)
+    one[0, 0] = 1
+    half, norm, unit = prepare(torch.stack([one, one if factor < 1 else torch.eye(16, 20) / 4]),
+                               torch.float16)  # fmt: skip
+    orthogonalize_batch(half, norm, resolve_coefficients("muon", 2), BACKEND, unit=unit)
+    assert flags[0].tolist() == [False, True]
+
+
 def test_the_guard_lets_correct_results_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros, tiny norms (below eps), one row, low rank: none is repeated."""
     flags: list[Tensor] = []

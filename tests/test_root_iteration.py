@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +29,6 @@ from lowbit_muon.products import gram
 from lowbit_muon.root_iteration import (
     ROOT_TABLE,
     RootCoefficients,
-    full_precision_products,
     iterate_root,
     root_coefficients,
 )
@@ -175,7 +177,8 @@ class CountOperations(TorchDispatchMode):
         assert name not in ("_local_scalar_dense", "item", "nonzero", "is_nonzero"), name
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             self.products += 1
-            self.precisions.add(torch.get_float32_matmul_precision())
+            self.precisions.add(torch.backends.cuda.matmul.fp32_precision)
+            self.precisions.add(torch.backends.mkldnn.matmul.fp32_precision)
         return func(*args, **(kwargs or {}))
 
 
@@ -195,19 +198,47 @@ def test_number_of_products_and_no_synchronisation(
     assert count.products == entry.matrix_products
 
 
-def test_products_are_taken_in_full_precision(products_in_torch: None) -> None:
-    gram_matrix = gram(spectrum_matrix(SPECTRA["flat"](8), 8))
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        with CountOperations() as count:
-            iterate_root(gram_matrix, 0.03)
-        assert count.precisions == {"highest"}
-        with pytest.raises(RuntimeError, match="inside"), full_precision_products():
-            raise RuntimeError("inside")
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+PRECISION_SETTINGS = {
+    "old": "torch.set_float32_matmul_precision('high')",
+    "new, of products": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "new, of all": "torch.backends.fp32_precision = 'tf32'",
+    "new, on CPUs": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "none": "pass",
+}
+
+
+@pytest.mark.parametrize("setting", PRECISION_SETTINGS.values(), ids=PRECISION_SETTINGS)
+def test_products_are_taken_in_full_precision(setting: str) -> None:
+    """Whatever the process allows and however it says so; in a process of its own, which torch's
+    switches outlive."""
+    program = f"""
+import sys; sys.path.insert(0, "tests")
+import torch
+from lowbit_muon import Muon, products, root_iteration
+from lowbit_muon.root_iteration import full_precision_products
+from test_root_iteration import *
+{setting}
+def allowed():
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+before = allowed()
+products._kernels = lambda x: None
+with CountOperations() as count:
+    iterate_root(torch.eye(8) / 8, 0.03)
+assert count.precisions == {{"ieee"}}, count.precisions
+assert allowed() == before, allowed()
+try:
+    with full_precision_products():
+        raise RuntimeError("inside")
+except RuntimeError as error:
+    assert str(error) == "inside"
+assert allowed() == before, allowed()
+weight = torch.nn.Parameter(torch.randn(4, 6))
+weight.grad = torch.randn(4, 6)
+Muon([weight]).step()
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_table_serves_every_shift_with_the_cheapest_program() -> None:

@@ -31,7 +31,7 @@ class Sizes:
     """[m, n] of the matrices that are checked, orders of dense products, formats of steps."""
 
     matrices: Sequence[tuple[int, int]] = (
-        (1, 1), (1, 4097), (3, 64), (17, 129), (64, 515), (200, 1000), (576, 1536), (1024, 4096),
+        (1, 1), (3, 64), (17, 129), (200, 1000), (576, 1536), (512, 4096),
     )  # fmt: skip
     products: Sequence[tuple[int, int, int]] = (
         (1, 1, 1), (17, 33, 65), (128, 128, 128), (576, 1536, 576), (200, 1000, 300),
@@ -102,22 +102,33 @@ def formats_and_sizes(sizes: Sizes) -> Iterator[tuple[StateFormat, int, int]]:
         yield PRESETS[name], m, n
 
 
+def formats_sizes_and_dtypes(
+    sizes: Sizes,
+) -> Iterator[tuple[StateFormat, int, int, torch.dtype]]:
+    """Every format with bfloat16 gradients, two formats with all three dtypes.
+
+    Each combination is a kernel that has to be compiled first, half a second of the eight minutes.
+    """
+    for f, m, n in formats_and_sizes(sizes):
+        for dtype in GRAD_DTYPES if f.name in ("spectral4", "linear8") else (torch.bfloat16,):
+            yield f, m, n, dtype
+
+
 def check_accumulate(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
     """Decoding, weighted sums and row sums of squares; strided and half-precision gradients."""
     count = 0
-    for f, m, n in formats_and_sizes(sizes):
+    for f, m, n, dtype in formats_sizes_and_dtypes(sizes):
         codes = every_code(f, m, n, seed=m + n)
-        for dtype in GRAD_DTYPES:
-            grad = normal((n, m), seed=1).to(dtype).mT
-            expected, found = (normal((m, n), seed=2).to(d) for d in ("cpu", device))
-            weights = {"buffer_weight": 0.7, "code_weight": 0.3, "grad_weight": -1.25}
-            squares = REFERENCE.accumulate_rows(expected, codes=codes, grad=grad, **weights)
-            ours = backend.accumulate_rows(
-                found, codes=moved(codes, device), grad=grad.to(device), **weights
-            )
-            count += same(f"{f.name} {m}x{n} {dtype}", found, expected)
-            # a sum of n squares in float64, in another order
-            near("squares", ours, squares, squares * n * 2.0**-52)
+        grad = normal((n, m), seed=1).to(dtype).mT
+        expected, found = (normal((m, n), seed=2).to(d) for d in ("cpu", device))
+        weights = {"buffer_weight": 0.7, "code_weight": 0.3, "grad_weight": -1.25}
+        squares = REFERENCE.accumulate_rows(expected, codes=codes, grad=grad, **weights)
+        ours = backend.accumulate_rows(
+            found, codes=moved(codes, device), grad=grad.to(device), **weights
+        )
+        count += same(f"{f.name} {m}x{n} {dtype}", found, expected)
+        # a sum of n squares in float64, in another order
+        near("squares", ours, squares, squares * n * 2.0**-52)
     return count
 
 
@@ -139,7 +150,7 @@ def check_quantize(backend: DeviceBackend, device: torch.device, sizes: Sizes) -
 def check_update_codes(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
     """The fused pass, non-finite gradients included."""
     count = 0
-    for (f, m, n), dtype in itertools.product(formats_and_sizes(sizes), GRAD_DTYPES):
+    for f, m, n, dtype in formats_sizes_and_dtypes(sizes):
         codes = every_code(f, m, n, seed=m + n)
         grad = normal((m, n), seed=3).to(dtype)
         outcome = []
@@ -224,8 +235,9 @@ def check_dense_products(backend: DeviceBackend, device: torch.device, sizes: Si
         addend = (addend + addend.mT).to(dtype)
         a32, b32 = a.double(), b.double()
         active = torch.tensor([True, False])
-        # k products summed in float32 and one rounding to the dtype of the result
-        eps = torch.finfo(dtype).eps + k * 2.0**-23
+        # k products summed in float32 and one rounding to the dtype of the result; of float32,
+        # each product is three of TF32 and lacks a fourth of 2**-22
+        eps = torch.finfo(dtype).eps + (k + 8 * (dtype == torch.float32)) * 2.0**-23
         out = torch.full((2, m, n), 7.0, dtype=dtype, device=device)
         backend.product(a.to(device), b.to(device), out=out, alpha=0.5, active=active.to(device))
         expected = 0.5 * (a32 @ b32)
@@ -234,7 +246,7 @@ def check_dense_products(backend: DeviceBackend, device: torch.device, sizes: Si
         same("inactive", out[1], torch.full((m, n), 7.0, dtype=dtype))
         plain = backend.product(a.to(device), b.to(device), alpha=0.5)
         # the vendor's kernels may round partial sums of half precision as well
-        near(f"plain {m}x{k}x{n} {dtype}", plain[0], expected[0], 4 * bound[0])
+        near(f"plain {m}x{k}x{n} {dtype}", plain, expected, 4 * bound)
         found = backend.symmetric_product(
             a.to(device), addend=addend.to(device), alpha=0.5, beta=-2.0
         )
@@ -284,8 +296,10 @@ def check_steps(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> i
             trained.append(_train(name, shapes, place, options))
         for (expected, start), (found, _) in zip(*trained, strict=True):
             moved_by = float((expected - start).norm())
-            # one flipped code in a small spectral matrix is worth 4%; float16 see half_precision
-            bound = 0.1 if PRESETS[name].spectral or ns_dtype == "float16" else 0.01
+            # A code that rounding flips is worth up to 4% in a small matrix, where an iteration
+            # (spectral, power) enlarges rounding; half precision: see lowbit_muon.half_precision.
+            iterates = PRESETS[name].spectral or PRESETS[name].has_factors
+            bound = 0.1 if iterates or ns_dtype == "float16" else 0.01
             error = float((found.cpu() - expected).norm())
             if not error <= bound * moved_by:
                 shape = tuple(expected.shape)
