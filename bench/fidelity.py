@@ -1,89 +1,104 @@
-"""How far each state format moves the update, on the momentum of the real fine-tune.
+"""How far each way of storing a momentum turns the update, against the bits it takes.
 
-    python -m bench.fidelity [--steps N] [--layers 2,14,27] [--json FILE]
+    python -m bench.fidelity [--quick] [--json FILE] [--plot FILE]
 
-Trains SmolLM2-135M with fp32 Muon as `lowbit-muon finetune` does and, beside it, runs the momentum
-of every matrix of some layers through each format. Errors are relative, in the Frobenius norm,
-averaged over the matrices after the last step:
+On matrices captured from a real fine-tune (`bench.capture`; a small set is in the repository), each
+quantised once. All errors are relative, in the Frobenius norm, averaged over the matrices:
 
-    momentum   of the exact momentum, quantised once
-    update     of its orthogonalisation (five Newton-Schulz steps), quantised once
-    closed     of the update that the optimizer would take after storing its momentum in this
-               format in every step, so that errors add up; with the cosine
+    momentum   of the matrix itself
+    update     after five Newton-Schulz steps (float32)
+    polar      of the exact polar factor (float64), which all directions share alike
+    angle      largest principal angle between the leading right singular subspaces, of dimension
+               min(m, n)/16, exact and decoded, in degrees
+
+Quantised once says what one step loses; `bench.fidelity_training` says what remains when errors add
+up in a training run.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
+import math
 import statistics
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from bench.capture import SHIPPED, load
 from bench.harness import write_json
-from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
-from lowbit_muon.backends import get_backend
-from lowbit_muon.finetune.settings import FinetuneSettings
-from lowbit_muon.finetune.training import FinetuneRun
-from lowbit_muon.momentum_state import update_momentum
+from bench.peer_formats import grasp
+from lowbit_muon import PRESETS, StateFormat, orthogonalize, quantize
 from lowbit_muon.quantized_matrix import orient
-from lowbit_muon.row_source import RowSource
 
-EXACT, BASELINE = "fp32", "muonq4"
-FORMATS = ("spectral4", "spectral3", "spectral2", "mulaw4", BASELINE, "nf4", "linear8", "mulaw8")
-DECAY = 0.95
+# OCP Microscaling v1.0, E2M1, without its second zero.
+_FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
+FAMILIES = ("spectral", "low rank", "8-bit Muon", "blocks", "linear", "mu-law", "GRASP")
+Method = Callable[[Tensor], tuple[Tensor, float]]
 
 
-class Watched:
-    """One parameter, its exact momentum and its momentum in every format."""
+def _linear(bits: int) -> StateFormat:
+    """Plain: equal steps, one absmax scale a row."""
+    return StateFormat(
+        f"linear{bits}, rows", bits, codebook="linear", tread="mid_tread", statistic="absmax",
+        clip=1.0,
+    )  # fmt: skip
 
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        shape = (parameter.shape[0], parameter.shape[1])
-        self.stored = {
-            name: QuantizedMatrix.zeros(shape, PRESETS[name], seed=0, device=parameter.device)
-            for name in (EXACT, *FORMATS)
-        }
-        self.inputs: dict[str, Tensor] = {}
 
-    def update(self) -> None:
-        """One momentum step in every format, from the parameter's gradient."""
-        assert self.parameter.grad is not None
-        backend = get_backend("auto", self.parameter.device)
-        for name, momentum in self.stored.items():
-            update_momentum(
-                momentum,
-                self.parameter.grad,
-                decay=DECAY,
-                # As MuonQ is published, with its own normalisation and without Nesterov.
-                nesterov=name != BASELINE,
-                backend=backend,
-                use=functools.partial(self._note, name),
-            )
+def state_formats() -> dict[str, tuple[str, StateFormat]]:
+    """name -> (family, format)."""
+    spectral8 = dataclasses.replace(
+        PRESETS["spectral4"], name="spectral8", bits=8, mu=4.5, clip=4.2, snap_levels=False
+    )
+    fp4 = dataclasses.replace(PRESETS["nf4"], name="fp4", table=tuple(map(float, _FP4)))
+    return {
+        "spectral8": ("spectral", spectral8),
+        **{name: ("spectral", PRESETS[name]) for name in ("spectral4", "spectral3", "spectral2")},
+        "mulaw4": ("low rank", PRESETS["mulaw4"]),
+        "muonq4": ("low rank", PRESETS["muonq4"]),
+        "linear8": ("8-bit Muon", PRESETS["linear8"]),
+        "nf4": ("blocks", PRESETS["nf4"]),
+        "fp4": ("blocks", fp4),
+        "mulaw8": ("mu-law", PRESETS["mulaw8"]),
+        **{f"linear{bits}, rows": ("linear", _linear(bits)) for bits in (8, 4, 3, 2)},
+    }
 
-    def _note(self, name: str, x: RowSource, norm: float, scale: float) -> None:
-        self.inputs[name] = x.dense()
 
-    def errors(self) -> dict[str, dict[str, float]]:
-        """The four figures of each format."""
-        exact = orient(self.stored[EXACT].dequantize())
-        direction, step = orthogonalize(exact), orthogonalize(self.inputs[EXACT])
-        found = {}
-        for name in FORMATS:
-            once = orient(quantize(exact, name).dequantize())
-            closed = orthogonalize(self.inputs[name])
-            found[name] = {
-                "momentum": relative_error(once, exact),
-                "update": relative_error(orthogonalize(once), direction),
-                "closed": relative_error(closed, step),
-                "cosine": float((closed * step).sum() / (closed.norm() * step.norm())),
-            }
-        return found
+def methods() -> dict[str, tuple[str, Method]]:
+    """name -> (family, matrix -> (decoded matrix, bits an element))."""
+
+    def stored(state_format: StateFormat) -> Method:
+        def through(matrix: Tensor) -> tuple[Tensor, float]:
+            kept = quantize(matrix, state_format)
+            return kept.dequantize(), kept.bits_per_element
+
+        return through
+
+    made = {name: (family, stored(f)) for name, (family, f) in state_formats().items()}
+    return {**made, "GRASP": ("GRASP", grasp)}
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    """U V^T of U S V^T, float64."""
+    u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u @ vt
+
+
+def leading_directions(matrix: Tensor) -> Tensor:
+    """The leading right singular vectors, float64 [n, min(m, n)/16]."""
+    _, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return vt[: max(1, min(matrix.shape) // 16)].mT
+
+
+def largest_angle(a: Tensor, b: Tensor) -> float:
+    """Largest principal angle of two subspaces with orthonormal bases [n, k], in degrees."""
+    cosine = torch.linalg.svdvals(a.mT @ b).amin().clamp(max=1)
+    return math.degrees(math.acos(float(cosine)))
 
 
 def relative_error(approximation: Tensor, exact: Tensor) -> float:
@@ -91,74 +106,124 @@ def relative_error(approximation: Tensor, exact: Tensor) -> float:
     return float((approximation - exact).norm() / exact.norm())
 
 
-def measure(steps: int, layers: list[int], console: Console) -> dict[str, dict[str, float]]:
-    """Means over the matrices, and bits per element, of each format."""
-    settings = FinetuneSettings(
-        format=EXACT, steps=steps, eval_before=False, sample_tokens=0, save_every=0
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        run = FinetuneRun(settings, Path(folder), console)
-        prefixes = tuple(f"layers.{layer}." for layer in layers)
-        watched = [
-            Watched(parameter)
-            for name, parameter in run.model.named_parameters()
-            if name.removeprefix("model.").startswith(prefixes) and parameter.ndim == 2
-        ]
-
-        def before_step(*_: object) -> None:
-            for matrix in watched:
-                matrix.update()
-
-        run.optimizer.register_step_pre_hook(before_step)
-        for index in range(steps):
-            console.print(f"step {index + 1} of {steps}: loss {run.step():.3f}")
-    collected = [matrix.errors() for matrix in watched]
-    elements = sum(matrix.parameter.numel() for matrix in watched)
+def measure(matrices: dict[str, Tensor], console: Console) -> dict[str, dict[str, object]]:
+    """name -> family, bits and the mean of each figure."""
+    collected: dict[str, list[dict[str, float]]] = {name: [] for name in methods()}
+    for matrix in track(list(matrices.values()), "matrices", console=console, transient=True):
+        exact = orient(matrix)
+        update, polar = orthogonalize(exact), polar_factor(exact)
+        directions = leading_directions(exact)
+        for name, (_, method) in methods().items():
+            decoded, bits = method(exact)
+            collected[name].append(
+                {
+                    "bits": bits,
+                    "momentum": relative_error(decoded, exact),
+                    "update": relative_error(orthogonalize(decoded), update),
+                    "polar": relative_error(polar_factor(decoded), polar),
+                    "angle": largest_angle(leading_directions(decoded), directions),
+                }
+            )
     return {
         name: {
-            "bits": 8 * sum(matrix.stored[name].nbytes for matrix in watched) / elements,
-            **{
-                figure: statistics.fmean(errors[name][figure] for errors in collected)
-                for figure in collected[0][name]
-            },
+            "family": methods()[name][0],
+            **{figure: statistics.fmean(row[figure] for row in rows) for figure in rows[0]},
         }
-        for name in FORMATS
+        for name, rows in collected.items()
     }
 
 
-def show(results: dict[str, dict[str, float]], console: Console) -> None:
-    """The results as a table."""
-    table = Table(title="relative error on the momentum of the SmolLM2-135M fine-tune")
-    headings = ("format", "bits", "momentum", "update", f"x {BASELINE}", "closed", "cosine")
-    for heading in headings:
+def pareto_front(results: dict[str, dict[str, object]]) -> list[str]:
+    """Names that no other beats in bits and in the update's error at once, fewest bits first.
+
+    A hundredth of a bit counts for nothing: spectral formats keep 16 bytes a matrix more.
+    """
+
+    def point(name: str) -> tuple[float, float]:
+        bits, update = results[name]["bits"], results[name]["update"]
+        assert isinstance(bits, float)
+        assert isinstance(update, float)
+        return round(bits, 2), update
+
+    return sorted(
+        (
+            name
+            for name in results
+            if not any(
+                other != name
+                and all(a <= b for a, b in zip(point(other), point(name), strict=True))
+                for other in results
+            )
+        ),
+        key=point,
+    )
+
+
+def show(results: dict[str, dict[str, object]], console: Console) -> None:
+    """The results as a table; the Pareto front is marked."""
+    front = pareto_front(results)
+    table = Table(title="momentum of the SmolLM2-135M fine-tune, quantised once")
+    for heading in ("format", "bits", "momentum", "update", "polar", "angle, degrees", "front"):
         table.add_column(heading, justify="left" if heading == "format" else "right")
     for name, row in results.items():
-        table.add_row(
-            name,
-            f"{row['bits']:.2f}",
-            f"{row['momentum']:.3f}",
-            f"{row['update']:.3f}",
-            f"{row['update'] / results[BASELINE]['update']:.2f}",
-            f"{row['closed']:.3f}",
-            f"{row['cosine']:.3f}",
-        )
+        figures = [f"{row[key]:.3f}" for key in ("momentum", "update", "polar")]
+        mark = "*" if name in front else ""
+        table.add_row(name, f"{row['bits']:.2f}", *figures, f"{row['angle']:.1f}", mark)
     console.print(table)
+
+
+def plot(results: dict[str, dict[str, object]], path: Path) -> None:
+    """Bits against the error of the update, one marker for each family, and the Pareto front."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for family, marker in zip(FAMILIES, "osD^vPX", strict=True):
+        names = [name for name, row in results.items() if row["family"] == family]
+        axes.scatter(
+            [results[name]["bits"] for name in names],
+            [results[name]["update"] for name in names],
+            marker=marker, label=family, zorder=3,
+        )  # fmt: skip
+        for name in names:
+            position = (results[name]["bits"], results[name]["update"])
+            axes.annotate(name, position, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    front = pareto_front(results)
+    axes.plot(
+        [results[name]["bits"] for name in front], [results[name]["update"] for name in front],
+        color="0.6", linewidth=1, label="Pareto front",
+    )  # fmt: skip
+    axes.set(
+        xlabel="bits an element, scales and factors included",
+        ylabel="error of the update after Newton-Schulz",
+        yscale="log",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="error of each state format on real momentum")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--layers", default="2,14,27")
+    parser = argparse.ArgumentParser(description="bits against direction error, real momentum")
+    parser.add_argument("--quick", action="store_true", help="the smallest matrix only")
+    parser.add_argument("--data", type=Path, default=SHIPPED, help="what bench.capture wrote")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--plot", type=Path, help="write a plot here (.svg or .png)")
     options = parser.parse_args(arguments)
+    matrices = load(options.data)
+    if options.quick:
+        name = min(matrices, key=lambda name: matrices[name].numel())
+        matrices = {name: matrices[name]}
     console = Console()
-    results: dict[str, Any] = measure(
-        options.steps, [int(layer) for layer in options.layers.split(",")], console
-    )
+    results = measure(matrices, console)
     show(results, console)
     if options.json:
-        write_json(options.json, {"steps": options.steps, "layers": options.layers, **results})
+        shapes = {name: list(matrix.shape) for name, matrix in matrices.items()}
+        write_json(options.json, {"matrices": shapes, "formats": results})
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

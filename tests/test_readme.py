@@ -38,8 +38,8 @@ def test_the_table_of_formats_is_true() -> None:
         assert round(stored.bits_per_element, 2) == bits
 
 
-def test_estimates_on_paper_are_those_of_the_code() -> None:
-    from bench.gpu.roofline import markdown
+def test_tables_are_those_of_the_results() -> None:
+    from bench import report
 
-    block = README.split("<!-- paper -->\n")[1].split("<!-- /paper -->")[0]
-    assert block == markdown(), "python -m bench.gpu.roofline prints the new tables"
+    assert report.blocks(README) == set(report.BLOCKS)
+    assert report.fill(README) == README, "python -m bench.report writes the new tables"
