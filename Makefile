@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RESULTS := bench/results
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -28,7 +29,15 @@ test: venv
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter)
 
 bench: venv
-	for name in codec lut_gemm orthogonalize step; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in codec lut_gemm orthogonalize step; do \
+		$(BIN)/python -m bench.$$name --json $(RESULTS)/$$name.json $(ARGS) || exit 1; \
+	done
+	$(BIN)/python -m bench.step --shape 1024 4096 --repeats 7 --json $(RESULTS)/step_1024x4096.json
+	# As on a CPU without units for bfloat16.
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI $(BIN)/python -m bench.step --layers 2 --repeats 3 \
+		--json $(RESULTS)/step_without_bf16.json
+	$(BIN)/python -m bench.fidelity --json $(RESULTS)/fidelity.json --plot $(RESULTS)/fidelity.svg
+	$(BIN)/python -m bench.report
 
 lint: venv
 	$(BIN)/ruff check .
