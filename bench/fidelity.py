@@ -52,13 +52,9 @@ def _linear(bits: int) -> StateFormat:
 
 def state_formats() -> dict[str, tuple[str, StateFormat]]:
     """name -> (family, format)."""
-    spectral8 = dataclasses.replace(
-        PRESETS["spectral4"], name="spectral8", bits=8, mu=4.5, clip=4.2, snap_levels=False
-    )
     fp4 = dataclasses.replace(PRESETS["nf4"], name="fp4", table=tuple(map(float, _FP4)))
     return {
-        "spectral8": ("spectral", spectral8),
-        **{name: ("spectral", PRESETS[name]) for name in ("spectral4", "spectral3", "spectral2")},
+        **{f"spectral{bits}": ("spectral", PRESETS[f"spectral{bits}"]) for bits in (8, 4, 3, 2)},
         "mulaw4": ("low rank", PRESETS["mulaw4"]),
         "muonq4": ("low rank", PRESETS["muonq4"]),
         "linear8": ("8-bit Muon", PRESETS["linear8"]),

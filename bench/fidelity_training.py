@@ -35,7 +35,17 @@ from lowbit_muon.quantized_matrix import orient
 from lowbit_muon.row_source import RowSource
 
 EXACT, BASELINE = "fp32", "muonq4"
-FORMATS = ("spectral4", "spectral3", "spectral2", "mulaw4", BASELINE, "nf4", "linear8", "mulaw8")
+FORMATS = (
+    "spectral8",
+    "spectral4",
+    "spectral3",
+    "spectral2",
+    "mulaw4",
+    BASELINE,
+    "nf4",
+    "linear8",
+    "mulaw8",
+)
 DECAY = 0.95
 
 
