@@ -23,6 +23,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -102,7 +103,7 @@ def relative_error(approximation: Tensor, exact: Tensor) -> float:
     return float((approximation - exact).norm() / exact.norm())
 
 
-def measure(matrices: dict[str, Tensor], console: Console) -> dict[str, dict[str, object]]:
+def measure(matrices: dict[str, Tensor], console: Console) -> dict[str, dict[str, Any]]:
     """name -> family, bits and the mean of each figure."""
     collected: dict[str, list[dict[str, float]]] = {name: [] for name in methods()}
     for matrix in track(list(matrices.values()), "matrices", console=console, transient=True):
@@ -129,17 +130,14 @@ def measure(matrices: dict[str, Tensor], console: Console) -> dict[str, dict[str
     }
 
 
-def pareto_front(results: dict[str, dict[str, object]]) -> list[str]:
+def pareto_front(results: dict[str, dict[str, Any]]) -> list[str]:
     """Names that no other beats in bits and in the update's error at once, fewest bits first.
 
     A hundredth of a bit counts for nothing: spectral formats keep 16 bytes a matrix more.
     """
 
     def point(name: str) -> tuple[float, float]:
-        bits, update = results[name]["bits"], results[name]["update"]
-        assert isinstance(bits, float)
-        assert isinstance(update, float)
-        return round(bits, 2), update
+        return round(results[name]["bits"], 2), results[name]["update"]
 
     return sorted(
         (
@@ -155,7 +153,7 @@ def pareto_front(results: dict[str, dict[str, object]]) -> list[str]:
     )
 
 
-def show(results: dict[str, dict[str, object]], console: Console) -> None:
+def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     """The results as a table; the Pareto front is marked."""
     front = pareto_front(results)
     table = Table(title="momentum of the SmolLM2-135M fine-tune, quantised once")
@@ -168,7 +166,7 @@ def show(results: dict[str, dict[str, object]], console: Console) -> None:
     console.print(table)
 
 
-def plot(results: dict[str, dict[str, object]], path: Path) -> None:
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Bits against the error of the update, one marker for each family, and the Pareto front."""
     from matplotlib.figure import Figure
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from bench.harness import interleaved, medians, write_json
-from bench.momentum import decaying_matrix
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
+from lowbit_muon.benchmark.momentum import decaying_matrix
 from lowbit_muon.lut_gemm import lut_gram, lut_matmul, lut_update
 from lowbit_muon.newton_schulz import NS_COEFFICIENTS, operator_of_gram, resolve_coefficients
 

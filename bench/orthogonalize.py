@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from bench.harness import interleaved, medians, write_json
-from bench.momentum import decaying_matrix
+from lowbit_muon.benchmark.momentum import decaying_matrix
 from lowbit_muon.newton_schulz import NS_COEFFICIENTS, gram, orthogonalize, resolve_coefficients
 
 STEPS, EPS = 5, 1e-7

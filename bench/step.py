@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.harness import interleaved, medians, write_json
-from bench.momentum import decaying_matrix
 from lowbit_muon import Muon
 from lowbit_muon.backends.cpu import take_most_workspace
+from lowbit_muon.benchmark.momentum import decaying_matrix
 
 # One layer of SmolLM2-135M (config.json of HuggingFaceTB/SmolLM2-135M): q, k, v, o, gate, up, down.
 LAYER_SHAPES = (

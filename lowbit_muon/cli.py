@@ -13,6 +13,7 @@ import torch
 
 from lowbit_muon import __version__
 from lowbit_muon.backends import cpu, describe_backends
+from lowbit_muon.benchmark.command import add_bench_command
 from lowbit_muon.finetune.command import add_finetune_command
 from lowbit_muon.finetune.errors import FinetuneError
 
@@ -54,6 +55,7 @@ def _instruction_set() -> str:
 COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     add_info_command,
     add_finetune_command,
+    add_bench_command,
 )
 
 

@@ -32,6 +32,7 @@ LAYERS = (
     ("muon",),
     ("param_groups", "aux_adam"),
     ("finetune",),
+    ("benchmark",),
     ("cli",),
 )
 ORDER = {name: index for index, layer in enumerate(LAYERS) for name in layer}

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.momentum import decaying_matrix
 from lowbit_muon import PRESETS, Muon
 from lowbit_muon.backends.base import DeviceBackend, PackedCodes, reads_integer_codes
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.benchmark.momentum import decaying_matrix
 from lowbit_muon.formats import StateFormat
 
 REFERENCE = DeviceReferenceBackend()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.rows import Row
-from bench.momentum import decaying_matrix
 from lowbit_muon import PRESETS, Muon
 from lowbit_muon.backends.base import DeviceBackend, PackedCodes
+from lowbit_muon.benchmark.momentum import decaying_matrix
+from lowbit_muon.benchmark.timing import interleaved
 
 # Decoder layers: q, k, v, o, gate, up, down as [out, in] (config.json of meta-llama/Llama-3.2-1B
 # and of meta-llama/Llama-2-7b-hf).
@@ -30,25 +31,10 @@ KERNEL_SHAPES = ((2048, 2048), (2048, 8192), (4096, 4096), (4096, 11008))
 def device_seconds(
     cases: Mapping[str, Callable[[], object]], *, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds of single calls, in turn, in odd rounds backwards; for `budget` seconds in all.
-
-    At least three rounds and at most 50, after two that are not counted (compilation, caches).
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
+    """Seconds of single calls, in turn, for `budget` seconds in all: at most 50 rounds, after two
+    that are not counted (compilation, caches)."""
     deadline = time.perf_counter() + budget
-    for round_ in range(52):
-        if round_ >= 5 and time.perf_counter() > deadline:
-            break
-        for name in names if round_ % 2 == 0 else reversed(names):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            cases[name]()
-            end.record()
-            end.synchronize()
-            if round_ >= 2:
-                seconds[name].append(begin.elapsed_time(end) / 1e3)
-    return seconds
+    return interleaved(cases, 50, 2, device="cuda", deadline=deadline)
 
 
 def timed_rows(

@@ -1,0 +1,139 @@
+"""From cases to rows: gates first, then all that passed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lowbit_muon.benchmark.cases import Case, Prepared, Problem, UnavailableError, make_cases
+from lowbit_muon.benchmark.timing import interleaved, medians, spread
+
+SAMPLE_SECONDS = 2e-3  # of calls far below this, several make one sample: clocks and events tick
+DETAIL_CHARACTERS = 200  # of a reason: some errors print a whole codebook
+Status = Literal["measured", "skipped", "error"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table and one object in the JSON file (`report.write_results`)."""
+
+    name: str
+    shape: tuple[int, int]
+    format: str | None
+    device: str
+    dtype: str
+    status: Status
+    detail: str = ""
+    seconds: list[float] = field(default_factory=list)
+    median: float | None = None
+    spread: float | None = None
+    baseline: str | None = None
+    ratio: float | None = None
+    error: float | None = None
+    allowed_error: float | None = None
+    state_bytes: int | None = None
+    bits_per_element: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+def measure(
+    problem: Problem,
+    formats: Sequence[str],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    deadline: float | None = None,
+    on_round: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """A row for each case of the problem; `deadline` of `time.perf_counter()`: see `interleaved`.
+
+    A case that fails, its gate or anything else, is a row with the reason and is not timed.
+    """
+    cases = list(make_cases(problem, formats))
+    prepared: dict[str, Prepared] = {}
+    reasons: dict[str, tuple[Status, str]] = {}
+    for case in cases:
+        try:
+            prepared[case.key] = case.prepare()
+        except UnavailableError as error:
+            reasons[case.key] = "skipped", _one_line(str(error))
+        except Exception as error:  # one case that is broken hides no other
+            message = _one_line(f"{type(error).__name__}: {error}")
+            reasons[case.key] = "skipped" if case.peer else "error", message
+    seconds = interleaved(
+        {key: value.call for key, value in prepared.items()},
+        repeats,
+        warmup,
+        device=problem.device.type,
+        deadline=float("inf") if deadline is None else deadline,
+        sample_seconds=SAMPLE_SECONDS,
+        on_round=on_round,
+    )
+    middle = medians(seconds)
+    return [
+        _untimed(problem, case, *reasons[case.key])
+        if case.key in reasons
+        else _timed(problem, case, prepared[case.key], seconds[case.key], middle)
+        for case in cases
+    ]
+
+
+def _one_line(message: str) -> str:
+    return textwrap.shorten(message, DETAIL_CHARACTERS, placeholder=" ...")
+
+
+def _untimed(problem: Problem, case: Case, status: Status, detail: str) -> Result:
+    return Result(
+        case.name,
+        problem.shape,
+        case.format,
+        problem.device.type,
+        case.dtype,
+        status,
+        detail,
+        baseline=case.baseline,
+    )
+
+
+def _timed(
+    problem: Problem,
+    case: Case,
+    prepared: Prepared,
+    seconds: list[float],
+    middle: dict[str, float],
+) -> Result:
+    rows, columns = problem.shape
+    median = statistics.median(seconds)
+    passed, stored = prepared.passed, prepared.state_bytes
+    return Result(
+        case.name,
+        problem.shape,
+        case.format,
+        problem.device.type,
+        case.dtype,
+        "measured",
+        seconds=seconds,
+        median=median,
+        spread=spread(seconds),
+        baseline=case.baseline,
+        ratio=median / middle[case.baseline] if case.baseline in middle else None,
+        error=None if passed is None else passed.error,
+        allowed_error=None if passed is None else passed.allowed,
+        state_bytes=stored,
+        bits_per_element=None if stored is None else 8 * stored / (rows * columns),
+    )
+
+
+def share_deadline(end: float | None, left: int) -> float | None:
+    """When the next of `left` problems has to be done for all to be done at `end`."""
+    if end is None:
+        return None
+    now = time.perf_counter()
+    return now + (end - now) / left

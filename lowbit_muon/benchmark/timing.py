@@ -1,0 +1,92 @@
+"""Interleaved timing and ratios of medians, on CPUs and GPUs.
+
+Variants are timed in turn, round after round, so that a change of clock or a busy neighbour hits
+all of them alike; only their ratios are worth quoting.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+MOST_CALLS = 1000  # in one sample: a mistaken estimate costs no more than that
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    *,
+    device: str = "cpu",
+    deadline: float = math.inf,
+    sample_seconds: float = 0.0,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of a call, `repeats` for each case; one sample of every case in each round.
+
+    Odd rounds run in reverse order, so that no case always profits from what ran before it.
+    device: "cpu" times with the clock, "cuda" with events of the current stream.
+    deadline: of `time.perf_counter()`; no round starts after it but the first.
+    sample_seconds: calls much shorter than this are repeated until a sample takes about as long,
+    counted in the last round of the warm-up, and the sample is their mean.
+    on_round: is called after every round, warm-up included.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats, warmup: expected >= 1 and >= 0, got {repeats}, {warmup}")
+    measure = _event_seconds if device == "cuda" else _clock_seconds
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    calls = dict.fromkeys(cases, 1)
+    names = list(cases)
+    for round_ in range(warmup + repeats):
+        if round_ > warmup and time.perf_counter() > deadline:
+            break
+        for name in names if round_ % 2 == 0 else reversed(names):
+            elapsed = measure(cases[name], calls[name])
+            if round_ >= warmup:
+                seconds[name].append(elapsed)
+            elif round_ == warmup - 1 and sample_seconds > 0:
+                wanted = math.ceil(sample_seconds / max(elapsed, 1e-9))
+                calls[name] = min(MOST_CALLS, wanted)
+        on_round()
+    return seconds
+
+
+def _clock_seconds(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _event_seconds(call: Callable[[], object], calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1e3 / calls
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median seconds of each case."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str, float]:
+    """Median time of each case divided by the median time of the case `baseline`."""
+    middle = medians(seconds)
+    return {name: value / middle[baseline] for name, value in middle.items()}
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Interquartile range divided by the median; None for a single value."""
+    if len(values) < 2:
+        return None
+    lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return (upper - lower) / middle
