@@ -24,9 +24,9 @@ finetune: venv
 	$(BIN)/lowbit-muon finetune $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 	# Triton's interpreter is chosen when a process first imports it.
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter)
 
 bench: venv
 	for name in codec lut_gemm orthogonalize step; do \

@@ -107,11 +107,16 @@ def iterate_root(gram_matrix: Tensor, shift: float, *, overwrite: bool = False) 
             p = _raise(p, a, b)
         terms = [p, w]
         for left, right in program.forms:
-            factors = _combine(left, terms), _combine(right, terms)
-            terms.append(symmetric_addmm(None, *factors, alpha=left[0] * right[0]))
+            # (operands have no names, so that they are gone when the next are made)
+            terms.append(
+                symmetric_addmm(
+                    None, _combine(left, terms), _combine(right, terms), alpha=left[0] * right[0]
+                )
+            )
         constant, *linear = program.output
-        combined = _combine(linear, terms)
-        root = symmetric_addmm(w, w, combined, beta=constant / shift, alpha=linear[0] / shift)
+        root = symmetric_addmm(
+            w, w, _combine(linear, terms), beta=constant / shift, alpha=linear[0] / shift
+        )
     return (root + root.mT).mul_(0.5)
 
 
