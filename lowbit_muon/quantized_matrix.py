@@ -213,6 +213,7 @@ class QuantizedMatrix:
         if f.is_dense:
             for rows, panel in source.panels():
                 tensors["dense"][rows] = panel.div_(divisor)
+            source.release()
             return
         operator = self._encoding_operator(source, divisor) if f.spectral and divisor else None
         factors = self._factorise(source, divisor) if self.rank else None

@@ -32,6 +32,7 @@ LAYERS = (
     ("muon",),
     ("param_groups", "aux_adam"),
     ("finetune",),
+    ("plan",),
     ("benchmark",),
     ("cli",),
 )
