@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := bench/results
-TRAINING := tests/test_finetune.py
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -25,9 +24,7 @@ finetune: venv
 	$(BIN)/lowbit-muon finetune $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile --ignore $(TRAINING))
-	# It starts processes of its own that use every core, and compares runs to the last bit.
-	$(if $(ARGS),,$(BIN)/python -m pytest $(TRAINING))
+	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 	# Triton's interpreter is chosen when a process first imports it.
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter)
 
