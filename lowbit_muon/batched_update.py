@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import DeviceBackend
-from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.half_precision import orthogonalize_batch
 from lowbit_muon.matrix_batch import MatrixBatch
+from lowbit_muon.momentum_state import NORM_EPS, frobenius_norm
 from lowbit_muon.newton_schulz import Triple, orthogonalize_normalized
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
 
-_EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
 # 16 Mi elements: enough to fill a GPU. While they are worked on they take 10 to 16 bytes each, and
 # with a spectral encoder's m x m matrices, for m = n, up to 50.
 BATCH_ELEMENTS = 2**24
 # Small enough for float32 beside the square root of a matrix's size.
 _LARGEST_FACTOR = 1e30
 
-NsDtype = Literal["float32", "float16", "bfloat16"]
+ProductDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class BatchStep:
     coefficients: Sequence[Triple]
     eps: float
     update_scale: float
-    ns_dtype: NsDtype
+    ns_dtype: ProductDtype
     from_stored: bool
     backend: DeviceBackend
 
@@ -96,7 +95,7 @@ class BatchStep:
         normalize = batch.state_format.normalize
         if normalize:
             grad_weight = 1.0
-            grads = [grad.float() / (_norm(grad) + _EPS) for grad in grads]
+            grads = [grad.float() / (frobenius_norm(grad).float() + NORM_EPS) for grad in grads]
         if batch.is_plain and not normalize:
             return self._update_plain(batch, grads, allowed)
         buffer = batch.decode()
@@ -107,7 +106,7 @@ class BatchStep:
         accepted, norm = _only(accepted, allowed, norm)
         scale = None
         if normalize:
-            scale = inverse = 1 / (norm + _EPS)
+            scale = inverse = 1 / (norm + NORM_EPS)
             buffer.mul_(inverse.float().view(-1, 1, 1))
             grads = [grad * factor for grad, factor in zip(grads, inverse.float(), strict=True)]
             norm = norm * inverse
@@ -221,11 +220,6 @@ class BatchStep:
 def _as_gradient(grad: Tensor) -> Tensor:
     """Oriented, in a dtype that kernels take."""
     return orient(grad.float() if grad.dtype == torch.float64 else grad)
-
-
-def _norm(grad: Tensor) -> Tensor:
-    """Frobenius norm; not finite if any element is not."""
-    return torch.linalg.vector_norm(grad, dtype=accumulation_dtype(grad.device)).float()
 
 
 def _norms(row_squares: Iterator[Tensor]) -> tuple[Tensor, Tensor]:

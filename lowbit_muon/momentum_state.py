@@ -18,7 +18,7 @@ from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient, rescaling
 from lowbit_muon.row_source import SCRATCH_FLOATS, DenseRows, RowSource
 
-_EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
+NORM_EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
 
 # What takes the matrix X [m, n] that is to be orthogonalised: (X, ||X||_F, scale). X is scale times
 # the momentum, or times what Nesterov makes of it.
@@ -148,7 +148,7 @@ def update_momentum(
         grad=oriented,
         decay=decay,
         # (a norm is not finite if any element is not)
-        grad_weight=1 / (_norm(oriented) + _EPS) if normalize else 1 - decay,
+        grad_weight=1 / (float(frobenius_norm(oriented)) + NORM_EPS) if normalize else 1 - decay,
         nesterov=nesterov,
         backend=backend,
     )
@@ -176,7 +176,7 @@ class _Terms:
             raise NonFiniteGradientError(_describe(self.grad))
         norm = math.sqrt(squares)
         normalize = self.momentum.state_format.normalize
-        return norm, 1 / (norm + _EPS) if normalize else rescaling(norm)
+        return norm, 1 / (norm + NORM_EPS) if normalize else rescaling(norm)
 
     def store(self, source: RowSource, norm: float, scale: float) -> None:
         """Store the new momentum, of which `source` is `scale` times."""
@@ -253,9 +253,9 @@ def _use_stored(momentum: QuantizedMatrix, backend: Backend, use: Use) -> None:
     use(source, math.sqrt(squares) * scale, scale)
 
 
-def _norm(grad: Tensor) -> float:
+def frobenius_norm(grad: Tensor) -> Tensor:
     """Frobenius norm; not finite if any element is not."""
-    return float(torch.linalg.vector_norm(grad, dtype=accumulation_dtype(grad.device)))
+    return torch.linalg.vector_norm(grad, dtype=accumulation_dtype(grad.device))
 
 
 def _describe(grad: Tensor) -> str:

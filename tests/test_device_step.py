@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.gpu.roofline import Ledger, _on_paper
+from bench.gpu.roofline import Ledger, on_paper
 from lowbit_muon import (
     PRESETS,
     Muon,
@@ -281,7 +281,7 @@ def test_a_step_copies_nothing_to_the_device(name: str, ns_input: str) -> None:
     )
     for param in params:
         param.grad = torch.empty_like(param)
-    with _on_paper(ledger), torch.no_grad():
+    with on_paper(ledger), torch.no_grad():
         optimizer.step()
         with OneDevice():
             optimizer._step_group(optimizer.param_groups[0])

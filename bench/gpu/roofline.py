@@ -214,7 +214,7 @@ class _TorchOperations(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _on_paper(ledger: Ledger) -> Iterator[None]:
+def on_paper(ledger: Ledger) -> Iterator[None]:
     backend = PaperBackend(ledger)
     with contextlib.ExitStack() as stack:
         for module in ("muon", "products", "quantized_matrix"):
@@ -239,7 +239,7 @@ def step_on_paper(
     if PRESETS[state_format].normalize:
         options.setdefault("nesterov", False)
     optimizer = Muon(params, state_format=state_format, **options)
-    with _on_paper(ledger):
+    with on_paper(ledger):
         optimizer.step()  # creates the state
         ledger.work.clear()
         with _TorchOperations(ledger), torch.no_grad():

@@ -7,8 +7,9 @@ Matrices here are oriented: the short side is rows (m), the long side columns (n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -294,6 +295,16 @@ class DeviceBackend(Backend, Protocol):
         `random_bits(seed, row*n + column)` is added to the 32 bits of the result, which are cut
         after the upper 16. What is not finite is rounded as usual.
         """
+
+
+class SumsRows:
+    """`accumulate` of a backend that has `accumulate_rows`; the one call that waits."""
+
+    accumulate_rows: Callable[..., Tensor]
+
+    def accumulate(self, buffer: Tensor, **terms: Any) -> float:
+        """See `Backend.accumulate`."""
+        return float(self.accumulate_rows(buffer, **terms).sum())
 
 
 def is_device_backend(backend: Backend) -> TypeGuard[DeviceBackend]:

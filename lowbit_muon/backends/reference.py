@@ -108,6 +108,25 @@ def decode(codes: PackedCodes) -> Tensor:
     return values[indices] * expand_scales(codes.scales, codes.layout, codes.columns)
 
 
+def add_terms(
+    buffer: Tensor,  # float32 [m, n], changed in place
+    buffer_weight: float,
+    codes: PackedCodes | None,
+    code_weight: float,
+    grad: Tensor | None,
+    grad_weight: float,
+) -> None:
+    """The weighted sum of `Backend.accumulate`."""
+    if buffer_weight == 0:
+        buffer.zero_()
+    else:
+        buffer.mul_(buffer_weight)
+    if codes is not None and buffer.numel():
+        buffer += decode(codes) * code_weight
+    if grad is not None:
+        buffer += grad.float() * grad_weight
+
+
 def hadamard_transform_(x: Tensor) -> None:
     """Walsh-Hadamard transform of each row, in place: float32 [m, p], p a power of two."""
     size = x.shape[1]
@@ -176,14 +195,7 @@ class ReferenceBackend:
         grad_weight: float = 1.0,
     ) -> float:
         """See `Backend.accumulate`."""
-        if buffer_weight == 0:
-            buffer.zero_()
-        else:
-            buffer.mul_(buffer_weight)
-        if codes is not None and buffer.numel():
-            buffer += decode(codes) * code_weight
-        if grad is not None:
-            buffer += grad.float() * grad_weight
+        add_terms(buffer, buffer_weight, codes, code_weight, grad, grad_weight)
         return float(buffer.to(accumulation_dtype(buffer.device)).square().sum())
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:

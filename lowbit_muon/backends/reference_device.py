@@ -10,12 +10,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.reference import ReferenceBackend, decode
+from lowbit_muon.backends.base import PackedCodes, SumsRows
+from lowbit_muon.backends.reference import ReferenceBackend, add_terms
 from lowbit_muon.checks import accumulation_dtype
 
 
-class DeviceReferenceBackend(ReferenceBackend):
+class DeviceReferenceBackend(SumsRows, ReferenceBackend):
     """The operations that a `DeviceBackend` adds, and batches."""
 
     def accumulate_rows(
@@ -29,36 +29,8 @@ class DeviceReferenceBackend(ReferenceBackend):
         grad_weight: float = 1.0,
     ) -> Tensor:
         """See `DeviceBackend.accumulate_rows`."""
-        if buffer_weight == 0:
-            buffer.zero_()
-        else:
-            buffer.mul_(buffer_weight)
-        if codes is not None and buffer.numel():
-            buffer += decode(codes) * code_weight
-        if grad is not None:
-            buffer += grad.float() * grad_weight
+        add_terms(buffer, buffer_weight, codes, code_weight, grad, grad_weight)
         return _row_squares(buffer)
-
-    def accumulate(
-        self,
-        buffer: Tensor,
-        *,
-        buffer_weight: float = 0.0,
-        codes: PackedCodes | None = None,
-        code_weight: float = 1.0,
-        grad: Tensor | None = None,
-        grad_weight: float = 1.0,
-    ) -> float:
-        """See `Backend.accumulate`."""
-        squares = self.accumulate_rows(
-            buffer,
-            buffer_weight=buffer_weight,
-            codes=codes,
-            code_weight=code_weight,
-            grad=grad,
-            grad_weight=grad_weight,
-        )
-        return float(squares.sum())
 
     def update_codes(
         self,

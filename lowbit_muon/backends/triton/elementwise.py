@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.base import PackedCodes, SumsRows
 from lowbit_muon.backends.triton.checks import (
     FLOAT_TYPES,
     changed,
@@ -26,7 +26,7 @@ from lowbit_muon.backends.triton.kernels import rotation, rows, weights
 from lowbit_muon.formats import Codebook, CodeLayout, rotation_signs
 
 
-class Elementwise:
+class Elementwise(SumsRows):
     """`Backend` and `DeviceBackend` without the products; results are the reference's bits."""
 
     def quantize(
@@ -167,27 +167,6 @@ class Elementwise:
                 **rows.OPTIONS,
             )
         return squares[:, 0] if squares.shape[1] == 1 else squares.sum(dim=1)
-
-    def accumulate(
-        self,
-        buffer: Tensor,
-        *,
-        buffer_weight: float = 0.0,
-        codes: PackedCodes | None = None,
-        code_weight: float = 1.0,
-        grad: Tensor | None = None,
-        grad_weight: float = 1.0,
-    ) -> float:
-        """See `Backend.accumulate`."""
-        squares = self.accumulate_rows(
-            buffer,
-            buffer_weight=buffer_weight,
-            codes=codes,
-            code_weight=code_weight,
-            grad=grad,
-            grad_weight=grad_weight,
-        )
-        return float(squares.sum())
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
