@@ -5,8 +5,9 @@
 Correctness of every kernel first, against the reference on the CPU; then the codec against a copy
 on the device, products of codes against torch.mm, optimizer steps against torch.optim.Muon,
 MuonQ's arithmetic in torch and bitsandbytes, over a decoder layer of Llama 3.2 1B and of Llama 2
-7B. A backend that fails a correctness check is not timed. Takes under eight minutes. Without a GPU
-every row says why it was skipped, and the estimates on paper (marked as such) are all there is.
+7B. A backend that fails a correctness check is not timed. No case begins after eight minutes; how
+long it takes on a GPU nobody has seen. Without one every row says why it was skipped, and the
+estimates on paper (marked as such) are all there is.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ A guard then looks at each result's norm. A matrix that has left the range a cor
 have, or is not finite, is orthogonalised again in the standard form; the kernels of all others
 return at once (`active`), so that nobody has to ask the device which they are.
 
-Found with products emulated in float16 (bfloat16), five of Muon's steps, 128 x 192, error against
-float64 relative to the result: 5e-3 (4e-2) for singular values falling as 1/i and 1.1e-2 for equal
-ones, where the standard form in the same dtype has 3e-3 (2e-2) and 3e-3; of rank 8, where rounding
-of X gives it small singular values, both 3e-2 (3e-1). Polar Express is harder on bfloat16: 8e-2
-against 2e-2.
+`python -m bench.half_precision` emulates the products on a CPU. Five of Muon's steps, 128 x 192, error
+against float64 relative to the result, float16 (bfloat16): 5e-3 (4e-2) for singular values falling as
+1/i and 1.1e-2 for equal ones, where the standard form in the same dtype has 3e-3 (2e-2) and 3e-3; of
+rank 8, where rounding of X gives it small singular values, both 3e-2 (3e-1). Polar Express is harder
+on bfloat16: 8e-2 against 2e-2.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def orthogonalize_batch(
     # (comparisons with NaN are false)
     good = found <= _GUARD_MARGIN * high * x.shape[1] ** 0.5
     good &= found * _GUARD_MARGIN >= low * norm
-    _standard_form(x, coefficients, backend, unit=unit, out=result, active=~good)
+    standard_form(x, coefficients, backend, unit=unit, out=result, active=~good)
     return result
 
 
@@ -110,7 +110,7 @@ def _run_of_steps(
     return backend.product(w, x, out=x.clone(), alpha=scale, beta=scale * w_diagonal)
 
 
-def _standard_form(
+def standard_form(
     x: Tensor,
     coefficients: Sequence[Triple],
     backend: DeviceBackend,

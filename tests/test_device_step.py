@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bench.gpu.roofline import Ledger, on_paper
 from lowbit_muon import (
     PRESETS,
     Muon,
@@ -106,7 +103,9 @@ def test_float32_stores_the_same_codes_as_the_host(
                 different = int((ours[key] != value).sum())
                 assert different <= (value.numel() // 20 if spectral else 0), key
             elif isinstance(value, Tensor):
-                rtol = 0.1 if spectral else 1e-4  # a flipped code changes what follows in its row
+                # A flipped code moves one of at least 24 entries of its row by a level, which is at
+                # most one RMS (2 bits): two of them change the row's RMS by up to 2 * 2/24 / 2.
+                rtol = 0.1 if spectral else 1e-4
                 torch.testing.assert_close(ours[key], value, rtol=rtol, atol=1e-6)
 
 
@@ -216,76 +215,6 @@ def test_experts_are_a_batch(on_device: Callable[[], None]) -> None:
     start = torch.manual_seed(2) and torch.randn(3, 10, 12)
     error = (step() - expected).norm() / (expected - start).norm()
     assert error < half_bound(torch.float16, 10)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises where a tensor's value would be read by the host, or its shape depend on it."""
-
-    WAITS = (
-        "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique",
-        "bincount", "repeat_interleave.Tensor", "_linalg_check_errors", "_linalg_eigh",
-    )  # fmt: skip
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        if name.split(".")[0] in self.WAITS or name in self.WAITS:
-            raise AssertionError(f"{name} makes the host wait")
-        if name.startswith("index.") and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
-        ):
-            raise AssertionError("a boolean index makes the host wait")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("ns_dtype", ["float16", "float32"])
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_step_never_waits_for_the_device(
-    name: str, ns_dtype: str, on_device: Callable[[], None]
-) -> None:
-    on_device()
-    params = parameters(torch.bfloat16)
-    optimizer = Muon(
-        params, torch.tensor(0.01), state_format=name, ns_dtype=ns_dtype, stochastic_rounding=True
-    )
-    give_gradients(params, 0)
-    optimizer.step()  # creates the state
-    give_gradients(params, 1)
-    with NoWaiting(), torch.no_grad():
-        optimizer._step_group(optimizer.param_groups[0])
-
-
-def test_the_watch_sees_waiting() -> None:
-    for wait in (lambda: float(torch.ones(1)), lambda: torch.ones(2)[torch.ones(2) > 0]):
-        with NoWaiting(), pytest.raises(AssertionError, match="wait"):
-            wait()
-
-
-@pytest.mark.parametrize("ns_input", ["exact", "stored"])
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_step_copies_nothing_to_the_device(name: str, ns_input: str) -> None:
-    """On tensors without data: constants from the host would be a mix of devices or a copy."""
-
-    class OneDevice(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = func(*args, **(kwargs or {}))
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            assert len({x.device for x in tensors}) <= 1, func
-            return result
-
-    ledger = Ledger()
-    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
-    optimizer = Muon(
-        params, torch.empty((), device="cpu").fill_(0.01), state_format=name, ns_input=ns_input
-    )
-    for param in params:
-        param.grad = torch.empty_like(param)
-    with on_paper(ledger), torch.no_grad():
-        optimizer.step()
-        with OneDevice():
-            optimizer._step_group(optimizer.param_groups[0])
-    assert ledger.work
 
 
 @pytest.mark.parametrize("batch", [1, 2**24])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_device_step import NoWaiting
+from test_device_waits import NoWaiting
 from torch import nn
 
 from lowbit_muon import Muon
