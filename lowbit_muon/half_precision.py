@@ -14,11 +14,11 @@ A guard then looks at each result's norm. A matrix that has left the range a cor
 have, or is not finite, is orthogonalised again in the standard form; the kernels of all others
 return at once (`active`), so that nobody has to ask the device which they are.
 
-`python -m bench.half_precision` emulates the products on a CPU. Five of Muon's steps, 128 x 192, error
-against float64 relative to the result, float16 (bfloat16): 5e-3 (4e-2) for singular values falling as
-1/i and 1.1e-2 for equal ones, where the standard form in the same dtype has 3e-3 (2e-2) and 3e-3; of
-rank 8, where rounding of X gives it small singular values, both 3e-2 (3e-1). Polar Express is harder
-on bfloat16: 8e-2 against 2e-2.
+`python -m bench.half_precision` emulates the products on a CPU. Five of Muon's steps, 128 x 192,
+error against float64 relative to the result, float16 (bfloat16): 5e-3 (4e-2) for singular values
+falling as 1/i and 1.1e-2 for equal ones, where the standard form in the same dtype has 3e-3
+(2e-2) and 3e-3; of rank 8, where rounding of X gives it small singular values, both 3e-2 (3e-1).
+Polar Express is harder on bfloat16: 8e-2 against 2e-2.
 """
 
 from __future__ import annotations
