@@ -37,6 +37,12 @@ class Result:
     allowed_error: float | None = None
     state_bytes: int | None = None
     bits_per_element: float | None = None
+    peak_bytes: int | None = None
+    threads: int | None = None
+    isa: str | None = None
+    work: float | None = None
+    roof: str | None = None
+    fraction: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -67,6 +67,10 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
       error, allowed_error: what the gate found and allows, relative errors in the Frobenius norm.
       state_bytes: storage of the optimizer's state or of the stored matrix; bits_per_element: the
         same in bits for each element.
+      peak_bytes: most that a call held at once above its inputs and state.
+      threads; isa: the level of the CPU kernels; null: as in "machine".
+      work: operations or bytes of a call; roof: the part of the machine that limits it (a row of
+        bench/results/machine.json); fraction: work / median / what that part can do.
     """
     write_document(path, [result.to_dict() for result in results])
 
