@@ -2,6 +2,7 @@
 
 from lowbit_muon.aux_adam import MuonWithAuxAdam
 from lowbit_muon.formats import StateFormat
+from lowbit_muon.integrations.gradient_release import GradientRelease, attach_gradient_release
 from lowbit_muon.momentum_state import NonFiniteGradientError
 from lowbit_muon.muon import Muon
 from lowbit_muon.newton_schulz import orthogonalize
@@ -13,12 +14,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "GradientRelease",
     "Muon",
     "MuonWithAuxAdam",
     "NonFiniteGradientError",
     "QuantizedMatrix",
     "StateFormat",
     "__version__",
+    "attach_gradient_release",
     "muon_param_groups",
     "orthogonalize",
     "quantize",

@@ -131,11 +131,12 @@ class MuonWithAuxAdam(Muon):
             del self.param_groups[-1]
             raise
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
         if group["use_muon"]:
-            super()._step_group(group)
+            super()._step_parameters(group, indices)
             return
-        params = [param for param in group["params"] if param.grad is not None]
+        params = [group["params"][index] for index in indices]
+        params = [param for param in params if param.grad is not None]
         for param in params:
             if param.grad.is_sparse:
                 raise RuntimeError("AdamW does not support sparse gradients")

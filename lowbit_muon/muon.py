@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -185,7 +185,7 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["nonfinite"] == "raise":
-                self._raise_if_nonfinite(group)
+                self._raise_if_nonfinite(group, range(len(group["params"])))
         for group in self.param_groups:
             self._step_group(group)
         return loss
@@ -241,12 +241,28 @@ class Muon(Optimizer):
     def _export_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return export_momentum(param, group, self.state[param])
 
+    @torch.no_grad()
+    def step_parameter(self, group_index: int, index: int) -> None:
+        """Step `param_groups[group_index]["params"][index]` alone, as `step` would.
+
+        For hooks that run in the backward pass (`attach_gradient_release`).
+        """
+        group = self.param_groups[group_index]
+        if group["nonfinite"] == "raise":
+            self._raise_if_nonfinite(group, [index])
+        self._step_parameters(group, [index])
+
     def _step_group(self, group: dict[str, Any]) -> None:
+        self._step_parameters(group, range(len(group["params"])))
+
+    def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
+        """Step the parameters of a group with these indices, if they have a gradient."""
         step = GroupStep.from_group(group)
         on_device = DeviceStep(step, group)
         earlier = itertools.takewhile(lambda other: other is not group, self.param_groups)
         first = sum(len(other["params"]) for other in earlier)
-        for number, param in enumerate(group["params"], first):
+        for index in indices:
+            param, number = group["params"][index], first + index
             if param.grad is None:
                 continue
             grad = check_gradient(param)
@@ -272,9 +288,10 @@ class Muon(Optimizer):
                 write_matrix(state, view, matrix)
         return state
 
-    def _raise_if_nonfinite(self, group: dict[str, Any]) -> None:
+    def _raise_if_nonfinite(self, group: dict[str, Any], indices: Iterable[int]) -> None:
         names = group.get("param_names") or range(len(group["params"]))
-        for name, param in zip(names, group["params"], strict=True):
+        for index in indices:
+            name, param = names[index], group["params"][index]
             if param.grad is not None and not bool(param.grad.isfinite().all()):
                 bad = int((~param.grad.isfinite()).sum())
                 raise NonFiniteGradientError(

@@ -31,6 +31,7 @@ LAYERS = (
     ("group_step", "device_step"),
     ("muon",),
     ("param_groups", "aux_adam"),
+    ("integrations",),
     ("finetune",),
     ("plan",),
     ("benchmark",),

@@ -1,0 +1,1 @@
+"""How the optimizers fit into what people train with."""
