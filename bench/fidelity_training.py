@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.harness import write_json
+from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
 from lowbit_muon.finetune.settings import FinetuneSettings
@@ -35,17 +36,13 @@ from lowbit_muon.quantized_matrix import orient
 from lowbit_muon.row_source import RowSource
 
 EXACT, BASELINE = "fp32", "muonq4"
-FORMATS = (
-    "spectral8",
-    "spectral4",
-    "spectral3",
-    "spectral2",
-    "mulaw4",
-    BASELINE,
-    "nf4",
-    "linear8",
-    "mulaw8",
-)
+FORMATS = {
+    **{f"spectral{bits}": PRESETS[f"spectral{bits}"] for bits in (8, 4, 3, 2)},
+    "mulaw4": PRESETS["mulaw4"],
+    BASELINE: PRESETS[BASELINE],
+    MUONQ_TORCH_MOMENTUM.name: MUONQ_TORCH_MOMENTUM,
+    **{name: PRESETS[name] for name in ("nf4", "linear8", "mulaw8")},
+}
 DECAY = 0.95
 
 
@@ -56,8 +53,8 @@ class Watched:
         self.parameter = parameter
         shape = (parameter.shape[0], parameter.shape[1])
         self.stored = {
-            name: QuantizedMatrix.zeros(shape, PRESETS[name], seed=0, device=parameter.device)
-            for name in (EXACT, *FORMATS)
+            name: QuantizedMatrix.zeros(shape, state_format, seed=0, device=parameter.device)
+            for name, state_format in {EXACT: PRESETS[EXACT], **FORMATS}.items()
         }
         self.inputs: dict[str, Tensor] = {}
 
@@ -84,8 +81,8 @@ class Watched:
         exact = orient(self.stored[EXACT].dequantize())
         direction, step = orthogonalize(exact), orthogonalize(self.inputs[EXACT])
         found = {}
-        for name in FORMATS:
-            once = orient(quantize(exact, name).dequantize())
+        for name, state_format in FORMATS.items():
+            once = orient(quantize(exact, state_format).dequantize())
             closed = orthogonalize(self.inputs[name])
             found[name] = {
                 "momentum": relative_error(once, exact),

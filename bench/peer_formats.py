@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from lowbit_muon import PRESETS
+
+# MuonQ's codes under torch.optim.Muon's momentum: what they cost in a drop-in replacement.
+MUONQ_TORCH_MOMENTUM = dataclasses.replace(
+    PRESETS["muonq4"], name="muonq4, torch's momentum", normalize=False
+)
 GRASP_BLOCK = 128
 GRASP_BITS = (8, 4)  # of the factors, of the residual
 

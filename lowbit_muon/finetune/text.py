@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Corpus:
         rows = []
         for index in range(step * sequences, (step + 1) * sequences):
             epoch, position = divmod(index, windows)
-            order = torch.randperm(windows, generator=_generator(seed, epoch))
+            order = _order(windows, seed, epoch)
             rows.append(_window(self.train, int(order[position]), self.sequence_length))
         return torch.stack(rows)
 
@@ -106,8 +107,11 @@ def make_corpus(
     return Corpus(train, torch.cat(held_out), sequence_length)
 
 
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+@functools.lru_cache(maxsize=2)  # two passes meet in one batch at most
+def _order(windows: int, seed: int, epoch: int) -> Tensor:
+    """Of the windows in one pass over the text; int64 [windows]."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(windows, generator=generator)
 
 
 def _window(ids: Tensor, index: int, length: int) -> Tensor:

@@ -1,0 +1,93 @@
+"""What is compared: fp32 Muon, every way of storing its momentum, and AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from bench.peer_formats import MUONQ_TORCH_MOMENTUM
+from lowbit_muon import MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
+from lowbit_muon.aux_adam import AuxAdam
+from lowbit_muon.finetune.settings import ADAMW_METHODS, FORMATS_WITHOUT_NESTEROV
+
+BASELINE = "fp32"
+AUX_LR = 3e-3  # of embeddings, head, norms and biases, by torch.optim.AdamW in every Muon method
+ADAM_BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1  # of matrices, torch.optim.Muon's default
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: Muon with a state format, or AdamW.
+
+    tuned_as: the method whose best learning rate it takes, itself for one with an update rule of
+    its own. A format is a replacement only if it works at the rate that suits fp32.
+    """
+
+    name: str
+    state_format: str | StateFormat | None  # None: AdamW
+    nesterov: bool = True
+    tuned_as: str = BASELINE
+
+
+def _formats(*names: str) -> list[Method]:
+    return [Method(name, name) for name in names]
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        *_formats(BASELINE, "linear8", "spectral8", "spectral4", "spectral3", "spectral2"),
+        *_formats("mulaw4", "mulaw8", "nf4"),
+        Method(MUONQ_TORCH_MOMENTUM.name, MUONQ_TORCH_MOMENTUM),
+        # As published: normalised gradients and momentum, no Nesterov; another update rule.
+        *(Method(n, n, nesterov=False, tuned_as=n) for n in FORMATS_WITHOUT_NESTEROV),
+        *(Method(n, None, tuned_as=ADAMW_METHODS[0]) for n in ADAMW_METHODS),
+    )
+}
+GRIDS = {
+    BASELINE: (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
+    "muonq4": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "adamw": (3.125e-4, 6.25e-4, 1.25e-3, 2.5e-3, 5e-3),
+}
+
+
+def make_optimizer(model: nn.Module, method: Method, lr: float, seed: int) -> MuonWithAuxAdam:
+    """The optimizer over all parameters; lr is that of the matrices.
+
+    Muon's updates are scaled to AdamW's size (0.2 sqrt(max(m, n)), Moonlight, arXiv 2502.16982,
+    equation 4). Only the matrices' state differs between the Muon methods.
+    """
+    groups = muon_param_groups(
+        model,
+        lr=lr,
+        nesterov=method.nesterov,
+        weight_decay=WEIGHT_DECAY,
+        adjust_lr_fn="match_rms_adamw",
+        aux_lr=AUX_LR,
+        aux_betas=ADAM_BETAS,
+    )
+    if method.state_format is not None:
+        return MuonWithAuxAdam(
+            groups, state_format=method.state_format, aux_adam="adamw", seed=seed
+        )
+    return MuonWithAuxAdam(
+        [_adamw_group(group, lr) for group in groups], aux_adam=cast(AuxAdam, method.name)
+    )
+
+
+def _adamw_group(group: dict[str, Any], lr: float) -> dict[str, Any]:
+    if not group["use_muon"]:
+        return group
+    kept = {name: group[name] for name in ("params", "param_names", "weight_decay")}
+    return {**kept, "use_muon": False, "lr": lr, "betas": ADAM_BETAS}
+
+
+def bits(method: Method) -> float | None:
+    """Bits of momentum an element of a 128x512 matrix; None for AdamW."""
+    if method.state_format is None:
+        return None
+    return quantize(torch.zeros(128, 512), method.state_format).bits_per_element

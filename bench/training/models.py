@@ -1,0 +1,79 @@
+"""The two small byte-level models: a GPT and a Llama, of about the same size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_muon.finetune.llama import Llama, LlamaConfig
+
+VOCABULARY = 256  # bytes
+WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 128
+
+
+class Block(nn.Module):
+    """Attention and a GELU MLP, each after a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
+        )
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, context, WIDTH] to the same."""
+        normed = self.norms[0](x)
+        query, key, value = (
+            layer(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
+
+
+class GPT(nn.Module):
+    """Learned positions, LayerNorm, GELU, an output head of its own; 0.85M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = (
+            nn.Embedding(VOCABULARY, WIDTH),
+            nn.Embedding(CONTEXT, WIDTH),
+        )
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; ids int64 [batch, tokens + 1], of CONTEXT tokens at most."""
+        x = self.tokens(ids[:, :-1]) + self.positions.weight[: ids.shape[1] - 1]
+        logits = self.head(self.norm(self.blocks(x)))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def make_model(name: str, seed: int) -> GPT | Llama:
+    """The model "gpt" or "llama", its matrices drawn with standard deviation 0.02 as GPT-2's."""
+    torch.manual_seed(seed)
+    if name == "gpt":
+        model: GPT | Llama = GPT()
+    elif name == "llama":
+        # Rotary positions, RMSNorm, SwiGLU, two heads to a key, a tied head; 0.83M parameters.
+        model = Llama(
+            LlamaConfig(
+                vocabulary=VOCABULARY,
+                hidden=WIDTH,
+                intermediate=384,
+                layers=LAYERS,
+                heads=HEADS,
+                kv_heads=2,
+                rope_base=1e4,
+            )
+        )
+    else:
+        raise ValueError(f"model: expected gpt or llama, got {name!r}")
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+    return model

@@ -1,0 +1,173 @@
+"""Tables and curves of the training runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bench.training.methods import BASELINE, GRIDS, METHODS, bits
+
+Runs = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one model, over seeds, at the learning rate chosen for it; nats a byte."""
+
+    method: str
+    lr: float
+    losses: dict[int, float]  # final held-out loss by seed
+    gaps: dict[int, float]  # loss minus the baseline's of the same seed
+    curves: dict[int, list[list[float]]]
+    state_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.losses.values())
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds."""
+        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
+
+    @property
+    def gap(self) -> float | None:
+        """Mean of the gaps."""
+        return statistics.fmean(self.gaps.values()) if self.gaps else None
+
+
+def final_loss(run: Mapping[str, Any]) -> float:
+    """Held-out loss at the end."""
+    return float(run["curve"][-1][1])
+
+
+def best_rates(runs: Runs) -> dict[tuple[str, str], float]:
+    """(model, method) -> the rate with the lowest loss of seed 0, where the grid is complete."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for run in runs.values():
+        if run["seed"] == 0 and run["lr"] in GRIDS.get(run["method"], ()):
+            found.setdefault((run["model"], run["method"]), {})[run["lr"]] = final_loss(run)
+    return {
+        key: min(losses, key=losses.__getitem__)
+        for key, losses in found.items()
+        if len(losses) == len(GRIDS[key[1]])
+    }
+
+
+def rows(runs: Runs, model: str) -> list[Row]:
+    """A row for each method that was run on the model, in the order of `METHODS`."""
+    rates = best_rates(runs)
+    made: list[Row] = []
+    baseline: dict[int, float] = {}
+    for name, method in METHODS.items():
+        mine = [r for r in runs.values() if (r["model"], r["method"]) == (model, name)]
+        rate = rates.get((model, method.tuned_as))
+        mine = [r for r in mine if rate is None or r["lr"] == rate]
+        if not mine:
+            continue
+        losses = {run["seed"]: final_loss(run) for run in mine}
+        if name == BASELINE:
+            baseline = losses
+        gaps = {seed: loss - baseline[seed] for seed, loss in losses.items() if seed in baseline}
+        curves = {run["seed"]: run["curve"] for run in mine}
+        made.append(Row(name, mine[0]["lr"], losses, gaps, curves, mine[0]["state_bytes"]))
+    return made
+
+
+def seed_spread(made: list[Row]) -> float | None:
+    """Standard deviation of the baseline over seeds, the unit of the gaps."""
+    return next((row.spread for row in made if row.method == BASELINE), None)
+
+
+def cells(row: Row, unit: float | None) -> list[str]:
+    """Loss, its standard deviation, gap, gap in units of the baseline's standard deviation."""
+    if row.method == BASELINE or row.gap is None:
+        gap = in_units = ""
+    else:
+        gap = f"{row.gap:+.4f}"
+        in_units = f"{row.gap / unit:+.1f}" if unit else ""
+    spread = "" if row.spread is None else f"{row.spread:.4f}"
+    return [f"{row.loss:.4f}", spread, gap, in_units]
+
+
+def bits_of(method: str) -> str:
+    """Bits of momentum an element, or what AdamW's two moments take."""
+    stored = bits(METHODS[method])
+    if stored is None:
+        return "2 x 8" if method.endswith("8bit") else "2 x 32"
+    return f"{stored:.2f}"
+
+
+def table(runs: Runs, model: str) -> Table:
+    """All methods on one model."""
+    made = rows(runs, model)
+    unit = seed_spread(made)
+    found = Table(title=f"{model}: held-out loss, nats a byte")
+    for heading in ("method", "bits", "lr", "seeds", "loss", "sd", "gap", "gap / sd of fp32"):
+        found.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in made:
+        found.add_row(
+            row.method, bits_of(row.method), f"{row.lr:g}", str(len(row.losses)), *cells(row, unit)
+        )
+    return found
+
+
+# What the plot shows; the others are in the table. Colours of Okabe and Ito.
+PLOTTED = {
+    BASELINE: "black",
+    "linear8": "#56B4E9",
+    "spectral4": "#0072B2",
+    "spectral3": "#009E73",
+    "spectral2": "#E69F00",
+    "mulaw4": "#CC79A7",
+    "muonq4, torch's momentum": "#D55E00",
+}
+
+
+def plot(path: Path, runs: Runs) -> None:
+    """Curves over bytes seen, and below them the gap to the baseline, seed by seed.
+
+    Lines are means over seeds, bands reach from the lowest to the highest seed.
+    """
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(run["model"] for run in runs.values()))
+    figure = Figure(figsize=(5.5 * len(models), 7), layout="constrained")
+    panels = figure.subplots(2, len(models), squeeze=False, sharex="col")
+    for column, model in enumerate(models):
+        made = [row for row in rows(runs, model) if row.method in PLOTTED]
+        baseline = next((row.curves for row in made if row.method == BASELINE), {})
+        top, below = panels[0][column], panels[1][column]
+        for row in made:
+            _band(top, row.method, row.curves.values())
+            paired = [
+                [[x, y - base[1]] for (x, y), base in zip(curve, baseline[seed], strict=True)]
+                for seed, curve in row.curves.items()
+                if seed in baseline
+            ]
+            _band(below, row.method, paired)
+        top.set_title(f"{model}, {len(baseline)} seeds")
+        below.set_xlabel("bytes seen")
+    panels[0][0].set_ylabel("held-out loss, nats a byte")
+    panels[1][0].set_ylabel(f"minus {BASELINE}, same seed")
+    panels[0][0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _band(axes: Any, method: str, curves: Any) -> None:
+    """Mean and range over curves of equal x."""
+    curves = list(curves)
+    if not curves:
+        return
+    x = [point[0] for point in curves[0]]
+    values = [[curve[i][1] for curve in curves] for i in range(len(x))]
+    axes.plot(x, [statistics.fmean(v) for v in values], color=PLOTTED[method], label=method)
+    axes.fill_between(x, *zip(*[(min(v), max(v)) for v in values], strict=True),
+                      color=PLOTTED[method], alpha=0.15, linewidth=0)  # fmt: skip
