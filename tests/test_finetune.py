@@ -321,6 +321,15 @@ def test_seeds_differ_and_repeat(tiny: FinetuneSettings, tmp_path: Path) -> None
     assert not (tmp_path / "first" / "checkpoints").exists()
 
 
+def test_gradient_release_is_the_same_run(tiny: FinetuneSettings, tmp_path: Path) -> None:
+    one = dataclasses.replace(tiny, tokens_per_step=32, steps=3)  # one sequence: the same sums
+    usual = run(one, tmp_path / "usual")
+    released = run(dataclasses.replace(one, gradient_release=True), tmp_path / "released")
+    assert measured(released) == measured(usual)
+    with pytest.raises(FinetuneError, match="--precision: expected fp32 with --gradient-release"):
+        dataclasses.replace(one, gradient_release=True, precision="bf16")
+
+
 def test_divergence_is_an_error_that_names_the_step(tiny: FinetuneSettings, tmp_path: Path) -> None:
     with pytest.raises(FinetuneError, match="training loss is nan in step 2"):
         run(dataclasses.replace(tiny, lr=1e30, warmup=0), tmp_path)

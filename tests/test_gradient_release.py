@@ -205,7 +205,7 @@ def test_removed_hooks_leave_gradients_alone() -> None:
 
 def test_bad_arguments_are_named() -> None:
     model = make_model()
-    with pytest.raises(TypeError, match="optimizer: expected a Muon.*got SGD"):
+    with pytest.raises(TypeError, match=r"optimizer: expected a Muon.*got SGD"):
         attach_gradient_release(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(ValueError, match="max_norm: expected a number > 0"):
         attach_gradient_release(model, make_optimizer(model), max_norm=0.0)

@@ -54,6 +54,9 @@ class FinetuneSettings:
     precision: str = _option(
         "fp32", "products of the model; bf16 is faster on CPUs that have it", ("fp32", "bf16")
     )
+    gradient_release: bool = _option(
+        False, "update each matrix in the backward pass and free its gradient there"
+    )
     seed: int = _option(0, "order of the training sequences, start of the power iterations")
     eval_before: bool = _option(True, "held-out loss and sample before the first step")
     eval_every: int = _option(0, "held-out loss every N steps; 0: only before and after")
@@ -80,6 +83,13 @@ class FinetuneSettings:
             "tokens_per_step",
             f"a multiple of --sequence-length {self.sequence_length}",
             self.tokens_per_step,
+        )
+
+        _expect(
+            not self.gradient_release or self.precision == "fp32",
+            "precision",
+            "fp32 with --gradient-release, whose updates run within the model's backward pass",
+            self.precision,
         )
 
     @property

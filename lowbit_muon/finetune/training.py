@@ -26,6 +26,7 @@ from lowbit_muon.finetune.report import peak_memory_bytes, plot_run, write_json
 from lowbit_muon.finetune.settings import FinetuneSettings
 from lowbit_muon.finetune.smollm2 import load_model
 from lowbit_muon.finetune.text import make_corpus, read_text
+from lowbit_muon.integrations.gradient_release import attach_gradient_release
 
 PROMPT_TOKENS = 16
 SAMPLE_TEMPERATURE = 0.7
@@ -64,6 +65,8 @@ class FinetuneRun:
             settings.sequence_length,
         )
         self.optimizer = build_optimizer(self.model, settings)
+        if settings.gradient_release:
+            attach_gradient_release(self.model, self.optimizer)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.history = History()
         self.store = CheckpointStore(folder / "checkpoints")
@@ -122,17 +125,20 @@ class FinetuneRun:
             group["lr"] = rate * factor
         started = time.perf_counter()
         batch = self.corpus.batch(step, settings.sequences_per_step, settings.seed)
-        # One sequence at a time: as fast per token on a CPU, and activations take a fraction.
+        # One sequence at a time: as fast per token on a CPU, and activations take a fraction. But
+        # a gradient that is released has to be complete.
+        parts = (batch,) if settings.gradient_release else batch.split(1)
         loss = 0.0
         with matmul_precision(settings.precision):
-            for sequence in batch:
-                part = self.model.loss(sequence[None]) / len(batch)
-                part.backward()
+            for sequences in parts:
+                part = self.model.loss(sequences) * (len(sequences) / len(batch))
                 loss += part.item()
-        if not math.isfinite(loss):
-            raise FinetuneError(
-                f"the training loss is {loss} in step {step + 1}: the run diverged; lower --lr"
-            )
+                if not math.isfinite(loss):
+                    raise FinetuneError(
+                        f"the training loss is {loss} in step {step + 1}: the run diverged; "
+                        "lower --lr"
+                    )
+                part.backward()
         between = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
