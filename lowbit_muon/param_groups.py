@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import AdjustLr
+from lowbit_muon.muon import Muon, check_group
 
 Group = dict[str, Any]
+Override = str | StateFormat | Mapping[str, Any]
+Overrides = Mapping[str, Override] | Callable[[str, Tensor], Override | None]
 
+# What an override may set; how a parameter is cut into matrices follows from the model.
+_MUON_OPTIONS = set(inspect.signature(Muon.__init__).parameters) - {
+    "self",
+    "params",
+    "batch_experts",
+    "row_splits",
+}
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm
@@ -48,6 +62,7 @@ def muon_param_groups(
     aux_patterns: Sequence[str] = (),
     split_heads: Mapping[str, int] | None = None,
     split_fused: Mapping[str, int | Sequence[int]] | None = None,
+    overrides: Overrides | None = None,
 ) -> list[Group]:
     """Parameter groups for `MuonWithAuxAdam`: every trainable parameter once, with its name.
 
@@ -72,25 +87,36 @@ def muon_param_groups(
             into heads of that many rows, each orthogonalised for itself.
         split_fused: {regular expression: parts}. The matrices of matching modules hold several
             matrices one below the other: as many equal parts, or parts of the given row counts.
+        overrides: options of single matrices: {glob pattern of parameter names: a state format, by
+            name or as a `StateFormat` (which has bits and rank), or a dict of options of `Muon`};
+            the first pattern that matches counts, and `*` matches dots too. Or a function of
+            (name, parameter) that returns such a value or None.
 
-    Patterns are searched in a module's path ("h.0.attn.c_attn") and in its parameter's name
-    ("h.0.attn.c_attn.weight").
+    Regular expressions are searched in a module's path ("h.0.attn.c_attn") and in its parameter's
+    name ("h.0.attn.c_attn.weight").
 
-    Raises ValueError if nothing goes to Muon, a pattern matches no matrix, or a split does not fit.
+    Raises ValueError if nothing goes to Muon, a pattern matches no matrix, a split does not fit, or
+    an override is not an option of `Muon`; TypeError for an override of another type.
     """
     uses = _trainable(model)
     heads = _output_heads(model)
     patterns = [re.compile(pattern) for pattern in aux_patterns]
     splits = _Splits(split_heads or {}, split_fused or {})
+    rules = _Overrides(overrides)
     aux: list[_Use] = []
-    muon: dict[tuple[bool, tuple[int, ...] | None], list[_Use]] = {}
+    muon: dict[tuple[bool, tuple[int, ...] | None, str], list[_Use]] = {}
+    own_options: dict[str, Group] = {}
     for use in uses:
         if any(pattern.search(use.name) for pattern in patterns) or _is_aux(use, heads):
             aux.append(use)
         else:
-            key = (_is_stack(use), splits.row_splits(use))
+            own = rules.options(use)
+            own_key = repr(sorted(own.items()))
+            own_options[own_key] = own
+            key = (_is_stack(use), splits.row_splits(use), own_key)
             muon.setdefault(key, []).append(use)
     splits.check_all_matched()
+    rules.check_all_matched()
     if not muon:
         raise ValueError(
             f"model: expected matrices for Muon, got none among {len(uses)} trainable parameters "
@@ -105,8 +131,14 @@ def muon_param_groups(
         "adjust_lr_fn": adjust_lr_fn,
     }
     groups = [
-        {**_members(members), **options, "batch_experts": stack, "row_splits": row_splits}
-        for (stack, row_splits), members in muon.items()
+        {
+            **_members(members),
+            **options,
+            "batch_experts": stack,
+            "row_splits": row_splits,
+            **own_options[own_key],
+        }
+        for (stack, row_splits, own_key), members in muon.items()
     ]
     if aux:
         groups.append(
@@ -191,6 +223,53 @@ def _matrix_shape(use: _Use) -> tuple[int, int]:
     if _is_stack(use):
         return param.shape[-2], param.shape[-1]
     return param.shape[0], param[0].numel() if param.shape[0] else 0
+
+
+class _Overrides:
+    """Options of single matrices; remembers which patterns matched."""
+
+    def __init__(self, overrides: Overrides | None) -> None:
+        self._find = overrides if callable(overrides) else None
+        rules: Mapping[str, Override] = {}
+        if overrides is not None and not callable(overrides):
+            rules = overrides
+        self._rules = {pattern: _muon_options(pattern, value) for pattern, value in rules.items()}
+        self._matched: set[str] = set()
+
+    def options(self, use: _Use) -> Group:
+        """Options of the parameter's own, for its group."""
+        if self._find is not None:
+            found = self._find(use.name, use.param)
+            return {} if found is None else _muon_options(use.name, found)
+        matching = [p for p in self._rules if fnmatch.fnmatchcase(use.name, p)]
+        self._matched.update(matching)
+        return self._rules[matching[0]] if matching else {}
+
+    def check_all_matched(self) -> None:
+        for pattern in self._rules.keys() - self._matched:
+            raise ValueError(f"overrides: {pattern!r} matches no matrix that Muon takes")
+
+
+def _muon_options(name: str, value: Override) -> Group:
+    """An override as options of a group."""
+    if isinstance(value, (str, StateFormat)):
+        value = {"state_format": value}
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"overrides[{name!r}]: expected a state format or a dict of options, "
+            f"got {type(value).__name__}"
+        )
+    unknown = set(value) - _MUON_OPTIONS
+    if unknown:
+        raise ValueError(
+            f"overrides[{name!r}]: expected options of Muon ({', '.join(sorted(_MUON_OPTIONS))}), "
+            f"got {', '.join(sorted(unknown))}"
+        )
+    try:
+        check_group({**Muon([torch.zeros(1, 1)]).defaults, **value})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"overrides[{name!r}]: {error}") from None
+    return dict(value)
 
 
 class _Splits:

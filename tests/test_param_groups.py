@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lowbit_muon import PRESETS, StateFormat
 from lowbit_muon.aux_adam import MuonWithAuxAdam
 from lowbit_muon.param_groups import muon_param_groups
 
@@ -268,3 +272,77 @@ def test_the_groups_train(options: dict[str, Any]) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert set(optimizer.state) == set(model.parameters())
+
+
+# --- overrides ---
+
+
+def stack_of_layers() -> nn.ModuleDict:
+    layer = {"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}
+    return nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict(copy.deepcopy(layer)) for _ in range(2))}
+    )
+
+
+def formats_by_name(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """name -> state format, which is absent where the optimizer's own counts."""
+    return {
+        name: group.get("state_format")
+        for group in groups
+        if group["use_muon"]
+        for name in group["param_names"]
+    }
+
+
+def test_overrides_by_pattern_and_the_first_that_matches() -> None:
+    groups = muon_param_groups(
+        stack_of_layers(),
+        overrides={
+            "layers.0.down.weight": {"state_format": "spectral3", "lr": 0.5},
+            "layers.*.down.weight": "linear8",
+        },
+    )
+    assert formats_by_name(groups) == {
+        "layers.0.up.weight": None,
+        "layers.1.up.weight": None,
+        "layers.0.down.weight": "spectral3",
+        "layers.1.down.weight": "linear8",
+    }
+    assert [g["lr"] for g in groups if "layers.0.down.weight" in g["param_names"]] == [0.5]
+    optimizer = MuonWithAuxAdam(groups, aux_adam="adamw")
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.randn_like(param)
+    optimizer.step()
+    stored = {
+        name: optimizer.state[param]["codes"].nbytes
+        for group in optimizer.param_groups if group["use_muon"]
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+    }  # fmt: skip
+    assert stored["layers.1.down.weight"] == 2 * stored["layers.1.up.weight"]  # 8 bits, and 4
+
+
+def test_overrides_by_function_join_equal_ones_in_a_group() -> None:
+    coarse = dataclasses.replace(PRESETS["mulaw4"], factor_divisor=4)
+
+    def choose(name: str, param: torch.Tensor) -> StateFormat | None:
+        return coarse if param.shape[0] == 8 and ".down." in name else None
+
+    groups = [g for g in muon_param_groups(stack_of_layers(), overrides=choose) if g["use_muon"]]
+    assert [(len(g["params"]), g.get("state_format")) for g in groups] == [(2, None), (2, coarse)]
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ({"layers.9.*": "linear8"}, ValueError, "'layers.9.*' matches no matrix"),
+        ({"layers.*": "int5"}, ValueError, "overrides['layers.*']: state_format: expected one of"),
+        ({"layers.*": {"stat_format": "nf4"}}, ValueError, "got stat_format"),
+        ({"layers.*": {"row_splits": (4, 4)}}, ValueError, "got row_splits"),
+        ({"layers.*": {"momentum": 1.5}}, ValueError, "momentum: expected a number in [0, 1)"),
+        ({"layers.*": 4}, TypeError, "expected a state format or a dict of options, got int"),
+    ],
+)
+def test_bad_overrides_are_named(override: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        muon_param_groups(stack_of_layers(), overrides=override)
