@@ -33,15 +33,21 @@ def build_optimizer(model: nn.Module, settings: FinetuneSettings) -> MuonWithAux
         aux_eps=ADAM_EPS,
         aux_weight_decay=0.0,
     )
-    if settings.optimizer == "muon":
-        return MuonWithAuxAdam(groups, state_format=settings.format, seed=settings.seed)
     try:
+        if settings.optimizer == "muon":
+            return MuonWithAuxAdam(
+                groups,
+                state_format=settings.format,
+                aux_adam=cast(AuxAdam, settings.aux_adam),
+                seed=settings.seed,
+            )
         return MuonWithAuxAdam(
             [_adamw_group(group, settings) for group in groups],
             aux_adam=cast(AuxAdam, settings.optimizer),
         )
     except RuntimeError as error:
-        raise FinetuneError(f"--optimizer: {error}; pip install bitsandbytes") from None
+        option = "--aux-adam" if settings.optimizer == "muon" else "--optimizer"
+        raise FinetuneError(f"{option}: {error}; pip install bitsandbytes") from None
 
 
 def _adamw_group(group: dict[str, Any], settings: FinetuneSettings) -> dict[str, Any]:

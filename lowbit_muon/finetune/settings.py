@@ -42,6 +42,9 @@ class FinetuneSettings:
     format: str = _option("spectral4", "how Muon's momentum is stored", tuple(PRESETS))
     lr: float = _option(5e-4, "Muon's learning rate (matched to AdamW's update size)")
     aux_lr: float = _option(1e-4, "AdamW's learning rate for embedding and norms beside Muon")
+    aux_adam: str = _option(
+        "auto", "AdamW beside Muon; auto: in 8 bits where possible", ("auto", *ADAMW_METHODS)
+    )
     adamw_lr: float = _option(2e-4, "learning rate of the matrices with --optimizer adamw*")
     weight_decay: float = _option(0.1, "decoupled weight decay of the matrices")
     momentum: float = _option(0.95, "Muon's momentum")
