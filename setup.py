@@ -155,6 +155,7 @@ setup(
                     "codec.cpp",
                     "integer_product.cpp",
                     "isa.cpp",
+                    "peaks.cpp",
                     "product.cpp",
                 )
             ],

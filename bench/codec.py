@@ -4,176 +4,166 @@
 
 quantize reads fp32 and writes packed codes and scales; dequantize does the reverse. Their bytes are
 fp32 + packed + scales; the copy they are compared with reads half as many and writes the other
-half. "warm" repeats one matrix; "cold" walks through many, as an optimizer step does.
+half. "warm" repeats one matrix, whose roof is a copy within the L2 cache (nearer than it is unless
+the matrix is small); "cold" walks through many, as an optimizer step does: the roof is a copy from
+memory. bitsandbytes' nf4 in blocks of 64 on the CPU is a peer, where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.harness import interleaved, machine, medians, write_json
-from lowbit_muon.backends import cpu
+from bench.harness import Record, Run, add_options, runs
+from bench.machine_peaks import FROM_MEMORY, IN_L2, roofs
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cpu import CpuBackend
 from lowbit_muon.backends.reference import ReferenceBackend
-from lowbit_muon.presets import resolve_format
+from lowbit_muon.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.benchmark.gates import GateError, Passed, allowed_stored_error, expect_close
+from lowbit_muon.benchmark.measure import Result, measure_cases
+from lowbit_muon.benchmark.momentum import decaying_matrix
+from lowbit_muon.presets import PRESETS
 
 SHAPES = ((576, 1536), (1024, 4096))
 COLD_BYTES = 192 * 2**20  # of fp32 matrices: more than common last-level caches hold
+FORMATS = ("spectral2", "spectral3", "spectral4", "linear8", "nf4")
 OPERATIONS = ("quantize", "dequantize")
-FORMATS = ("spectral2", "spectral3", "spectral4", "linear8")
-
-
-@dataclass(frozen=True)
-class Result:
-    isa: str
-    threads: int
-    shape: str
-    codes: str  # the format whose codes and scales these are
-    cache: str
-    operation: str
-    gigabytes_per_second: float
-    copy_gigabytes_per_second: float
-
-    @property
-    def ratio(self) -> float:
-        """Throughput against the copy."""
-        return self.gigabytes_per_second / self.copy_gigabytes_per_second
+CACHES = ("warm", "cold")
+ROOFS = {"warm": IN_L2, "cold": FROM_MEMORY}
+Calls = list[Callable[[], object]]
 
 
 def encode(backend: CpuBackend, x: Tensor, name: str) -> PackedCodes:
     """x [m, n] in the codes and scales of the format `name`, without the rest of the format."""
-    state_format = resolve_format(name)
+    state_format = PRESETS[name]
     codebook, layout = state_format.code_book(), state_format.code_layout()
     return PackedCodes(*backend.quantize(x, codebook, layout), codebook, layout, x.shape[1])
 
 
-def check(backend: CpuBackend) -> None:
-    """Raise unless the kernels agree with the reference on data like those they are timed with."""
+def check(backend: CpuBackend, x: Tensor, name: str) -> Passed:
+    """The decoded matrix beside x; raises GateError unless codes are those of the reference."""
     reference = ReferenceBackend()
-    x = torch.randn(64, 1537)
-    for name in FORMATS:
-        codes = encode(backend, x, name)
-        expected = reference.encode(x, codes.scales, codes.codebook, codes.layout)
-        found, wanted = torch.empty_like(x), torch.empty_like(x)
-        backend.accumulate(found, codes=codes)
-        reference.accumulate(wanted, codes=codes)
-        if not torch.equal(codes.packed, expected) or not torch.equal(found, wanted):
-            raise RuntimeError(f"codes of {name} differ from the reference: not timed")
+    codes = encode(backend, x, name)
+    expected = reference.encode(x, codes.scales, codes.codebook, codes.layout)
+    found, wanted = torch.empty_like(x), torch.empty_like(x)
+    backend.accumulate(found, codes=codes)
+    reference.accumulate(wanted, codes=codes)
+    if not torch.equal(codes.packed, expected) or not torch.equal(found, wanted):
+        raise GateError(f"codes of {name} differ from the reference")
+    return expect_close("decoded matrix", found, x, allowed_stored_error(PRESETS[name]))
 
 
-def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
+def in_turn(calls: Calls) -> Callable[[], object]:
     """A call of the next of `calls` each time, round and round."""
     endless = itertools.cycle(calls)
     return lambda: next(endless)()
 
 
-def time_codec(
-    backend: CpuBackend, matrices: list[Tensor], name: str, repeats: int
-) -> dict[str, float]:
-    """GB/s of quantize, dequantize and copy over the matrices in turn."""
-    calls: dict[str, list[Callable[[], object]]] = {"quantize": [], "dequantize": [], "copy": []}
+def prepare_codec(matrices: list[Tensor], name: str, operation: str, roof: str) -> Prepared:
+    """quantize, dequantize, or a copy of as many bytes, over the matrices in turn."""
+    backend = CpuBackend()
+    calls: Calls = []
     moved = 0
 
     def add(x: Tensor) -> None:
         nonlocal moved
         codes = encode(backend, x, name)
-        packed, scales, buffer = codes.packed, codes.scales, x.clone()
+        packed, scales = codes.packed, codes.scales
         moved = x.nbytes + packed.nbytes + scales.nbytes
-        source = torch.ones(moved // 2, dtype=torch.uint8)
-        target = source.clone()
-        calls["quantize"].append(
-            lambda: backend.quantize(x, codes.codebook, codes.layout, packed=packed, scales=scales)
-        )
-        calls["dequantize"].append(lambda: backend.accumulate(buffer, codes=codes))
-        calls["copy"].append(lambda: target.copy_(source))
+        if operation == "quantize":
+            calls.append(
+                lambda: backend.quantize(
+                    x, codes.codebook, codes.layout, packed=packed, scales=scales
+                )
+            )
+        elif operation == "dequantize":
+            buffer = x.clone()
+            calls.append(lambda: backend.accumulate(buffer, codes=codes))
+        else:
+            source = torch.ones(moved // 2, dtype=torch.uint8)
+            target = source.clone()
+            calls.append(lambda: target.copy_(source))
 
+    passed = None if operation == "copy" else check(backend, matrices[0], name)
     for x in matrices:
         add(x)
-    cases = {operation: in_turn(group) for operation, group in calls.items()}
-    seconds = medians(interleaved(cases, repeats, warmup=2))
-    return {operation: moved / seconds[operation] / 1e9 for operation in calls}
+    return Prepared(in_turn(calls), passed, work=float(moved), roof=roof)
 
 
-def measure(isa: str, threads: int, quick: bool) -> list[Result]:
-    cpu.set_isa(isa)
-    torch.set_num_threads(threads)
-    backend = CpuBackend()
-    check(backend)
+def prepare_bitsandbytes(matrices: list[Tensor], operation: str, roof: str) -> Prepared:
+    """Its codes of four bits; one error for a block of 64, as in our nf4."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # other kernels
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise UnavailableError(f"{error}; pip install bitsandbytes") from error
+    quantize = partial(functional.quantize_4bit, blocksize=64, quant_type="nf4")
+    packed, state = quantize(matrices[0])
+    decoded = functional.dequantize_4bit(packed, state)
+    allowed = allowed_stored_error(PRESETS["nf4"])
+    passed = expect_close("decoded matrix", decoded, matrices[0], allowed)
+    moved = matrices[0].nbytes + packed.nbytes + state.absmax.nbytes
+    calls: Calls = [partial(quantize, x) for x in matrices]
+    if operation == "dequantize":  # into new memory: on a CPU it takes no `out`
+        calls = [
+            partial(functional.dequantize_4bit, packed.clone(), copy.deepcopy(state))
+            for _ in matrices
+        ]
+    return Prepared(in_turn(calls), passed, work=float(moved), roof=roof)
+
+
+def cases(matrices: list[Tensor], name: str, cache: str, isa: str) -> list[Case]:
+    """Every operation of one format in one state of the caches, and its roof."""
+    roof = ROOFS[cache]
+    baseline = f"copy {cache} {name}"
+    found = [
+        Case(
+            f"copy {cache}", partial(prepare_codec, matrices, name, "copy", roof), format=name,
+            peer=True,
+        )
+    ]  # fmt: skip
+    for operation in OPERATIONS:
+        prepare = partial(prepare_codec, matrices, name, operation, roof)
+        ours = Case(f"{operation} {cache}", prepare, format=name, baseline=baseline, isa=isa)
+        found.append(ours)
+        if name == "nf4":
+            theirs = partial(prepare_bitsandbytes, matrices, operation, roof)
+            peer = f"{operation} {cache} bitsandbytes"
+            found.append(Case(peer, theirs, baseline=baseline, peer=True))
+    return [*found, *roofs([roof])]
+
+
+def measure(run: Run, shape: tuple[int, int], repeats: int, pool_bytes: int) -> list[Result]:
+    """One shape, warm and cold. Formats are not interleaved: their pools would not fit together."""
+    matrix = decaying_matrix(*shape, torch.Generator().manual_seed(0))
+    pool = [matrix.roll(i, 1) for i in range(max(1, pool_bytes // matrix.nbytes))]
     results = []
-    for m, n in SHAPES[: 1 if quick else 2]:
-        pool = [torch.randn(m, n) for _ in range(COLD_BYTES // (4 * m * n))]
-        for name, cache in itertools.product(FORMATS, ("warm", "cold")):
+    with run.applied():
+        for cache, name in itertools.product(CACHES, FORMATS):
             matrices = pool if cache == "cold" else pool[:1]
-            speed = time_codec(backend, matrices, name, repeats=9 if quick else 41)
-            results += [
-                Result(
-                    isa,
-                    threads,
-                    f"{m}x{n}",
-                    name,
-                    cache,
-                    operation,
-                    speed[operation],
-                    speed["copy"],
-                )
-                for operation in OPERATIONS
-            ]
+            results += measure_cases(cases(matrices, name, cache, run.isa), shape, repeats)
     return results
 
 
-def show(results: list[Result]) -> None:
-    table = Table(title=f"codec, {machine()['cpu']}", box=None, pad_edge=False)
-    for heading in (
-        "ISA",
-        "threads",
-        "shape",
-        "format",
-        "cache",
-        "operation",
-        "GB/s",
-        "copy",
-        "ratio",
-    ):
-        table.add_column(heading)
-    for r in results:
-        speeds = (r.gigabytes_per_second, r.copy_gigabytes_per_second)
-        table.add_row(
-            r.isa,
-            str(r.threads),
-            r.shape,
-            r.codes,
-            r.cache,
-            r.operation,
-            *(f"{speed:.1f}" for speed in speeds),
-            f"{r.ratio:.2f}",
-        )
-    Console().print(table)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description="Throughput of the codec against a copy.")
-    parser.add_argument("--quick", action="store_true", help="one shape, few repeats")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--isas", nargs="+", metavar="LEVEL", default=cpu.supported_isas()[-1:])
-    parser.add_argument("--threads", nargs="+", type=int, metavar="N", default=[1, 2])
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    results = []
-    for isa, threads in itertools.product(options.isas, options.threads):
-        results += measure(isa, threads, options.quick)
-    show(results)
-    if options.json:
-        write_json(options.json, [{**asdict(r), "ratio": r.ratio} for r in results])
+    add_options(parser, threads=(1, torch.get_num_threads()))
+    options = parser.parse_args(arguments)
+    repeats = options.repeats or (7 if options.quick else 41)
+    record = Record(options.json)
+    for run in runs(options):
+        for shape in SHAPES[: 1 if options.quick else None]:
+            record.add(measure(run, shape, repeats, COLD_BYTES))
+    record.close()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
 """Products of codes against torch's products of the decoded matrix, and the error they leave.
 
-    python -m bench.lut_gemm [--quick] [--repeats N] [--threads N] [--json FILE]
+    python -m bench.lut_gemm [--quick] [--repeats N] [--isas LEVEL ...] [--threads N ...]
+                             [--json FILE]
 
-Everything at one shape runs interleaved in one process. The strongest public peer of the integer
-Gram matrix is torch._int_mm on a matrix that is int8 already; with the codes it has to be decoded
-first, for which the backend's own decoder is taken (to float32, then to int8). The last table is
-the relative error after five Newton-Schulz steps when the Gram matrix of the fresh momentum is
-taken in each type, beside that of bfloat16 Newton-Schulz.
+Everything at one shape runs interleaved in one process, the roofs as well. A product that computes
+one triangle counts the operations it does, m(m+1) n of torch.mm's 2 m^2 n, and two limbs count as
+two products: the fraction says how busy the units are, the ratio what it is worth. Decoding and
+packing are in the time and not in the work.
+
+The strongest public peer of the integer Gram matrix is torch._int_mm on a matrix that is int8
+already; with the codes it has to be decoded first, for which the backend's own decoder is taken (to
+float32, then to int8). That of A X is torch's int4 weight product (bfloat16 activations, groups of
+32, a zero point): other codes, held to their own decoded weights. The last rows are the relative
+error after five Newton-Schulz steps when the Gram matrix of the fresh momentum is taken in each
+type, beside that of bfloat16 Newton-Schulz.
 """
 
 from __future__ import annotations
@@ -14,27 +21,46 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from functools import cached_property, partial
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from bench.harness import interleaved, medians, write_json
+from bench.harness import (
+    Record,
+    add_options,
+    product_operations,
+    runs,
+    symmetric_operations,
+    with_work,
+)
+from bench.machine_peaks import BF16_PRODUCT, best_isa, code_type, roofs
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
+from lowbit_muon.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.benchmark.gates import allowed_gram_error, expect_close, relative_error
+from lowbit_muon.benchmark.measure import Result, measure_cases
 from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.lut_gemm import lut_gram, lut_matmul, lut_update
+from lowbit_muon.lut_gemm import Panel, lut_gram, lut_matmul, lut_update
 from lowbit_muon.newton_schulz import NS_COEFFICIENTS, operator_of_gram, resolve_coefficients
 
 SHAPES = ((576, 1536), (1024, 1024), (1024, 4096), (2048, 2048))
 BITS = (2, 3, 4, 8)
 BACKEND = get_backend("auto", torch.device("cpu"))
+INT4_GROUP = 32  # the smallest, and most precise, of what torch's product takes
+INT4_MULTIPLE = 16  # of its output's columns
+# Relative errors. A float32 sum of n terms is off by about sqrt(n) 2^-24: 4e-6 at 4096.
+FLOAT32_ERROR = 1e-5
+# A row's largest entry is about five times its rms: rounding to a 2896th of it leaves 5e-4 of each
+# entry, and both factors have it.
+INT16_ERROR = 1e-3
+# The same with 32639 steps of A's rows to either side: 2e-5 of each entry.
+LIMBS_ERROR = 1e-4
+# Whole sums are exact; scales and decoding round five times by 2^-24.
+DECODED_ERROR = 2.0**-20
+# bfloat16 rounds weights and results by at most 2^-9 each.
+INT4_ERROR = 2.0**-8
 
 
 def coded(matrix: Tensor, bits: int) -> QuantizedMatrix:
@@ -49,67 +75,161 @@ def coded(matrix: Tensor, bits: int) -> QuantizedMatrix:
     )  # fmt: skip
 
 
-def cases(matrix: Tensor) -> dict[str, Callable[[], object]]:
-    """Name -> call; A is symmetric, as the operator of Newton-Schulz is."""
-    m, n = matrix.shape
-    stored = {bits: coded(matrix, bits) for bits in BITS}
-    q = stored[4]
-    decoded, buffer = q.dequantize(), torch.empty(m, n)
-    scales = q.tensors["scales"]
-    whole = (decoded / scales).round().to(torch.int8)
-    a = torch.mm(decoded, decoded.mT) / decoded.square().sum()
-    square, wide = torch.empty(m, m), torch.empty(m, n)
+class Operands:
+    """A matrix X [m, n] in codes and decoded, A [m, m] as the operator of Newton-Schulz is."""
 
-    def decode_and_int_mm() -> Tensor:
-        BACKEND.accumulate(buffer, codes=q.codes())
-        levels = buffer.div_(scales).round_().to(torch.int8)
-        return torch._int_mm(levels, levels.mT).float().mul_(scales).mul_(scales.mT)
+    def __init__(self, matrix: Tensor) -> None:
+        self.m, self.n = matrix.shape
+        self.stored = {bits: coded(matrix, bits) for bits in BITS}
+        self.q = self.stored[4]
+        self.decoded = self.q.dequantize()
+        self.scales = self.q.tensors["scales"]
+        self.levels = (self.decoded / self.scales).round().to(torch.int8)
+        self.a = torch.mm(self.decoded, self.decoded.mT) / self.decoded.square().sum()
+        self.square, self.wide = torch.empty(self.m, self.m), torch.empty(self.m, self.n)
+        self.buffer = torch.empty(self.m, self.n)
 
-    found: dict[str, Callable[[], object]] = {
-        "gram: torch.mm": lambda: torch.mm(decoded, decoded.mT, out=square),
-        "gram: torch._int_mm of int8": lambda: torch._int_mm(whole, whole.mT),
-        "gram: decode, torch._int_mm": decode_and_int_mm,
-        "gram: f32": lambda: lut_gram(q, panel="f32"),
-        "gram: s16": lambda: lut_gram(q, panel="s16"),
-    }
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        """In float64, by what the names of cases begin with."""
+        x, a = self.decoded.double(), self.a.double()
+        return {"gram": x @ x.mT, "A X": a @ x, "A A": a @ a}
+
+    def held(self, name: str, call: Callable[[], Tensor], allowed: float) -> Prepared:
+        """A call whose result is one of the exact ones."""
+        return Prepared(call, expect_close(name, call(), self.exact[name], allowed))
+
+    def gram(self, panel: Panel, bits: int) -> Prepared:
+        """lut_gram."""
+        q = self.stored[bits]
+        x = q.dequantize().double()
+        exact = self.exact["gram"] if bits == 4 else x @ x.mT
+        call = partial(lut_gram, q, panel=panel)
+        allowed = INT16_ERROR if panel == "s16" else allowed_gram_error(x, q.state_format)
+        return Prepared(call, expect_close("gram", call(), exact, allowed))
+
+    def int_mm_of_int8(self) -> Prepared:
+        """Whole sums alone; no scales."""
+        return Prepared(lambda: torch._int_mm(self.levels, self.levels.mT))
+
+    def decode_and_int_mm(self) -> Tensor:
+        """X X^T with torch's integer product."""
+        BACKEND.accumulate(self.buffer, codes=self.q.codes())
+        levels = self.buffer.div_(self.scales).round_().to(torch.int8)
+        return torch._int_mm(levels, levels.mT).float().mul_(self.scales).mul_(self.scales.mT)
+
+    def update(self) -> Prepared:
+        """lut_update, held to A X from a weight of zeros."""
+        found = lut_update(torch.zeros(self.m, self.n), self.a, self.q, decay=1.0, step_size=-1.0)
+        passed = expect_close("update", found, self.exact["A X"], FLOAT32_ERROR)
+        call = partial(lut_update, self.wide, self.a, self.q, decay=1.0, step_size=1e-9)
+        return Prepared(call, passed)
+
+    def int4_packed(self) -> Prepared:
+        """torch's product with the weights X^T [n, m] in four bits, groups along m."""
+        if self.m % INT4_GROUP or self.n % INT4_MULTIPLE:
+            raise UnavailableError(
+                f"it takes multiples of {INT4_GROUP} and {INT4_MULTIPLE}, got {self.m}x{self.n}"
+            )
+        codes, scales_and_zeros, weights = int4_codes(self.decoded.mT.contiguous())
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        a = self.a.bfloat16()
+
+        def product() -> Tensor:
+            found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                a, packed, INT4_GROUP, scales_and_zeros
+            )
+            return found
+
+        exact = a.double() @ weights.double().mT
+        return Prepared(product, expect_close("A X", product(), exact, INT4_ERROR))
+
+
+def int4_codes(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 weights [n, k] as torch's product wants them, k a multiple of 32.
+
+    Codes int32 [n, k], bfloat16 scales and zeros [k / 32, n, 2], and the float32 weights
+    (code - 8) * scale + zero that they mean.
+    """
+    n, k = weights.shape
+    groups = weights.view(n, k // INT4_GROUP, INT4_GROUP)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high - low) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    wide_scale, wide_zero = scale.float()[..., None], zero.float()[..., None]
+    codes = ((groups - wide_zero) / wide_scale + 8).round_().clamp_(0, 15)
+    decoded = ((codes - 8) * wide_scale + wide_zero).view(n, k)
+    scales_and_zeros = torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
+    return codes.to(torch.int32).view(n, k), scales_and_zeros, decoded
+
+
+def cases(x: Operands, isa: str) -> list[Case]:
+    """Peers, ours and the roofs of both; names begin with the product."""
+    ours, torchs = (f"{code_type(level)} {level}" for level in (isa, best_isa()))
+    triangle, whole = symmetric_operations(x.m, x.n), product_operations(x.m, x.n, x.m)
+    square = product_operations(x.m, x.m, x.m)
+    found: list[Case] = []
+
+    def add(
+        name: str,
+        prepare: Callable[[], Prepared],
+        work: float,
+        roof: str,
+        *,
+        peer: bool = False,
+        dtype: str = "fp32",
+    ) -> None:
+        baseline = f"{name.split(':')[0]}: torch.mm"
+        found.append(
+            Case(
+                name, with_work(prepare, work, roof), dtype, peer=peer,
+                baseline=None if name == baseline else baseline, isa=None if peer else isa,
+            )
+        )  # fmt: skip
+
+    def plain(call: Callable[[], Tensor]) -> Callable[[], Prepared]:
+        return lambda: Prepared(call)
+
+    float_peer, float_ours = f"fp32 {best_isa()}", f"fp32 {isa}"
+    add(
+        "gram: torch.mm",
+        plain(lambda: torch.mm(x.decoded, x.decoded.mT, out=x.square)),
+        whole, float_peer, peer=True,
+    )  # fmt: skip
+    add("gram: torch._int_mm of int8", x.int_mm_of_int8, whole, torchs, peer=True, dtype="int8")
+    add(
+        "gram: decode, torch._int_mm",
+        lambda: x.held("gram", x.decode_and_int_mm, DECODED_ERROR),
+        whole, torchs, peer=True,
+    )  # fmt: skip
+    add("gram: f32", lambda: x.gram("f32", 4), triangle, float_ours)
+    add("gram: s16", lambda: x.gram("s16", 4), triangle, f"int16 {isa}")
     for bits in BITS:
-        found[f"gram: s8, {bits} bits"] = partial(lut_gram, stored[bits], panel="s8")
-    found |= {
-        "A X: torch.mm": lambda: torch.mm(a, decoded, out=wide),
-        "A X: f32": lambda: lut_matmul(a, q, panel="f32", out=wide),
-        "A X: two limbs": lambda: lut_matmul(a, q, panel="s8", out=wide),
-        "A X: update of W": lambda: lut_update(wide, a, q, decay=1.0, step_size=1e-9),
-        "A A: torch.mm": lambda: torch.mm(a, a, out=square),
-        "A A: symmetric": lambda: BACKEND.symmetric_product(a, a, out=square),
-    }
-    return found
+        add(f"gram: s8, {bits} bits", partial(x.gram, "s8", bits), triangle, ours)
+    add(
+        "A X: torch.mm", plain(lambda: torch.mm(x.a, x.decoded, out=x.wide)), whole, float_peer,
+        peer=True,
+    )  # fmt: skip
+    add("A X: torch int4pack bf16", x.int4_packed, whole, BF16_PRODUCT, peer=True, dtype="bf16")
+    f32 = partial(lut_matmul, x.a, x.q, panel="f32", out=x.wide)
+    limbs = partial(lut_matmul, x.a, x.q, panel="s8", out=x.wide)
+    add("A X: f32", lambda: x.held("A X", f32, FLOAT32_ERROR), whole, float_ours)
+    add("A X: two limbs", lambda: x.held("A X", limbs, LIMBS_ERROR), 2 * whole, ours)
+    add("A X: update of W", x.update, whole, float_ours)
+    add(
+        "A A: torch.mm", plain(lambda: torch.mm(x.a, x.a, out=x.square)), square, float_peer,
+        peer=True,
+    )  # fmt: skip
+    symmetric = partial(BACKEND.symmetric_product, x.a, x.a, out=x.square)
+    add(
+        "A A: symmetric",
+        lambda: x.held("A A", symmetric, FLOAT32_ERROR),
+        symmetric_operations(x.m, x.m), float_ours,
+    )  # fmt: skip
+    return [*found, *roofs({float_ours, float_peer, ours, torchs, f"int16 {isa}", BF16_PRODUCT})]
 
 
-def check(matrix: Tensor) -> None:
-    """Raise unless the products are right at this shape."""
-    q = coded(matrix, 4)
-    x = q.dequantize().double()
-    a = (x @ x.mT).float()
-    for name, result, exact, limit in (
-        ("gram f32", lut_gram(q, panel="f32"), x @ x.mT, 1e-5),
-        ("gram s8", lut_gram(q, panel="s8"), x @ x.mT, 1e-6),
-        ("gram s16", lut_gram(q, panel="s16"), x @ x.mT, 1e-3),
-        ("A X f32", lut_matmul(a, q, panel="f32"), a.double() @ x, 1e-5),
-        ("A X two limbs", lut_matmul(a, q, panel="s8"), a.double() @ x, 1e-3),
-    ):
-        error = float((result - exact).norm() / exact.norm())
-        if not error <= limit:
-            raise SystemExit(f"{name} {tuple(matrix.shape)}: error {error:.1e} > {limit:.0e}")
-
-
-def measure(shape: tuple[int, int], repeats: int, generator: torch.Generator) -> dict[str, Any]:
-    """Seconds of each case at one shape."""
-    matrix = decaying_matrix(*shape, generator)
-    check(matrix)
-    return {"shape": list(shape), "seconds": medians(interleaved(cases(matrix), repeats))}
-
-
-def errors(shape: tuple[int, int], generator: torch.Generator) -> dict[str, float]:
+def update_errors(shape: tuple[int, int], generator: torch.Generator) -> list[Result]:
     """Relative error of the update by the type in which the Gram matrix is taken."""
     x = decaying_matrix(*shape, generator)
     exact = orthogonalize(x.double())
@@ -128,49 +248,31 @@ def errors(shape: tuple[int, int], generator: torch.Generator) -> dict[str, floa
             x, NS_COEFFICIENTS["muon"][0], 5, 1e-7
         ),
     }
-    return {
-        name: float((value.double() - exact).norm() / exact.norm())
+    return [
+        Result(
+            f"update: {name}", shape, None, "cpu", "fp32", "measured",
+            error=relative_error(value, exact),
+        )
         for name, value in updates.items()
-    }
-
-
-def show(results: Sequence[dict[str, Any]], found: dict[str, dict[str, float]]) -> None:
-    """Times as multiples of torch.mm's speed, then errors."""
-    console = Console()
-    table = Table(title="times as fast as torch.mm of the decoded float32 matrix")
-    table.add_column("product")
-    for result in results:
-        table.add_column("x".join(map(str, result["shape"])), justify="right")
-    for name in results[0]["seconds"]:
-        base = name.split(":")[0] + ": torch.mm"
-        ratios = (result["seconds"][base] / result["seconds"][name] for result in results)
-        table.add_row(name, *(f"{ratio:.2f}" for ratio in ratios))
-    console.print(table)
-    accuracy = Table(title="error after five Newton-Schulz steps, by the type of the Gram matrix")
-    accuracy.add_column("type")
-    for shape in found:
-        accuracy.add_column(shape, justify="right")
-    for name in next(iter(found.values())):
-        accuracy.add_row(name, *(f"{values[name]:.1e}" for values in found.values()))
-    console.print(accuracy)
+    ]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="the smallest shape, few repeats")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = argparse.ArgumentParser(description="Products of codes against torch's.")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    shapes, repeats = (SHAPES[:1], 3) if options.quick else (SHAPES, options.repeats)
-    generator = torch.Generator().manual_seed(0)
-    results = [measure(shape, repeats, generator) for shape in track(shapes, "shapes")]
-    found = {"x".join(map(str, shape)): errors(shape, generator) for shape in shapes[:2]}
-    show(results, found)
-    if options.json:
-        write_json(options.json, {"times": results, "errors": found})
+    repeats = options.repeats or (3 if options.quick else 9)
+    record = Record(options.json)
+    for shape in SHAPES[: 1 if options.quick else None]:
+        generator = torch.Generator().manual_seed(0)
+        matrix = decaying_matrix(*shape, generator)
+        for run in runs(options):
+            with run.applied():
+                record.add(measure_cases(cases(Operands(matrix), run.isa), shape, repeats))
+        if shape in SHAPES[:2]:
+            record.add(update_errors(shape, generator))
+    record.close()
 
 
 if __name__ == "__main__":

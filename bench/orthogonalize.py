@@ -1,39 +1,59 @@
 """Time the ways to orthogonalise a matrix against each other and torch.optim.Muon's own.
 
-    python -m bench.orthogonalize [--quick] [--threads N] [--json FILE]
+    python -m bench.orthogonalize [--quick] [--isas LEVEL ...] [--threads N ...] [--json FILE]
 
 For each shape the error against float64 comes first: a method whose error exceeds that of
-torch.optim.Muon's bfloat16 function, the peer, stops the run. `lowbit_muon.newton_schulz` and
-`lowbit_muon.products` take their thresholds from the results in bench/results/orthogonalize.json.
-Where other programs keep the cores busy set OMP_WAIT_POLICY=passive, or threads that wait in a loop
-for one that is not running distort what is measured.
+torch.optim.Muon's bfloat16 function, the peer, is an error and not timed. gram-newton-schulz from
+PyPI (float16, a restart after two steps, torch's products) is another peer, where it is installed.
+Fractions count the operations a method does, triangles where it computes one (`operations`); eigh
+has no such count. `lowbit_muon.newton_schulz` and `lowbit_muon.products` take their thresholds from
+the results in bench/results/orthogonalize.json. Where other programs keep the cores busy set
+OMP_WAIT_POLICY=passive, or threads that wait in a loop for one that is not running distort what is
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from functools import cached_property, partial
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from bench.harness import interleaved, medians, write_json
+from bench.harness import (
+    Record,
+    add_options,
+    product_operations,
+    runs,
+    symmetric_operations,
+    with_work,
+)
+from bench.machine_peaks import BF16_PRODUCT, best_isa, roofs
+from lowbit_muon.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.benchmark.gates import GateError, Passed, expect_close
+from lowbit_muon.benchmark.measure import measure_cases
 from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.newton_schulz import NS_COEFFICIENTS, gram, orthogonalize, resolve_coefficients
+from lowbit_muon.newton_schulz import (
+    NS_COEFFICIENTS,
+    choose_method,
+    gram,
+    orthogonalize,
+    resolve_coefficients,
+)
 
 STEPS, EPS = 5, 1e-7
-BASELINE, PEER = "plain fp32", "torch.optim.Muon"
+BASELINE, PEER, PACKAGE = "plain fp32", "torch.optim.Muon", "gram-newton-schulz fp16"
+PRODUCT = "X Xᵀ: torch.mm"
+METHODS = ("newton_schulz", "gram", "eigh", "auto")
 ROWS = (64, 128, 192, 256, 384, 576, 768, 1024, 2048)
 QUICK_ROWS = (64, 256, 576)
 ASPECTS = (1.0, 8 / 3, 4.0)
 FLOP_BUDGET = 4e11  # for the repeats of the baseline at one shape: a few seconds
-Result = dict[str, Any]
+PACKAGE_ROWS = 256  # torch multiplies batches of float16 at 1 GFLOP/s or so on a CPU
+# A float32 sum of n terms is off by about sqrt(n) 2^-24: 6e-6 at 8192.
+PRODUCT_ERROR = 1e-5
 
 
 def plain_newton_schulz(x: Tensor) -> Tensor:
@@ -58,93 +78,143 @@ def reference(x: Tensor) -> Tensor:
     return (vectors * factor) @ (vectors.mT @ exact)
 
 
-def variants(x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Name -> call; all compute the same polynomial of x."""
-    triple = NS_COEFFICIENTS["muon"][0]
-    return {
-        BASELINE: lambda: plain_newton_schulz(x),
-        PEER: lambda: _zeropower_via_newtonschulz(x, triple, STEPS, EPS),
-        "newton_schulz": lambda: orthogonalize(x, STEPS, "muon", "newton_schulz", eps=EPS),
-        "gram": lambda: orthogonalize(x, STEPS, "muon", "gram", eps=EPS),
-        "eigh": lambda: orthogonalize(x, STEPS, "muon", "eigh", eps=EPS),
-        "auto": lambda: orthogonalize(x, STEPS, "muon", "auto", eps=EPS),
-    }
+def operations(method: str, m: int, n: int) -> float | None:
+    """What a method multiplies and adds for [m, n], m <= n; None where that is not counted."""
+    coefficients = resolve_coefficients("muon", STEPS)
+    if method == "auto":
+        method = choose_method((m, n), coefficients, torch.float32)
+    if method == "plain":
+        return STEPS * (2 * product_operations(m, n, m) + product_operations(m, m, m))
+    gram_matrix, square = symmetric_operations(m, n), symmetric_operations(m, m)
+    if method == "newton_schulz":
+        return STEPS * (gram_matrix + square + product_operations(m, m, n))
+    if method == "gram":  # T products of H, T-1 of Q, 2T-2 of R; then Q X
+        return gram_matrix + (4 * STEPS - 3) * square + product_operations(m, m, n)
+    return None
 
 
-def errors(x: Tensor) -> dict[str, float]:
-    """Relative Frobenius error of each variant; raises where one is worse than the peer."""
-    exact = reference(x)
-    found = {
-        name: float((call().double() - exact).norm() / exact.norm())
-        for name, call in variants(x).items()
-    }
-    for name, error in found.items():
-        if not error <= found[PEER]:
-            raise SystemExit(
-                f"{name} {tuple(x.shape)}: error {error:.2e} > {found[PEER]:.2e} of {PEER}"
-            )
+class Shape:
+    """One matrix X [m, n], and what every method is held to."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.m, self.n = x.shape
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """In float64."""
+        return reference(self.x)
+
+    @cached_property
+    def allowed(self) -> float:
+        """The peer's error: nothing is timed that is worse than what it replaces."""
+        return self.error(shipped(self.x))
+
+    def error(self, found: Tensor) -> float:
+        """Relative, in the Frobenius norm."""
+        return float((found.double() - self.exact).norm() / self.exact.norm())
+
+    def held(self, call: Callable[[Tensor], Tensor]) -> Prepared:
+        """A method that is precise enough."""
+        error = self.error(call(self.x))
+        if not error <= self.allowed:
+            raise GateError(f"error {error:.2e} > {self.allowed:.2e} of {PEER}")
+        return Prepared(lambda: call(self.x), Passed(error, self.allowed))
+
+    def package(self) -> Prepared:
+        """gram-newton-schulz in torch operations and not compiled."""
+        if self.m > PACKAGE_ROWS:
+            raise UnavailableError(f"float16 products of more than {PACKAGE_ROWS} rows take long")
+        try:
+            from gram_newton_schulz import GramNewtonSchulz
+        except ImportError as error:
+            raise UnavailableError(f"{error}; pip install --no-deps gram-newton-schulz") from error
+        call = GramNewtonSchulz(
+            ns_epsilon=EPS,
+            ns_use_kernels=False,
+            ns_coefficients=[list(triple) for triple in resolve_coefficients("muon", STEPS)],
+            compile_kwargs=None,
+        )
+        return self.held(call)
+
+    def products(self, isa: str) -> list[Case]:
+        """X X^T both ways."""
+        m, n, x = self.m, self.n, self.x
+        square = torch.empty(m, m)
+
+        def ours() -> Prepared:
+            exact = x.double() @ x.double().mT
+            passed = expect_close("gram", gram(x, out=square), exact, PRODUCT_ERROR)
+            return Prepared(lambda: gram(x, out=square), passed)
+
+        theirs = partial(Prepared, lambda: torch.mm(x, x.mT, out=square))
+        peak = f"fp32 {best_isa()}"
+        return [
+            Case(PRODUCT, with_work(theirs, product_operations(m, n, m), peak), peer=True),
+            Case(
+                "X Xᵀ: gram",
+                with_work(ours, symmetric_operations(m, n), f"fp32 {isa}"),
+                baseline=PRODUCT,
+                isa=isa,
+            ),
+        ]
+
+    def cases(self, isa: str) -> list[Case]:
+        """Peers, methods, products and roofs."""
+        plain = operations("plain", self.m, self.n)
+        peak = f"fp32 {best_isa()}"
+        found = [
+            Case(
+                BASELINE, with_work(partial(self.held, plain_newton_schulz), plain, peak), peer=True
+            ),
+            Case(
+                PEER,
+                with_work(partial(self.held, shipped), plain, BF16_PRODUCT),
+                "bf16",
+                baseline=BASELINE,
+                peer=True,
+            ),
+            Case(PACKAGE, self.package, "fp16", baseline=BASELINE, peer=True),
+        ]
+        for method in METHODS:
+            call = partial(orthogonalize, steps=STEPS, coefficients="muon", method=method, eps=EPS)
+            work = operations(method, self.m, self.n)
+            roof = None if work is None else f"fp32 {isa}"
+            prepare = with_work(partial(self.held, call), work, roof)
+            found.append(Case(method, prepare, baseline=BASELINE, isa=isa))
+        return [*found, *self.products(isa), *roofs({peak, f"fp32 {isa}", BF16_PRODUCT})]
+
+
+def shipped(x: Tensor) -> Tensor:
+    """torch.optim.Muon's function, in bfloat16."""
+    found: Tensor = _zeropower_via_newtonschulz(x, NS_COEFFICIENTS["muon"][0], STEPS, EPS)
     return found
 
 
-def measure(rows: int, aspect: float, generator: torch.Generator, most: int) -> Result:
-    """One shape: errors, seconds of each variant, and seconds of X X^T both ways."""
-    x = decaying_matrix(rows, round(rows * aspect), generator)
-    found = errors(x)
-    plain_flop = STEPS * (4 * aspect + 2) * rows**3
-    repeats = int(min(max(FLOP_BUDGET / plain_flop, 3), most))
-    square = torch.empty(rows, rows)
-    products: dict[str, Callable[[], Tensor]] = {
-        "torch.mm": lambda: torch.mm(x, x.mT, out=square),
-        "gram": lambda: gram(x, out=square),
-    }
-    return {
-        "shape": list(x.shape),
-        "repeats": repeats,
-        "error": found,
-        "seconds": medians(interleaved(variants(x), repeats)),
-        "product_seconds": medians(interleaved(products, 3 * repeats)),
-    }
-
-
-def show(results: Sequence[Result], console: Console) -> None:
-    """Two tables with one row for each shape: times as ratios, and errors."""
-    names = list(results[0]["seconds"])
-    times = Table(title=f"{STEPS} steps: time relative to {BASELINE}")
-    accuracy = Table(title="relative error against float64")
-    for heading in ("shape", f"{BASELINE} ms", *names[1:], "XXᵀ / torch.mm"):
-        times.add_column(heading, justify="right")
-    for heading in ("shape", *names):
-        accuracy.add_column(heading, justify="right")
-    for result in results:
-        shape = "x".join(map(str, result["shape"]))
-        seconds, products = result["seconds"], result["product_seconds"]
-        base = seconds[BASELINE]
-        times.add_row(
-            shape,
-            f"{base * 1e3:.2f}",
-            *(f"{seconds[name] / base:.2f}" for name in names[1:]),
-            f"{products['gram'] / products['torch.mm']:.2f}",
-        )
-        accuracy.add_row(shape, *(f"{result['error'][name]:.1e}" for name in names))
-    console.print(times)
-    console.print(accuracy)
+def rounds(m: int, n: int, most: int) -> int:
+    """As many as fit the budget, at least three."""
+    plain = operations("plain", m, n)
+    assert plain is not None
+    return int(min(max(FLOP_BUDGET / plain, 3), most))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="three sizes, few repeats")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = argparse.ArgumentParser(description="Ways to orthogonalise a matrix.")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    most = options.repeats or (5 if options.quick else 31)
     generator = torch.Generator().manual_seed(0)
-    rows, most = (QUICK_ROWS, 5) if options.quick else (ROWS, 31)
-    shapes = [(m, aspect) for m in rows for aspect in ASPECTS]
-    results = [measure(m, aspect, generator, most) for m, aspect in track(shapes, "shapes")]
-    show(results, Console())
-    if options.json:
-        write_json(options.json, results)
+    record = Record(options.json)
+    for m in QUICK_ROWS if options.quick else ROWS:
+        for aspect in ASPECTS:
+            shape = m, round(m * aspect)
+            matrix = Shape(decaying_matrix(*shape, generator))
+            for run in runs(options):
+                with run.applied():
+                    found = measure_cases(matrix.cases(run.isa), shape, rounds(*shape, most))
+                record.add(found)
+    record.close()
 
 
 if __name__ == "__main__":

@@ -176,6 +176,8 @@ class Muon(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # A compiled region ends here and goes on behind it: kernels are called by pointer.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimisation step. `closure` reevaluates the model and returns the loss."""
@@ -241,6 +243,7 @@ class Muon(Optimizer):
     def _export_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return export_momentum(param, group, self.state[param])
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step_parameter(self, group_index: int, index: int) -> None:
         """Step `param_groups[group_index]["params"][index]` alone, as `step` would.

@@ -34,6 +34,7 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 KEYS = {
     "name", "shape", "format", "device", "dtype", "status", "detail", "seconds", "median",
     "spread", "baseline", "ratio", "error", "allowed_error", "state_bytes", "bits_per_element",
+    "peak_bytes", "threads", "isa", "work", "roof", "fraction",
 }  # fmt: skip
 PEERS = {
     "torch copy", "torch.mm Gram fp32", "Newton-Schulz fp32", "Newton-Schulz bf16",

@@ -4,6 +4,7 @@
 
 #include "codec.hpp"
 #include "isa.hpp"
+#include "peaks.hpp"
 #include "product.hpp"
 
 namespace py = pybind11;
@@ -49,6 +50,8 @@ PYBIND11_MODULE(_cpu, m) {
           arg("out_stride"), arg("beta"), arg("threads"));
 
     m.def("take_most_workspace", &lowbit::take_most_workspace);
+    m.def("multiply_adds", &lowbit::multiply_adds, release_gil(), arg("type"), arg("iterations"),
+          arg("threads"));
 
     m.def("isa", &lowbit::current_isa);
     m.def("supported_isas", &lowbit::supported_isas);

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_muon.aux_adam import MuonWithAuxAdam
-from lowbit_muon.backends import get_backend
+from lowbit_muon.backends import cpu, get_backend
 from lowbit_muon.benchmark.gates import (
     Passed,
     allowed_gram_error,
@@ -95,6 +95,9 @@ class Prepared:
     call: Callable[[], object]
     passed: Passed | None = None  # what its gate found; None for torch's
     state_bytes: int | None = None
+    peak_bytes: int | None = None
+    work: float | None = None  # operations or bytes of a call
+    roof: str | None = None  # key of the case whose work in a second is the most there can be
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ class Case:
     prepare: Callable[[], Prepared] = field(repr=False)
     dtype: str = "fp32"  # of the tensors that are read and written
     format: str | None = None
-    baseline: str | None = None
+    baseline: str | None = None  # key of another case
     peer: bool = False
+    isa: str | None = None  # level of the CPU kernels that it takes
 
     @property
     def key(self) -> str:
@@ -121,8 +125,13 @@ class Case:
 def make_cases(problem: Problem, formats: Sequence[str]) -> Iterator[Case]:
     """Every case of a problem, peers first."""
     yield from _peers(problem)
+    backend = get_backend(problem.backend, problem.device)
+    isa = cpu.isa() if backend.name == "cpu" else None
     yield Case(
-        "orthogonalize", partial(_prepare_orthogonalize, problem), baseline=PLAIN_NEWTON_SCHULZ
+        "orthogonalize",
+        partial(_prepare_orthogonalize, problem),
+        baseline=PLAIN_NEWTON_SCHULZ,
+        isa=isa,
     )
     for operation, prepare, dtype, baseline in (
         ("step", _prepare_step, problem.dtype_name, TORCH_MUON),
@@ -131,7 +140,7 @@ def make_cases(problem: Problem, formats: Sequence[str]) -> Iterator[Case]:
         ("lut_gram", _prepare_gram, "fp32", PLAIN_GRAM),
     ):
         for name in formats:
-            yield Case(operation, partial(prepare, problem, name), dtype, name, baseline)
+            yield Case(operation, partial(prepare, problem, name), dtype, name, baseline, isa=isa)
 
 
 def _peers(problem: Problem) -> Iterator[Case]:

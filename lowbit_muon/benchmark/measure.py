@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+import torch
 
 from lowbit_muon.benchmark.cases import Case, Prepared, Problem, UnavailableError, make_cases
 from lowbit_muon.benchmark.timing import interleaved, medians, spread
@@ -58,11 +59,33 @@ def measure(
     deadline: float | None = None,
     on_round: Callable[[], None] = lambda: None,
 ) -> list[Result]:
-    """A row for each case of the problem; `deadline` of `time.perf_counter()`: see `interleaved`.
+    """A row for each case of the problem; see `measure_cases`."""
+    return measure_cases(
+        list(make_cases(problem, formats)),
+        problem.shape,
+        repeats,
+        device=problem.device.type,
+        warmup=warmup,
+        deadline=deadline,
+        on_round=on_round,
+    )
 
-    A case that fails, its gate or anything else, is a row with the reason and is not timed.
+
+def measure_cases(
+    cases: Sequence[Case],
+    shape: tuple[int, int],
+    repeats: int,
+    *,
+    device: str = "cpu",
+    warmup: int = 1,
+    deadline: float | None = None,
+    on_round: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """A row for each case at one shape; `deadline` of `time.perf_counter()`: see `interleaved`.
+
+    A case that fails, its gate or anything else, is a row with the reason and is not timed. Roofs
+    are cases as well, timed in the same rounds: a fraction is a ratio of medians.
     """
-    cases = list(make_cases(problem, formats))
     prepared: dict[str, Prepared] = {}
     reasons: dict[str, tuple[Status, str]] = {}
     for case in cases:
@@ -77,63 +100,68 @@ def measure(
         {key: value.call for key, value in prepared.items()},
         repeats,
         warmup,
-        device=problem.device.type,
+        device=device,
         deadline=float("inf") if deadline is None else deadline,
         sample_seconds=SAMPLE_SECONDS,
         on_round=on_round,
     )
     middle = medians(seconds)
-    return [
-        _untimed(problem, case, *reasons[case.key])
-        if case.key in reasons
-        else _timed(problem, case, prepared[case.key], seconds[case.key], middle)
-        for case in cases
-    ]
+    speeds = {
+        key: value.work / middle[key] for key, value in prepared.items() if value.work is not None
+    }
+
+    def row(case: Case) -> Result:
+        status, detail = reasons.get(case.key, ("measured", ""))
+        blank = Result(
+            case.name,
+            shape,
+            case.format,
+            device,
+            case.dtype,
+            status,
+            detail,
+            baseline=case.baseline,
+            threads=torch.get_num_threads() if device == "cpu" else None,
+            isa=case.isa,
+        )
+        if case.key in reasons:
+            return blank
+        return _timed(blank, case, prepared[case.key], seconds[case.key], middle, speeds)
+
+    return [row(case) for case in cases]
 
 
 def _one_line(message: str) -> str:
     return textwrap.shorten(message, DETAIL_CHARACTERS, placeholder=" ...")
 
 
-def _untimed(problem: Problem, case: Case, status: Status, detail: str) -> Result:
-    return Result(
-        case.name,
-        problem.shape,
-        case.format,
-        problem.device.type,
-        case.dtype,
-        status,
-        detail,
-        baseline=case.baseline,
-    )
-
-
 def _timed(
-    problem: Problem,
+    blank: Result,
     case: Case,
     prepared: Prepared,
     seconds: list[float],
     middle: dict[str, float],
+    speeds: dict[str, float],
 ) -> Result:
-    rows, columns = problem.shape
-    median = statistics.median(seconds)
+    """The row with what was measured, beside the medians and speeds of the other cases."""
+    rows, columns = blank.shape
+    median = middle[case.key]
     passed, stored = prepared.passed, prepared.state_bytes
-    return Result(
-        case.name,
-        problem.shape,
-        case.format,
-        problem.device.type,
-        case.dtype,
-        "measured",
+    speed, most = speeds.get(case.key), speeds.get(prepared.roof or "")
+    return replace(
+        blank,
         seconds=seconds,
         median=median,
         spread=spread(seconds),
-        baseline=case.baseline,
         ratio=median / middle[case.baseline] if case.baseline in middle else None,
         error=None if passed is None else passed.error,
         allowed_error=None if passed is None else passed.allowed,
         state_bytes=stored,
         bits_per_element=None if stored is None else 8 * stored / (rows * columns),
+        peak_bytes=prepared.peak_bytes,
+        work=prepared.work,
+        roof=prepared.roof,
+        fraction=None if speed is None or most is None else speed / most,
     )
 
 

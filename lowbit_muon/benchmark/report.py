@@ -55,22 +55,28 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
 
     machine: cpu, gpu, cuda, cores, threads, isa, torch, python, system (null: not there).
     results, every key in every row, null (or []) where it does not apply:
-      name: "step", "quantize", "dequantize", "lut_gram", "orthogonalize" or the name of a peer.
-      shape: [rows, columns]; format: name of the state format, null for rows that have none.
-      device: "cpu" or "cuda"; dtype: "fp32", "bf16" or "fp16", of what is read and written.
+      name: "step", "quantize", "dequantize", "lut_gram", "orthogonalize", what a script of bench/
+        times, or the name of a peer or a roof.
+      shape: [rows, columns], [0, 0] for what has no matrix; format: name of the state format, null
+        for rows that have none.
+      device: "cpu" or "cuda"; dtype: "fp32", "bf16" or "fp16", or an integer's name, of what is
+        read and written.
       status: "measured"; "skipped" (a peer that is missing, a product a format does not allow);
         "error" (a gate that failed, or an exception); detail: why, for the last two.
-      seconds: of one call, a number for each round, oldest first; median; spread: interquartile
-        range / median, null for one round.
-      baseline: name of the row of the same shape that it is compared with; ratio: median / its
-        median, below 1 is faster.
+      seconds: of one call, a number for each round, oldest first, [] where none was kept;
+        median; spread: interquartile range / median, null for one round.
+      baseline: name (and format, if it has one) of the row of the same shape, threads and run that
+        it is compared with; ratio: median / its median, below 1 is faster.
       error, allowed_error: what the gate found and allows, relative errors in the Frobenius norm.
       state_bytes: storage of the optimizer's state or of the stored matrix; bits_per_element: the
         same in bits for each element.
       peak_bytes: most that a call held at once above its inputs and state.
-      threads; isa: the level of the CPU kernels; null: as in "machine".
-      work: operations or bytes of a call; roof: the part of the machine that limits it (a row of
-        bench/results/machine.json); fraction: work / median / what that part can do.
+      threads: of torch and the kernels; isa: the level of the CPU kernels, null for what takes none
+        of them.
+      work: operations (a multiply-add is two) or bytes, read and written, of a call, those it
+        really does: a product that computes one triangle has about half of torch.mm's. roof: name
+        of the row of the same run (bench/machine_peaks.py) whose work / median is the most that
+        part of the machine can do; fraction: work / median / that.
     """
     write_document(path, [result.to_dict() for result in results])
 

@@ -3,3 +3,4 @@
 #include "codec.inl"
 #include "product.inl"
 #include "rotation.inl"
+#include "throughput.inl"

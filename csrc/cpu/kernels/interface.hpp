@@ -216,4 +216,12 @@ struct ProductKernels {
     void (*mirror)(float* matrix, size_t stride, size_t begin, size_t end);
 };
 
+// ---- Peaks ----
+
+// Multiplies and adds ones in registers `iterations` times, at most kMostIterations: beyond, sums
+// of floats would no longer grow. Returns how many products that were, 0 for a type that the level
+// has no instruction for.
+constexpr size_t kMostIterations = size_t{1} << 24;
+using PeakKernel = double (*)(WordType type, size_t iterations);
+
 }  // namespace lowbit

@@ -1,0 +1,116 @@
+"""What this machine can do at most: multiply-adds in registers, copies, torch's bfloat16 product.
+
+    python -m bench.machine_peaks [--quick] [--isas LEVEL ...] [--threads N ...] [--json FILE]
+
+fp32, int16, int8 LEVEL  independent chains of the instructions that our matrix products of floats
+                         and codes take on that instruction-set level (int8 only with VNNI), on
+                         operands in registers; csrc/cpu/kernels/throughput.inl
+copy from memory, in L2  torch's copy of 128 MiB, and of 256 KiB a thread; bytes read and written
+torch.mm bf16            a product of 1024 x 1024 matrices: the best seen in bfloat16, not a peak
+
+Other benchmarks time the roofs they need in the same rounds as everything else and take fractions
+of them, so that both see the same clock and the same neighbours; here they stand alone. torch
+chooses its own instructions when it is imported: its roof is the highest level's, unless
+ONEDNN_MAX_CPU_ISA or MKL_ENABLE_INSTRUCTIONS keep it lower.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
+
+import torch
+
+from bench.harness import Record, Run, add_options, product_operations, runs
+from lowbit_muon.backends import cpu
+from lowbit_muon.benchmark.cases import Case, Prepared
+from lowbit_muon.benchmark.gates import GateError
+from lowbit_muon.benchmark.measure import Result, measure_cases
+
+FROM_MEMORY, IN_L2, BF16_PRODUCT = "copy from memory", "copy in L2", "torch.mm bf16"
+MEMORY_BYTES = 128 * 2**20  # of source and of target: four times a last-level cache of 32 MiB
+L2_BYTES = 256 * 2**10  # of source and of target for each thread: half of an L2 cache of 1 MiB
+BF16_SIZE = 1024
+ITERATIONS = 200_000  # of the chains: 0.3 to 3 ms
+WORDS = {"fp32": "float32", "int16": "int16", "int8": "int8"}
+
+
+def best_isa() -> str:
+    """The highest level of this processor, which torch takes by itself."""
+    return cpu.supported_isas()[-1]
+
+
+@cache
+def code_type(isa: str) -> str:
+    """What the kernels of a level multiply codes as: "int8" or "int16"."""
+    with Run(isa, 1).applied():
+        try:
+            cpu.multiply_adds("int8", 1)
+        except ValueError:
+            return "int16"
+    return "int8"
+
+
+def roofs(keys: Iterable[str]) -> list[Case]:
+    """The roofs of these names, each once: "fp32 avx2", `FROM_MEMORY`, ..."""
+    return [_roof(key) for key in sorted(set(keys))]
+
+
+def _roof(key: str) -> Case:
+    if key == BF16_PRODUCT:
+        return Case(key, _prepare_bf16_product, "bf16", peer=True)
+    if key in (FROM_MEMORY, IN_L2):
+        return Case(key, partial(_prepare_copy, key), peer=True)
+    dtype, isa = key.split()
+    return Case(key, partial(_prepare_chains, dtype, isa), dtype, isa=isa)
+
+
+def _prepare_chains(dtype: str, isa: str) -> Prepared:
+    def chains(iterations: int) -> int:
+        # The level in use may be another: the roof of what torch does is the highest level's.
+        with Run(isa, torch.get_num_threads()).applied():
+            return cpu.multiply_adds(WORDS[dtype], iterations)
+
+    products = chains(ITERATIONS)
+    if products != ITERATIONS * chains(1):
+        raise GateError(f"products: expected {ITERATIONS} times {chains(1)}, got {products}")
+    return Prepared(lambda: chains(ITERATIONS), work=2.0 * products, roof=f"{dtype} {isa}")
+
+
+def _prepare_copy(key: str) -> Prepared:
+    size = MEMORY_BYTES if key == FROM_MEMORY else L2_BYTES * torch.get_num_threads()
+    source = torch.ones(size // 4)
+    target = source.clone()
+    return Prepared(lambda: target.copy_(source), work=2.0 * source.nbytes, roof=key)
+
+
+def _prepare_bf16_product() -> Prepared:
+    a = torch.randn(BF16_SIZE, BF16_SIZE).bfloat16()
+    out = torch.mm(a, a)
+    work = product_operations(BF16_SIZE, BF16_SIZE, BF16_SIZE)
+    return Prepared(lambda: torch.mm(a, a, out=out), work=work, roof=BF16_PRODUCT)
+
+
+def measure(run: Run, repeats: int, *, shared: bool) -> list[Result]:
+    """Every roof of a level, and those that do not depend on it if `shared`."""
+    keys = {f"fp32 {run.isa}", f"int16 {run.isa}", f"{code_type(run.isa)} {run.isa}"}
+    keys |= {FROM_MEMORY, IN_L2, BF16_PRODUCT} if shared else set()
+    with run.applied():
+        return measure_cases(roofs(keys), (0, 0), repeats)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="What this machine can do at most.")
+    add_options(parser, isas=cpu.supported_isas(), threads=(1, torch.get_num_threads()))
+    options = parser.parse_args(arguments)
+    repeats = options.repeats or (5 if options.quick else 15)
+    record = Record(options.json)
+    for run in runs(options):
+        record.add(measure(run, repeats, shared=run.isa == options.isas[-1]))
+    record.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Gradient release in a loop of Accelerate's, with accumulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+
+from tiny_llama import make_examples, make_model  # noqa: E402
+
+from lowbit_muon import MuonWithAuxAdam, attach_gradient_release, muon_param_groups  # noqa: E402
+
+
+def train(*, released: bool) -> list[Tensor]:
+    """Weights after two steps of two batches."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = make_model()
+    optimizer = MuonWithAuxAdam(muon_param_groups(model))
+    model, prepared = accelerator.prepare(model, optimizer)
+    release = attach_gradient_release(model, optimizer) if released else None
+    for example in make_examples(4):
+        with accelerator.accumulate(model):
+            loss = model(**{name: row[None] for name, row in example.items()}).loss
+            if release is not None and not accelerator.sync_gradients:
+                with release.accumulating():
+                    accelerator.backward(loss)
+            else:
+                accelerator.backward(loss)
+            has_gradients = any(param.grad is not None for param in model.parameters())
+            assert has_gradients != (released and accelerator.sync_gradients)
+            prepared.step()
+            prepared.zero_grad()
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def test_weights_are_those_of_the_usual_loop() -> None:
+    for usual, released in zip(train(released=False), train(released=True), strict=True):
+        assert torch.equal(usual, released)
