@@ -1,6 +1,7 @@
 """Muon with 4-bit momentum: a drop-in for `torch.optim.Muon`."""
 
 from lowbit_muon.aux_adam import MuonWithAuxAdam
+from lowbit_muon.diagnosis import Diagnosis
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.integrations.gradient_release import GradientRelease, attach_gradient_release
 from lowbit_muon.momentum_state import NonFiniteGradientError
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Diagnosis",
     "GradientRelease",
     "Muon",
     "MuonWithAuxAdam",

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lowbit_muon.checkpoint import SavedState
 from lowbit_muon.checkpoint_adam import convert_adam, read_moments
 from lowbit_muon.checks import is_real_number
+from lowbit_muon.diagnosis import Diagnosis
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import AdjustLr, NsDtype, count_skipped
 from lowbit_muon.muon import DEFAULT_COEFFICIENTS, Muon
@@ -152,6 +153,9 @@ class MuonWithAuxAdam(Muon):
             engine = self._engine(group["aux_adam"], finite)
             engine.param_groups = [_engine_group(engine, group, finite)]
             engine.step()
+
+    def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
+        return super()._diagnose_group(group) if group["use_muon"] else iter(())
 
     def _engine(self, kind: str, params: list[Tensor]) -> Optimizer:
         """An optimizer that works on our state. It has none of its own but bitsandbytes' tables."""

@@ -21,6 +21,7 @@ from lowbit_muon.checkpoint_momentum import (
 )
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.device_step import DeviceStep, host_counters
+from lowbit_muon.diagnosis import Diagnosis, diagnose_matrix
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import (
     AdjustLr,
@@ -201,6 +202,39 @@ class Muon(Optimizer):
             if isinstance(value, Tensor)
         }
         return sum(storages.values())
+
+    @torch.no_grad()
+    def diagnose(self) -> list[Diagnosis]:
+        """What storing the momentum does to each matrix's update (`lowbit_muon.Diagnosis`).
+
+        After the backward pass, while gradients are there, it is exact for the next step; at other
+        times it is an estimate from the stored spectrum. Takes a singular value decomposition and
+        two orthogonalisations a matrix, and changes nothing. Parameters without a state, and those
+        that AdamW takes, are left out.
+        """
+        return [found for group in self.param_groups for found in self._diagnose_group(group)]
+
+    def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
+        step = GroupStep.from_group(group)
+        names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
+        for name, param in zip(names, group["params"], strict=True):
+            state = host_counters(self.state[param]) if param in self.state else {}
+            if not state:
+                continue
+            grad = None if param.grad is None else flatten(param.grad, group)
+            if grad is not None and not bool(grad.isfinite().all()):
+                grad = None
+            views = matrix_views(param, group)
+            for index, view in enumerate(views):
+                yield diagnose_matrix(
+                    read_matrix(state, view, step.state_format),
+                    None if grad is None else grad[view.rows],
+                    name=name if len(views) == 1 else f"{name}[{index}]",
+                    steps=int(state["step"]),
+                    skipped=int(state["skipped"]),
+                    decay=step.momentum,
+                    coefficients=tuple(step.coefficients),
+                )
 
     def state_dict(self) -> StateDict:
         """As torch's, with our format version in each group; tensors and plain values only."""

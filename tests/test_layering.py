@@ -28,7 +28,7 @@ LAYERS = (
     ("matrix_batch", "batched_update"),
     ("checkpoint",),
     ("checkpoint_momentum", "checkpoint_adam"),
-    ("group_step", "device_step"),
+    ("group_step", "device_step", "diagnosis"),
     ("muon",),
     ("param_groups", "aux_adam"),
     ("integrations",),

@@ -1,0 +1,144 @@
+"""What storing a momentum in few bits does to its update, matrix by matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.reference import unpack
+from lowbit_muon.momentum_state import NORM_EPS
+from lowbit_muon.newton_schulz import Triple, orthogonalize
+from lowbit_muon.quantized_matrix import QuantizedMatrix, orient, quantize
+
+TURNED_COLUMNS = 128  # at once: entries of a sum of so many are close to normal
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One matrix of an optimizer.
+
+    name: of its parameter, with the index of the matrix behind it if there are several.
+    shape: [rows, columns]; state_format: name of the format; nbytes, bits_per_element: storage.
+    steps, skipped: of the parameter so far: updates, and gradients with inf or nan.
+    direction_error: error of the update after Newton-Schulz if the momentum is stored once more in
+        its format, relative, in the Frobenius norm; None for a momentum of zeros. Errors of
+        earlier steps add to it: in a closed loop 4-bit codes have about two and a half times that.
+    with_gradient: it is that of the next step's momentum, whose gradient was there. Otherwise it is
+        that of a matrix with the stored momentum's singular values and left vectors, but entries
+        close to normal: stored values themselves would be stored again without any error. For
+        formats that do not rotate, outliers of the real matrix may make it worse.
+    effective_rank: exp of the entropy of the singular values (Roy and Vetterli, 2007).
+    stable_rank: squared Frobenius norm over squared largest singular value.
+    end_codes: share of codes at the lowest and highest level, where entries are clipped; None for
+        formats without codes.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    state_format: str
+    nbytes: int
+    bits_per_element: float
+    steps: int
+    skipped: int
+    direction_error: float | None
+    with_gradient: bool
+    effective_rank: float
+    stable_rank: float
+    end_codes: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON and loggers."""
+        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+
+
+def diagnose_matrix(
+    stored: QuantizedMatrix,
+    grad: Tensor | None,  # [rows, columns], finite
+    *,
+    name: str,
+    steps: int,
+    skipped: int,
+    decay: float,
+    coefficients: tuple[Triple, ...],
+) -> Diagnosis:
+    """The diagnosis of one stored matrix; `grad` is that of the next step, if there is one."""
+    momentum = orient(stored.dequantize())
+    singular_values = torch.linalg.svdvals(momentum)
+    if grad is not None:
+        sample = _next_momentum(stored, momentum, orient(grad).float(), decay)
+    else:
+        sample = turned(momentum)
+    return Diagnosis(
+        name=name,
+        shape=stored.shape,
+        state_format=stored.state_format.name,
+        nbytes=stored.nbytes,
+        bits_per_element=stored.bits_per_element,
+        steps=steps,
+        skipped=skipped,
+        direction_error=_direction_error(stored, sample, coefficients),
+        with_gradient=grad is not None,
+        effective_rank=effective_rank(singular_values),
+        stable_rank=stable_rank(singular_values),
+        end_codes=end_codes(stored),
+    )
+
+
+def _next_momentum(stored: QuantizedMatrix, momentum: Tensor, grad: Tensor, decay: float) -> Tensor:
+    """decay * M + (1 - decay) * G, or as formats that normalise take it."""
+    if stored.state_format.normalize:
+        return decay * momentum + grad / (grad.norm() + NORM_EPS)
+    return decay * momentum + (1 - decay) * grad
+
+
+def turned(matrix: Tensor) -> Tensor:
+    """The matrix [m, n] times an orthogonal matrix that mixes columns; always the same one."""
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for part in matrix.split(TURNED_COLUMNS, dim=1):
+        size = part.shape[1]
+        q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
+        parts.append(part @ q.to(part.device))
+    return torch.cat(parts, dim=1)
+
+
+def _direction_error(
+    stored: QuantizedMatrix, sample: Tensor, coefficients: tuple[Triple, ...]
+) -> float | None:
+    """Of the update of `sample` [m, n] stored once."""
+    # In the matrix's own orientation: factors and scales go by it.
+    sample = sample if stored.shape[0] <= stored.shape[1] else sample.mT.contiguous()
+    decoded = quantize(sample, stored.state_format).dequantize()
+    exact, found = (
+        orthogonalize(orient(x), len(coefficients), coefficients) for x in (sample, decoded)
+    )
+    size = float(exact.norm())
+    return float((found - exact).norm()) / size if size > 0 else None
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """exp of the entropy of the singular values [m], as shares of their sum; 0 for zeros."""
+    shares = singular_values[singular_values > 0]
+    shares = shares / shares.sum()
+    return float((-(shares * shares.log()).sum()).exp()) if shares.numel() else 0.0
+
+
+def stable_rank(singular_values: Tensor) -> float:
+    """Sum of squares over the largest square; 0 for zeros."""
+    if not singular_values.numel() or not float(singular_values[0]) > 0:
+        return 0.0
+    return float((singular_values / singular_values[0]).square().sum())
+
+
+def end_codes(stored: QuantizedMatrix) -> float | None:
+    """Share of codes at both ends of the codebook."""
+    if stored.state_format.is_dense or not stored.shape[0] * stored.shape[1]:
+        return None
+    layout = stored.state_format.code_layout()
+    highest = len(stored.state_format.code_book().levels) - 1
+    codes = unpack(stored.tensors["codes"].cpu(), layout, max(stored.shape))
+    return float(((codes == 0) | (codes == highest)).double().mean())
