@@ -33,6 +33,7 @@ from lowbit_muon.finetune.training import FinetuneRun
 
 GIB = 2**30
 UNLIMITED = 0
+LIMITS = [16.0, 8.0, 4.0, 3.0]
 # name -> settings of the fine-tune
 RUNS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw"},
@@ -50,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="fine-tuning under limits of the address space")
-    parser.add_argument("--limits", type=float, nargs="*", default=[16.0, 8.0, 4.0], help="GiB")
+    parser.add_argument("--limits", type=float, nargs="*", default=LIMITS, help="GiB")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -60,14 +61,23 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(run_here(**json.loads(options.child))))
         return
     console = Console()
-    cases = [(limit, name) for limit in (UNLIMITED, *options.limits) for name in RUNS]
-    rows = [
-        run_in_process(name, limit, options.steps, options.model)
-        for limit, name in track(cases, "runs", console=console)
-    ]
+    rows = []
+    for name in track(RUNS, "optimizers", console=console):
+        rows += ladder(name, options.limits, options.steps, options.model)
     show(rows, console)
     if options.json:
         write_json(options.json, {"steps": options.steps, "model": options.model, "rows": rows})
+
+
+def ladder(name: str, limits: list[float], steps: int, model: str) -> list[dict[str, Any]]:
+    """Rows without a limit and with each, smallest first; what fits in one fits in larger ones."""
+    rows = [run_in_process(name, UNLIMITED, steps, model)]
+    for limit in sorted(limits):
+        if any(row["limit_gib"] and row["completed"] for row in rows):
+            rows.append({"name": name, "limit_gib": limit, "completed": True, "implied": True})
+        else:
+            rows.append(run_in_process(name, limit, steps, model))
+    return rows
 
 
 def run_in_process(name: str, limit_gib: float, steps: int, model: str) -> dict[str, Any]:
@@ -99,11 +109,21 @@ def run_here(name: str, limit_gib: float, steps: int, model: str) -> dict[str, A
         losses = [run.step() for _ in range(steps)]
     return {
         "peak_resident_bytes": peak_memory_bytes(),
+        "peak_address_space_bytes": peak_address_space(),
         "state_bytes": run.optimizer.state_bytes(),
         "gradient_bytes": watch.most,
         "weight_bytes": sum(p.nbytes for p in run.model.parameters()),
         "last_loss": losses[-1],
     }
+
+
+def peak_address_space() -> int | None:
+    """Most of the address space that this process had, bytes; None where nothing says so."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmPeak:"))
+    return int(line.split()[1]) * 1024
 
 
 class GradientWatch:
@@ -123,7 +143,7 @@ class GradientWatch:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """A row for each optimizer: bytes without a limit, then whether it completes under each."""
-    limits = list(dict.fromkeys(row["limit_gib"] for row in rows if row["limit_gib"]))
+    limits = sorted({row["limit_gib"] for row in rows if row["limit_gib"]}, reverse=True)
     table = Table(title=f"full fine-tune, torch {torch.__version__}, MiB")
     for heading in ("optimizer", "state", "gradients", "peak resident"):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")

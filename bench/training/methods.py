@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
-from lowbit_muon import MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
+from lowbit_muon import PRESETS, MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
 from lowbit_muon.aux_adam import AuxAdam
-from lowbit_muon.finetune.settings import ADAMW_METHODS, FORMATS_WITHOUT_NESTEROV
+from lowbit_muon.finetune.settings import ADAMW_METHODS
 
 BASELINE = "fp32"
 AUX_LR = 3e-3  # of embeddings, head, norms and biases, by torch.optim.AdamW in every Muon method
@@ -43,8 +44,18 @@ METHODS = {
         *_formats(BASELINE, "linear8", "spectral8", "spectral4", "spectral3", "spectral2"),
         *_formats("mulaw4", "mulaw8", "nf4"),
         Method(MUONQ_TORCH_MOMENTUM.name, MUONQ_TORCH_MOMENTUM),
-        # As published: normalised gradients and momentum, no Nesterov; another update rule.
-        *(Method(n, n, nesterov=False, tuned_as=n) for n in FORMATS_WITHOUT_NESTEROV),
+        # As published: normalised gradients and momentum, no Nesterov; another update rule. And
+        # that rule with the momentum in other formats, to tell the rule from the storage.
+        Method("muonq4", "muonq4", nesterov=False, tuned_as="muonq4"),
+        *(
+            Method(
+                f"{name}, MuonQ's rule",
+                dataclasses.replace(PRESETS[name], name=name, normalize=True),
+                nesterov=False,
+                tuned_as="muonq4",
+            )
+            for name in ("fp32", "spectral4")
+        ),
         *(Method(n, None, tuned_as=ADAMW_METHODS[0]) for n in ADAMW_METHODS),
     )
 }
