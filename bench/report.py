@@ -1,8 +1,8 @@
-"""README's tables of measurements, from the results in bench/results.
+"""The tables of measurements in README.md and bench/results/README.md, from bench/results/*.json.
 
-    python -m bench.report          writes them between README's markers
+    python -m bench.report          writes them between the markers of both files
 
-A marker is <!-- report: NAME -->, up to <!-- /report -->; a test holds README to the results.
+A marker is <!-- report: NAME -->, up to <!-- /report -->; a test holds both files to the results.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 from bench.fidelity import pareto_front
 from bench.gpu.roofline import markdown as paper
-from bench.training.report import bits_of, cells, seed_spread
+from bench.training.report import Row, bits_of, cells
 from bench.training.report import rows as training_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+# The figures that users look for first, and all of them.
+FILES = (ROOT / "README.md", RESULTS / "README.md")
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices
 _BLOCK = re.compile(r"(<!-- report: (\w+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
@@ -68,32 +69,53 @@ def fidelity_training() -> str:
 
 
 def step() -> str:
-    """One optimizer step, in ratios."""
-    runs = [
-        {row["optimizer"]: row for row in results(name)["rows"]}
-        for name in ("step", "step_without_bf16", "step_1024x4096")
-    ]
-    usual, without_bf16, wide = runs
-    rows = []
-    for name, row in usual.items():
-        peer = name in ("torch.optim.Muon", "fp32 Newton-Schulz")
-        rows.append(
-            [
-                name if peer else f"ours, `{name}`",
-                f"{row['against full']:.2f}",
-                f"{row['against shipped']:.2f}",
-                f"{without_bf16[name]['against shipped']:.2f}",
-                f"{wide[name]['against full']:.2f}",
-                f"{row['state bytes'] / 2**20:.1f}",
-                f"{row['peak / largest matrix']:.1f}",
-            ]
+    """One optimizer step, in ratios: ours first, then the others, quickest first."""
+    usual, wide, without_bf16 = (
+        step_rows(name) for name in ("step", "step_1024x4096", "step_without_bf16")
+    )
+    largest = max(rows * columns for rows, columns in results("step")["shapes"])
+    rows = [
+        [
+            f"ours, {name}" if ours else name,
+            ratio(row),
+            ratio(wide.get((ours, name))),
+            ratio(without_bf16.get((ours, name))),
+            f"{row['state_bytes'] / 2**20:.1f}",
+            f"{row['peak_bytes'] / (4 * largest):.1f}",
+        ]
+        for (ours, name), row in sorted(
+            usual.items(), key=lambda item: (-item[0][0], item[1]["median"])
         )
+    ]
     headings = (
-        "", "x fp32 Newton-Schulz", "x torch.optim.Muon as shipped",
-        "same, oneDNN without bf16 units", "1024x4096: x fp32", "state MiB",
-        "peak / largest matrix",
+        "", "x torch.optim.Muon", "1024x4096", "without bf16 units", "state MiB", "peak",
     )  # fmt: skip
-    return table(headings, rows)
+    return table(headings, rows) + "".join(step_notes())
+
+
+def step_rows(name: str) -> dict[tuple[bool, str], dict[str, Any]]:
+    """(whether it is ours, what it is called) -> row that was timed."""
+    found = {}
+    for row in results(name)["rows"]:
+        if row["median"] is not None:
+            stored = ', `ns_input="stored"`' if "stored" in row["name"] else ""
+            ours = row["format"] is not None
+            found[ours, f"`{row['format']}`{stored}" if ours else row["name"]] = row
+    return found
+
+
+def ratio(row: dict[str, Any] | None) -> str:
+    """To torch.optim.Muon's time, which has none itself; "" for a row that is not there."""
+    if row is None:
+        return ""
+    return "1.00" if row["ratio"] is None else f"{row['ratio']:.2f}"
+
+
+def step_notes() -> list[str]:
+    """Why some optimizers have no row."""
+    rows = [row for row in results("step")["rows"] if row["median"] is None]
+    lines = [f"- {row['name']}: {row['status']}: {row['detail']}\n" for row in rows]
+    return ["\nNot timed:\n\n", *lines] if lines else []
 
 
 def kernel_rows(name: str) -> list[dict[str, Any]]:
@@ -190,19 +212,40 @@ def machine() -> str:
 def training() -> str:
     """Held-out loss of the small models."""
     runs = results("training")
-    made = {model: training_rows(runs, model) for model in ("gpt", "llama")}
-    lines = []
-    for method in (row.method for row in made["gpt"]):
-        line = [f"`{method}`", bits_of(method)]
-        for of_model in made.values():
-            unit = seed_spread(of_model)
-            (row,) = (row for row in of_model if row.method == method)
-            line += [f"{row.lr:g}", *cells(row, unit)]
-        lines.append(line)
-    figures = ("lr", "loss", "sd", "minus `fp32`", "in sd of `fp32`")
-    headings = [f"{model}: {figures[0]}" if i == 0 else figure
-                for model in ("GPT", "Llama") for i, figure in enumerate(figures)]  # fmt: skip
+    made = {
+        model: {row.method: row for row in training_rows(runs, model)} for model in ("gpt", "llama")
+    }
+    lines = [
+        [
+            f"`{method}`",
+            bits_of(method),
+            *(text for of_model in made.values() for text in training_cells(of_model[method])),
+        ]
+        for method in made["gpt"]
+    ]
+    figures = ("lr", "seeds", "loss", "sd", "gap", "gap / sd")
+    headings = [f"{model}: {figure}" for model in ("GPT", "Llama") for figure in figures]
     return table(("", "bits", *headings), lines)
+
+
+def training_cells(row: Row) -> list[str]:
+    """Learning rate, then as `bench.training.report.cells`."""
+    return [f"{row.lr:g}", *cells(row)]
+
+
+def memory_limits() -> str:
+    """Which fine-tunes complete under which limit of the address space."""
+    rows = results("memory_limits")["rows"]
+    limits = sorted({row["limit_gib"] for row in rows if row["limit_gib"]}, reverse=True)
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        of_name = {row["limit_gib"]: row for row in rows if row["name"] == name}
+        free = of_name[0]
+        figures = ("state_bytes", "gradient_bytes", "peak_resident_bytes")
+        done = ("yes" if of_name[limit]["completed"] else "no" for limit in limits)
+        lines.append([name, *(f"{free[figure] / 2**20:,.0f}" for figure in figures), *done])
+    headings = ("", "state MiB", "gradients", "peak resident", *(f"{x:g} GiB" for x in limits))
+    return table(headings, lines)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -210,7 +253,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fidelity_training": fidelity_training,
     "step": step,
     "training": training,
+    "memory_limits": memory_limits,
+    "machine": machine,
+    "codec": codec,
     "lut_gemm": lut_gemm,
+    "orthogonalize": orthogonalize,
     "paper": paper,
 }
 
@@ -226,4 +273,5 @@ def blocks(text: str) -> set[str]:
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in FILES:
+        file.write_text(fill(file.read_text(encoding="utf-8")), encoding="utf-8")

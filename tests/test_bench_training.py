@@ -104,9 +104,20 @@ def test_gaps_are_paired_by_seed() -> None:
     }
     baseline, ours = report.rows(runs, "gpt")
     assert ours.gaps == pytest.approx({0: 0.1, 1: 0.3})
-    unit = report.seed_spread([baseline, ours])
-    assert unit == pytest.approx(0.2 / math.sqrt(2))
-    assert report.cells(ours, unit)[2:] == ["+0.2000", "+1.4"]
+    assert ours.unit == baseline.spread == pytest.approx(0.2 / math.sqrt(2))
+    assert report.cells(ours)[3:] == ["+0.2000", "+1.4"]
+    assert report.cells(baseline)[3:] == ["", ""]
+
+
+def test_a_rule_of_its_own_has_a_baseline_of_its_own() -> None:
+    baseline = METHODS["muonq4"].baseline
+    runs = {
+        "a": run_of(BASELINE, 1e-3, 0, 2.0),
+        "b": run_of(baseline, 1e-3, 0, 1.5),
+        "c": run_of("muonq4", 1e-3, 0, 1.75),
+    }
+    found = {row.method: row.gaps for row in report.rows(runs, "gpt")}
+    assert found == {BASELINE: {0: 0.0}, baseline: {0: 0.0}, "muonq4": {0: 0.25}}
 
 
 def test_the_plot_shows_both_models(tmp_path: Path) -> None:

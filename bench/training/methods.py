@@ -15,6 +15,7 @@ from lowbit_muon.aux_adam import AuxAdam
 from lowbit_muon.finetune.settings import ADAMW_METHODS
 
 BASELINE = "fp32"
+MUONQ_BASELINE = "fp32, MuonQ's rule"
 AUX_LR = 3e-3  # of embeddings, head, norms and biases, by torch.optim.AdamW in every Muon method
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1  # of matrices, torch.optim.Muon's default
@@ -26,12 +27,14 @@ class Method:
 
     tuned_as: the method whose best learning rate it takes, itself for one with an update rule of
     its own. A format is a replacement only if it works at the rate that suits fp32.
+    baseline: the method that keeps a full momentum under the same update rule.
     """
 
     name: str
     state_format: str | StateFormat | None  # None: AdamW
     nesterov: bool = True
     tuned_as: str = BASELINE
+    baseline: str = BASELINE
 
 
 def _formats(*names: str) -> list[Method]:
@@ -46,15 +49,15 @@ METHODS = {
         Method(MUONQ_TORCH_MOMENTUM.name, MUONQ_TORCH_MOMENTUM),
         # As published: normalised gradients and momentum, no Nesterov; another update rule. And
         # that rule with the momentum in other formats, to tell the rule from the storage.
-        Method("muonq4", "muonq4", nesterov=False, tuned_as="muonq4"),
         *(
             Method(
-                f"{name}, MuonQ's rule",
+                "muonq4" if name == "muonq4" else f"{name}, MuonQ's rule",
                 dataclasses.replace(PRESETS[name], name=name, normalize=True),
                 nesterov=False,
                 tuned_as="muonq4",
+                baseline=MUONQ_BASELINE,
             )
-            for name in ("fp32", "spectral4")
+            for name in ("fp32", "spectral4", "muonq4")
         ),
         *(Method(n, None, tuned_as=ADAMW_METHODS[0]) for n in ADAMW_METHODS),
     )

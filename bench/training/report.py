@@ -22,7 +22,8 @@ class Row:
     method: str
     lr: float
     losses: dict[int, float]  # final held-out loss by seed
-    gaps: dict[int, float]  # loss minus the baseline's of the same seed
+    gaps: dict[int, float]  # loss minus that of its baseline with the same seed
+    unit: float | None  # standard deviation of the baseline over seeds
     curves: dict[int, list[list[float]]]
     state_bytes: int
 
@@ -34,7 +35,7 @@ class Row:
     @property
     def spread(self) -> float | None:
         """Standard deviation over seeds."""
-        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
+        return standard_deviation(self.losses)
 
     @property
     def gap(self) -> float | None:
@@ -63,37 +64,51 @@ def best_rates(runs: Runs) -> dict[tuple[str, str], float]:
 def rows(runs: Runs, model: str) -> list[Row]:
     """A row for each method that was run on the model, in the order of `METHODS`."""
     rates = best_rates(runs)
-    made: list[Row] = []
-    baseline: dict[int, float] = {}
+    chosen: dict[str, dict[int, Mapping[str, Any]]] = {}
     for name, method in METHODS.items():
-        mine = [r for r in runs.values() if (r["model"], r["method"]) == (model, name)]
         rate = rates.get((model, method.tuned_as))
-        mine = [r for r in mine if rate is None or r["lr"] == rate]
-        if not mine:
-            continue
-        losses = {run["seed"]: final_loss(run) for run in mine}
-        if name == BASELINE:
-            baseline = losses
-        gaps = {seed: loss - baseline[seed] for seed, loss in losses.items() if seed in baseline}
-        curves = {run["seed"]: run["curve"] for run in mine}
-        made.append(Row(name, mine[0]["lr"], losses, gaps, curves, mine[0]["state_bytes"]))
+        for run in runs.values():
+            same = (run["model"], run["method"]) == (model, name)
+            if same and (rate is None or run["lr"] == rate):
+                chosen.setdefault(name, {})[run["seed"]] = run
+    losses = {
+        name: {seed: final_loss(run) for seed, run in by_seed.items()}
+        for name, by_seed in chosen.items()
+    }
+    made = []
+    for name, by_seed in chosen.items():
+        baseline = losses.get(METHODS[name].baseline, {})
+        first = next(iter(by_seed.values()))
+        made.append(
+            Row(
+                method=name,
+                lr=first["lr"],
+                losses=losses[name],
+                gaps={
+                    seed: x - baseline[seed] for seed, x in losses[name].items() if seed in baseline
+                },
+                unit=standard_deviation(baseline),
+                curves={seed: run["curve"] for seed, run in by_seed.items()},
+                state_bytes=first["state_bytes"],
+            )
+        )
     return made
 
 
-def seed_spread(made: list[Row]) -> float | None:
-    """Standard deviation of the baseline over seeds, the unit of the gaps."""
-    return next((row.spread for row in made if row.method == BASELINE), None)
+def standard_deviation(by_seed: Mapping[int, float]) -> float | None:
+    """Over seeds; None for fewer than two."""
+    return statistics.stdev(by_seed.values()) if len(by_seed) > 1 else None
 
 
-def cells(row: Row, unit: float | None) -> list[str]:
-    """Loss, its standard deviation, gap, gap in units of the baseline's standard deviation."""
-    if row.method == BASELINE or row.gap is None:
+def cells(row: Row) -> list[str]:
+    """Seeds, loss, its standard deviation, gap, gap in units of the baseline's deviation."""
+    if row.method == METHODS[row.method].baseline or row.gap is None:
         gap = in_units = ""
     else:
         gap = f"{row.gap:+.4f}"
-        in_units = f"{row.gap / unit:+.1f}" if unit else ""
+        in_units = f"{row.gap / row.unit:+.1f}" if row.unit else ""
     spread = "" if row.spread is None else f"{row.spread:.4f}"
-    return [f"{row.loss:.4f}", spread, gap, in_units]
+    return [str(len(row.losses)), f"{row.loss:.4f}", spread, gap, in_units]
 
 
 def bits_of(method: str) -> str:
@@ -106,15 +121,20 @@ def bits_of(method: str) -> str:
 
 def table(runs: Runs, model: str) -> Table:
     """All methods on one model."""
-    made = rows(runs, model)
-    unit = seed_spread(made)
     found = Table(title=f"{model}: held-out loss, nats a byte")
-    for heading in ("method", "bits", "lr", "seeds", "loss", "sd", "gap", "gap / sd of fp32"):
+    for heading in (
+        "method",
+        "bits",
+        "lr",
+        "seeds",
+        "loss",
+        "sd",
+        "gap",
+        "gap / sd of full momentum",
+    ):
         found.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in made:
-        found.add_row(
-            row.method, bits_of(row.method), f"{row.lr:g}", str(len(row.losses)), *cells(row, unit)
-        )
+    for row in rows(runs, model):
+        found.add_row(row.method, bits_of(row.method), f"{row.lr:g}", *cells(row))
     return found
 
 
