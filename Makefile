@@ -28,15 +28,28 @@ test: venv
 	# Triton's interpreter is chosen when a process first imports it.
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter)
 
+# Two hours on two cores, an hour and a half of it training; alone on the machine.
 bench: venv
-	for name in codec lut_gemm orthogonalize step; do \
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,peers]'
+	# It asks for GPU packages that it does not need here.
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps gram-newton-schulz
+	# Bound to cores, or two threads may share one.
+	export OMP_PROC_BIND=close OMP_PLACES=cores; \
+	for name in codec lut_gemm orthogonalize; do \
 		$(BIN)/python -m bench.$$name --json $(RESULTS)/$$name.json $(ARGS) || exit 1; \
-	done
+	done; \
+	$(BIN)/python -m bench.machine_peaks --json $(RESULTS)/machine.json $(ARGS)
+	$(BIN)/python -m bench.step --json $(RESULTS)/step.json $(ARGS)
+	$(BIN)/python -m bench.sweep --json $(RESULTS)/sweep.json --plot $(RESULTS)/sweep.svg $(ARGS)
 	$(BIN)/python -m bench.step --shape 1024 4096 --repeats 7 --json $(RESULTS)/step_1024x4096.json
 	# As on a CPU without units for bfloat16.
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI $(BIN)/python -m bench.step --layers 2 --repeats 3 \
-		--json $(RESULTS)/step_without_bf16.json
+		--no-peers --json $(RESULTS)/step_without_bf16.json
+	$(BIN)/python -m bench.memory_limits --json $(RESULTS)/memory_limits.json
 	$(BIN)/python -m bench.fidelity --json $(RESULTS)/fidelity.json --plot $(RESULTS)/fidelity.svg
+	$(BIN)/python -m bench.fidelity_training --steps 12 --json $(RESULTS)/fidelity_training.json
+	$(BIN)/python -m bench.training --json $(RESULTS)/training.json --plot $(RESULTS)/training.svg \
+		$(ARGS)
 	$(BIN)/python -m bench.report
 
 lint: venv

@@ -101,7 +101,7 @@ def run_here(name: str, limit_gib: float, steps: int, model: str) -> dict[str, A
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     settings = FinetuneSettings(
         model=model, steps=steps, eval_before=False, sample_tokens=0, save_every=0, threads=1,
-        held_out_tokens=1024, **RUNS[name],
+        held_out_tokens=1024, tokens_per_step=256, **RUNS[name],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run = FinetuneRun(settings, Path(folder), Console(quiet=True))

@@ -15,7 +15,8 @@ from typing import Any
 
 from bench.fidelity import pareto_front
 from bench.gpu.roofline import markdown as paper
-from bench.training.report import Row, bits_of, cells
+from bench.training.methods import METHODS
+from bench.training.report import bits_of, cells
 from bench.training.report import rows as training_rows
 
 ROOT = Path(__file__).parents[1]
@@ -210,27 +211,28 @@ def machine() -> str:
 
 
 def training() -> str:
-    """Held-out loss of the small models."""
+    """Held-out loss of the small models, and below it what rates and seeds they had."""
     runs = results("training")
     made = {
         model: {row.method: row for row in training_rows(runs, model)} for model in ("gpt", "llama")
     }
+    gpt, llama = made["gpt"], made["llama"]
     lines = [
-        [
-            f"`{method}`",
-            bits_of(method),
-            *(text for of_model in made.values() for text in training_cells(of_model[method])),
-        ]
-        for method in made["gpt"]
+        [f"`{method}`", bits_of(method), *cells(gpt[method]), *cells(llama[method])]
+        for method in gpt
     ]
-    figures = ("lr", "seeds", "loss", "sd", "gap", "gap / sd")
+    figures = ("loss ± sd", "gap", "gap / sd")
     headings = [f"{model}: {figure}" for model in ("GPT", "Llama") for figure in figures]
-    return table(("", "bits", *headings), lines)
-
-
-def training_cells(row: Row) -> list[str]:
-    """Learning rate, then as `bench.training.report.cells`."""
-    return [f"{row.lr:g}", *cells(row)]
+    rates = "; ".join(
+        f"{tuned} {gpt[tuned].lr:g} and {llama[tuned].lr:g}"
+        for tuned in dict.fromkeys(METHODS[method].tuned_as for method in gpt)
+    )
+    usual = min(len(row.losses) for row in gpt.values())
+    more = [
+        f"{len(row.losses)} of `{name}`" for name, row in gpt.items() if len(row.losses) > usual
+    ]
+    seeds = ", ".join([f"{usual} seeds", *more])
+    return f"{table(('', 'bits', *headings), lines)}\nLearning rates: {rates}; {seeds}.\n"
 
 
 def memory_limits() -> str:

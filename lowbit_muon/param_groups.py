@@ -166,6 +166,8 @@ def _trainable(model: nn.Module) -> list[_Use]:
             if param.requires_grad:
                 name = f"{path}.{own_name}" if path else own_name
                 use = uses.setdefault(param, _Use(param, name))
+                if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+                    own_name = path.rpartition(".")[2]  # its entries have keys for names
                 use.owners.append((path, module, own_name))
     return list(uses.values())
 
@@ -186,7 +188,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
         find: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
         found = find() if callable(find) else None
         if isinstance(found, nn.Module):
-            heads.add(found)
+            heads.update(found.modules())  # PEFT wraps a head: what trains is inside
         if isinstance(module, nn.Linear):
             if path.rpartition(".")[2] in _HEAD_NAMES:
                 heads.add(module)

@@ -101,14 +101,14 @@ def standard_deviation(by_seed: Mapping[int, float]) -> float | None:
 
 
 def cells(row: Row) -> list[str]:
-    """Seeds, loss, its standard deviation, gap, gap in units of the baseline's deviation."""
+    """Loss and its standard deviation, gap, gap in units of the baseline's deviation."""
     if row.method == METHODS[row.method].baseline or row.gap is None:
         gap = in_units = ""
     else:
         gap = f"{row.gap:+.4f}"
         in_units = f"{row.gap / row.unit:+.1f}" if row.unit else ""
-    spread = "" if row.spread is None else f"{row.spread:.4f}"
-    return [str(len(row.losses)), f"{row.loss:.4f}", spread, gap, in_units]
+    spread = "" if row.spread is None else f" ± {row.spread:.4f}"
+    return [f"{row.loss:.4f}{spread}", gap, in_units]
 
 
 def bits_of(method: str) -> str:
@@ -134,7 +134,9 @@ def table(runs: Runs, model: str) -> Table:
     ):
         found.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows(runs, model):
-        found.add_row(row.method, bits_of(row.method), f"{row.lr:g}", *cells(row))
+        found.add_row(
+            row.method, bits_of(row.method), f"{row.lr:g}", str(len(row.losses)), *cells(row)
+        )
     return found
 
 

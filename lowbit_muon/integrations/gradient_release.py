@@ -120,8 +120,8 @@ def attach_gradient_release(
     Returns the hooks: `accumulating()` for gradient accumulation, `remove()`, `gradient_norm`.
 
     `GradScaler` looks for inf in gradients before the step and cannot be used: train in bfloat16.
-    Activation checkpointing works; with `use_reentrant=True` a parameter that several segments share
-    gets its gradient in parts, and the second raises RuntimeError.
+    Activation checkpointing works; with `use_reentrant=True` a parameter that several segments
+    share gets its gradient in parts, and the second raises RuntimeError.
     DistributedDataParallel and FSDP average gradients after the hooks ran and are refused.
 
     Raises:

@@ -26,6 +26,13 @@ LIBRARIES = (
     "trl.trainer.sft_trainer",
     "lightning.pytorch",
 )
+# Warnings that these libraries cause among themselves.
+THEIR_WARNINGS = (
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning),  # PEFT, of transformers
+    ("`gradient_checkpointing` is deprecated", FutureWarning),  # TRL, of transformers
+    ("`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning),  # Lightning, of torch
+    ("Checkpoint directory .* exists", UserWarning),  # Lightning, of the one it resumes from
+)
 TIMEOUT = 600  # seconds, on a machine that is busy with something else
 
 
@@ -39,14 +46,18 @@ class Result:
 
 def finish(example: str, folder: Path, *, resume: bool = False) -> Result:
     """Run an example to its end."""
-    assert _run(example, folder, resume, None) == 0, (folder / "log").read_text()[-4000:]
-    return Result(**torch.load(folder / "result.pt"))
+    assert _run(example, folder, resume, None) == 0, _log(folder).read_text()[-4000:]
+    return Result(**torch.load(folder.with_suffix(".result")))
 
 
 def kill_after(method: str, example: str, folder: Path) -> None:
     """Run an example and kill it when `method` ("module.Class.method") has returned once."""
     code = _run(example, folder, False, method)
-    assert code == -signal.SIGKILL, (folder / "log").read_text()[-4000:]
+    assert code == -signal.SIGKILL, _log(folder).read_text()[-4000:]
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_suffix(".log")
 
 
 def _run(example: str, folder: Path, resume: bool, fatal: str | None) -> int | None:
@@ -62,7 +73,7 @@ def _run(example: str, folder: Path, resume: bool, fatal: str | None) -> int | N
 
 
 def _child(example: str, folder: Path, resume: bool, fatal: str | None) -> None:
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(_log(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
@@ -71,9 +82,11 @@ def _child(example: str, folder: Path, resume: bool, fatal: str | None) -> None:
         _die_after(fatal)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for message, category in THEIR_WARNINGS:
+            warnings.filterwarnings("ignore", message, category)
         losses, model = main(str(folder), resume)
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    torch.save({"losses": losses, "weights": weights}, folder / "result.pt")
+    torch.save({"losses": losses, "weights": weights}, folder.with_suffix(".result"))
 
 
 def _die_after(method: str) -> None:

@@ -12,6 +12,9 @@ from tiny_llama import make_model  # noqa: E402
 
 from lowbit_muon import muon_param_groups  # noqa: E402
 
+# PEFT reads a property that transformers renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 
 def route(**options: Any) -> tuple[set[str], set[str]]:
     """Names of the parameters that Muon and AdamW take."""
@@ -56,4 +59,10 @@ def test_layers_trained_in_full_are_taken_as_what_they_are() -> None:
     )
     assert all("q_proj.lora_" in name or "o_proj.modules_to_save" in name for name in muon)
     assert sum("o_proj" in name for name in muon) == 2
-    assert len(aux) == 3
+    assert len(aux) == 2 + 5  # embedding, head and every norm
+    assert all("embed_tokens" in name or "lm_head" in name or "norm" in name for name in aux)
+
+
+def test_tokens_trained_one_by_one_go_to_adamw() -> None:
+    _, aux = route(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    assert [name.split(".")[-2] for name in aux] == ["trainable_tokens_delta"]
