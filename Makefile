@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := bench/results
+ISAS ?= avx2 avx512 avx512vnni
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -28,15 +29,15 @@ test: venv
 	# Triton's interpreter is chosen when a process first imports it.
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter)
 
-# Two hours on two cores, an hour and a half of it training; alone on the machine.
+# Some two hours on two cores, most of it training; alone on the machine.
 bench: venv
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,peers]'
 	# It asks for GPU packages that it does not need here.
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps gram-newton-schulz
 	# Bound to cores, or two threads may share one.
 	export OMP_PROC_BIND=close OMP_PLACES=cores; \
-	for name in codec lut_gemm orthogonalize; do \
-		$(BIN)/python -m bench.$$name --json $(RESULTS)/$$name.json $(ARGS) || exit 1; \
+	for name in codec orthogonalize "lut_gemm --isas $(ISAS) --threads 1 2"; do \
+		$(BIN)/python -m bench.$$name --json $(RESULTS)/$${name%% *}.json $(ARGS) || exit 1; \
 	done; \
 	$(BIN)/python -m bench.machine_peaks --json $(RESULTS)/machine.json $(ARGS)
 	$(BIN)/python -m bench.step --json $(RESULTS)/step.json $(ARGS)
@@ -48,8 +49,9 @@ bench: venv
 	$(BIN)/python -m bench.memory_limits --json $(RESULTS)/memory_limits.json
 	$(BIN)/python -m bench.fidelity --json $(RESULTS)/fidelity.json --plot $(RESULTS)/fidelity.svg
 	$(BIN)/python -m bench.fidelity_training --steps 12 --json $(RESULTS)/fidelity_training.json
+	$(BIN)/python -m bench.training --json $(RESULTS)/training.json $(ARGS)
 	$(BIN)/python -m bench.training --json $(RESULTS)/training.json --plot $(RESULTS)/training.svg \
-		$(ARGS)
+		--methods 'fp32;spectral4' --seeds 6 $(ARGS)
 	$(BIN)/python -m bench.report
 
 lint: venv

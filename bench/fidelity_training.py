@@ -1,6 +1,6 @@
 """How far each state format moves the update, on the momentum of the real fine-tune.
 
-    python -m bench.fidelity_training [--steps N] [--layers 2,14,27] [--json FILE]
+    python -m bench.fidelity_training [--quick] [--steps N] [--layers 2,14,27] [--json FILE]
 
 Trains SmolLM2-135M with fp32 Muon as `lowbit-muon finetune` does and, beside it, runs the momentum
 of every matrix of some layers through each format. Errors are relative, in the Frobenius norm,
@@ -155,10 +155,13 @@ def show(results: dict[str, dict[str, float]], console: Console) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="error of each state format on real momentum")
+    parser.add_argument("--quick", action="store_true", help="two steps, one layer")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--layers", default="2,14,27")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.steps, options.layers = 2, "14"
     console = Console()
     results: dict[str, Any] = measure(
         options.steps, [int(layer) for layer in options.layers.split(",")], console

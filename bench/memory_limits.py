@@ -1,6 +1,6 @@
 """Which optimizers fit: full fine-tuning of SmolLM2-135M under limits of the address space.
 
-    python -m bench.memory_limits [--limits GIB ...] [--steps N] [--json FILE]
+    python -m bench.memory_limits [--quick] [--limits GIB ...] [--steps N] [--json FILE]
 
 Each run is a process of its own, one thread, with RLIMIT_AS as `ulimit -v` sets it: allocations
 beyond it fail. A run completes if all its steps do. Reported are its largest resident size, the
@@ -51,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="fine-tuning under limits of the address space")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, no limits, one step")
     parser.add_argument("--limits", type=float, nargs="*", default=LIMITS, help="GiB")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.child:
         print(json.dumps(run_here(**json.loads(options.child))))
         return
+    if options.quick:
+        options.limits, options.steps, options.model = [], 1, "tiny"
     console = Console()
     rows = []
     for name in track(RUNS, "optimizers", console=console):

@@ -165,6 +165,30 @@ def lut_gemm() -> str:
     return by_shape(found, shapes, list(names), lambda row: f"{1 / row['ratio']:.1f}{of_roof(row)}")
 
 
+ISA_SHAPE = "1024x4096"
+
+
+def isas() -> str:
+    """Products of codes by instruction set and threads, times as fast as torch.mm (of roof)."""
+    rows = [r for r in results("lut_gemm") if r["ratio"] is not None and shape(r) == ISA_SHAPE]
+    ours = {(r["name"], r["isa"], r["threads"]): r for r in rows if r["isa"] in ISAS}
+    columns = sorted(
+        {(isa, threads) for _, isa, threads in ours}, key=lambda key: (ISAS.index(key[0]), key[1])
+    )
+    headings = (f"{isa}, {threads}" for isa, threads in columns)
+    return table(
+        ("level, threads", *headings),
+        (
+            [name, *(_cell(ours.get((name, *column))) for column in columns)]
+            for name in dict.fromkeys(name for name, _, _ in ours)
+        ),
+    )
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{1 / row['ratio']:.1f}{of_roof(row)}"
+
+
 def orthogonalize() -> str:
     """Times the time of the plain float32 iteration (share of their roof)."""
     found = with_most_threads(kernel_rows("orthogonalize"))
@@ -259,6 +283,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "machine": machine,
     "codec": codec,
     "lut_gemm": lut_gemm,
+    "isas": isas,
     "orthogonalize": orthogonalize,
     "paper": paper,
 }

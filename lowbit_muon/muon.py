@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
@@ -48,6 +49,24 @@ from lowbit_muon.quantized_matrix import QuantizedMatrix
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
+
+
+def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method at which a region of torch.compile ends, to go on behind it.
+
+    Kernels are called by pointer, which the compiler cannot follow. `torch.compiler.disable` itself
+    imports the compiler, and Triton with it, so it waits for the first call.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def disabled() -> Callable[..., Any]:
+        return torch.compiler.disable(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled()(*args, **kwargs)
+
+    return call
 
 
 class Muon(Optimizer):
@@ -177,8 +196,7 @@ class Muon(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    # A compiled region ends here and goes on behind it: kernels are called by pointer.
-    @torch.compiler.disable
+    @outside_compiled_regions
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimisation step. `closure` reevaluates the model and returns the loss."""
@@ -277,7 +295,7 @@ class Muon(Optimizer):
     def _export_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return export_momentum(param, group, self.state[param])
 
-    @torch.compiler.disable
+    @outside_compiled_regions
     @torch.no_grad()
     def step_parameter(self, group_index: int, index: int) -> None:
         """Step `param_groups[group_index]["params"][index]` alone, as `step` would.
