@@ -29,7 +29,7 @@ test: venv
 	# Triton's interpreter is chosen when a process first imports it.
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter)
 
-# Some two hours on two cores, most of it training; alone on the machine.
+# An hour of training and half an hour of timings on two cores; alone on the machine.
 bench: venv
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,peers]'
 	# It asks for GPU packages that it does not need here.

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.fidelity import relative_error
 from bench.harness import write_json
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
@@ -91,11 +92,6 @@ class Watched:
                 "cosine": float((closed * step).sum() / (closed.norm() * step.norm())),
             }
         return found
-
-
-def relative_error(approximation: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference relative to the exact matrix."""
-    return float((approximation - exact).norm() / exact.norm())
 
 
 def measure(steps: int, layers: list[int], console: Console) -> dict[str, dict[str, float]]:

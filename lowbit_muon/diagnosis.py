@@ -26,7 +26,8 @@ class Diagnosis:
     steps, skipped: of the parameter so far: updates, and gradients with inf or nan.
     direction_error: error of the update after Newton-Schulz if the momentum is stored once more in
         its format, relative, in the Frobenius norm; None for a momentum of zeros. Errors of
-        earlier steps add to it: in a closed loop 4-bit codes have about two and a half times that.
+        earlier steps add to it: `spectral4` has 0.35 in a closed loop against 0.145 stored once
+        (`python -m bench.fidelity_training --steps 12`).
     with_gradient: it is that of the next step's momentum, whose gradient was there. Otherwise it is
         that of a matrix with the stored momentum's singular values and left vectors, but entries
         close to normal: stored values themselves would be stored again without any error. For

@@ -73,8 +73,9 @@ def test_without_a_gradient_it_is_an_estimate_of_the_same() -> None:
     (estimate,) = optimizer.diagnose()
     assert not estimate.with_gradient
     assert exact.direction_error is not None
-    # Not the same matrix: the stored one lacks a gradient. Both are draws of one distribution.
-    assert estimate.direction_error == pytest.approx(exact.direction_error, rel=0.5)
+    # Another matrix, without the last gradient, and another draw of the noise of 48 x 96 entries,
+    # whose norm varies by 1 / sqrt(2 * 4608) = 1%; a tenth leaves room for the other spectrum.
+    assert estimate.direction_error == pytest.approx(exact.direction_error, rel=0.1)
 
 
 def test_nothing_changes() -> None:

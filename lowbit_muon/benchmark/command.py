@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lowbit_muon.backends import BACKEND_NAMES, get_backend
 from lowbit_muon.benchmark.cases import DTYPES, Problem
@@ -228,5 +235,5 @@ def _measure_all(
     return results
 
 
-def _advance(bar: Progress, task: object) -> Callable[[], None]:
-    return lambda: bar.advance(task)  # type: ignore[arg-type]
+def _advance(bar: Progress, task: TaskID) -> Callable[[], None]:
+    return lambda: bar.advance(task)

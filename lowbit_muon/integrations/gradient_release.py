@@ -107,7 +107,8 @@ def attach_gradient_release(
     arXiv 2306.09782, section 3.1, for an optimizer with state). The training loop stays as it is:
     `optimizer.step()` finds no gradients left and only ends the step, for schedulers too. Weights
     and states are those of the loop without release, except that `nonfinite="raise"` raises in the
-    middle of a backward pass, when parameters of later layers have been updated.
+    middle of a backward pass, when parameters of later layers have been updated; `optimizer.step()`
+    ends such a step, too.
 
     Args:
         model: owner of the parameters.

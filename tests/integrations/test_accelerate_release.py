@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import accelerate
 import torch
+from tiny_llama import make_examples, make_model
 from torch import Tensor
 
-accelerate = pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
-
-from tiny_llama import make_examples, make_model  # noqa: E402
-
-from lowbit_muon import MuonWithAuxAdam, attach_gradient_release, muon_param_groups  # noqa: E402
+from lowbit_muon import MuonWithAuxAdam, attach_gradient_release, muon_param_groups
 
 
 def train(*, released: bool) -> list[Tensor]:

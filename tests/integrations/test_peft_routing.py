@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
+from tiny_llama import make_model
 
-peft = pytest.importorskip("peft")
-
-from tiny_llama import make_model  # noqa: E402
-
-from lowbit_muon import muon_param_groups  # noqa: E402
+from lowbit_muon import muon_param_groups
 
 # PEFT reads a property that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

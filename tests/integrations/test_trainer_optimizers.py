@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tiny_llama import make_examples, make_model
 from torch import nn
 
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
-
-from tiny_llama import make_examples, make_model  # noqa: E402
-
-from lowbit_muon import MuonWithAuxAdam, muon_param_groups  # noqa: E402
+from lowbit_muon import MuonWithAuxAdam, muon_param_groups
 
 OPTIONS: dict[str, Any] = {"state_format": "spectral3", "aux_adam": "adamw"}
 Arguments = Callable[[nn.Module], dict[str, Any]]
