@@ -8,7 +8,7 @@ ISAS ?= avx2 avx512 avx512vnni
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv finetune test bench lint format clean
+.PHONY: venv finetune test fuzz docs bench lint format clean
 
 venv: $(STAMP)
 
@@ -28,6 +28,15 @@ test: venv
 	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 	# Triton's interpreter is chosen when a process first imports it.
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter)
+
+# 10,000 configurations, 1,000 damaged state dicts, 1,000 damaged files, 50 kills: some ten minutes.
+fuzz: venv
+	FUZZ=1 $(BIN)/python -m pytest --numprocesses 2 $(or $(ARGS),tests/test_fuzz_optimizer.py \
+		tests/test_fuzz_checkpoint.py tests/test_finetune_checkpoint.py)
+
+# The guides and the reference, from build/docs/index.html.
+docs: venv
+	$(BIN)/python tests/documentation.py build/docs
 
 # An hour of training and half an hour of timings on two cores; alone on the machine.
 bench: venv

@@ -22,7 +22,11 @@ from bench.training.report import rows as training_rows
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 # The figures that users look for first, and all of them.
-FILES = (ROOT / "README.md", RESULTS / "README.md")
+FILES = (
+    ROOT / "README.md",
+    RESULTS / "README.md",
+    ROOT / "lowbit_muon" / "guides" / "fit_a_finetune.md",
+)
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices
 _BLOCK = re.compile(r"(<!-- report: (\w+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+import documentation
 import pytest
 import torch
 
 from lowbit_muon import PRESETS, QuantizedMatrix
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = documentation.README.read_text(encoding="utf-8")
 
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, object] = {}
-    for example in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        exec(compile(example, "README.md", "exec"), names)
+    names = documentation.run_python(documentation.README)
     assert isinstance(names["moved"], torch.Tensor)
     assert re.fullmatch(r"\d+ bytes of state\n", capsys.readouterr().out)
 

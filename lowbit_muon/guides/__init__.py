@@ -1,0 +1,18 @@
+"""Three guides, of five minutes each.
+
+- [Replace your Muon in five minutes](replace_your_muon.md)
+- [Fit a fine-tune in the memory you have](fit_a_finetune.md)
+- [Questions and answers](faq.md)
+
+<a id="replace_your_muon"></a>
+
+.. include:: replace_your_muon.md
+
+<a id="fit_a_finetune"></a>
+
+.. include:: fit_a_finetune.md
+
+<a id="faq"></a>
+
+.. include:: faq.md
+"""
