@@ -14,6 +14,7 @@ import torch
 from lowbit_muon import __version__
 from lowbit_muon.backends import cpu, describe_backends
 from lowbit_muon.benchmark.command import add_bench_command
+from lowbit_muon.doctor.command import add_doctor_command
 from lowbit_muon.finetune.command import add_finetune_command
 from lowbit_muon.finetune.errors import FinetuneError
 from lowbit_muon.plan.command import add_plan_command
@@ -58,7 +59,18 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], 
     add_finetune_command,
     add_plan_command,
     add_bench_command,
+    add_doctor_command,
 )
+
+
+def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What comes before a "--" and what comes behind it, for a script that a command runs.
+
+    argparse itself finds such arguments only if all options come before the script's name.
+    """
+    given = list(argv)
+    end = given.index("--") if "--" in given else len(given)
+    return given[:end], given[end + 1 :]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in COMMANDS:
         add_command(commands)
-    arguments = parser.parse_args(argv)
+    own, script_arguments = split_at_dashes(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(own, argparse.Namespace(script_arguments=script_arguments))
+    if script_arguments and not getattr(arguments, "takes_script_arguments", False):
+        parser.error(f"expected nothing after --, got {' '.join(script_arguments)}")
     try:
         status: int = arguments.run(arguments)
     except FinetuneError as error:
