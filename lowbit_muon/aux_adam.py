@@ -7,19 +7,24 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowbit_muon.auto_format import AutoFormat
 from lowbit_muon.checkpoint import SavedState
 from lowbit_muon.checkpoint_adam import convert_adam, read_moments
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.diagnosis import Diagnosis
+from lowbit_muon.distributed.exchange import UpdateDtype
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import AdjustLr, NsDtype, count_skipped
 from lowbit_muon.muon import DEFAULT_COEFFICIENTS, Muon
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 AuxAdam = Literal["auto", "adamw", "adamw8bit"]
 
@@ -52,7 +57,9 @@ class MuonWithAuxAdam(Muon):
             8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
             else torch.optim.AdamW, with one warning that says why.
         nesterov, ns_coefficients, ns_steps, adjust_lr_fn, state_format, ns_input, ns_dtype,
-            stochastic_rounding, backend, seed: as for `Muon`, for the groups that do not set them.
+            stochastic_rounding, compensation, backend, seed, offload: as for `Muon`, for the groups
+            that do not set them.
+        process_group, update_dtype: as for `Muon`; AdamW's state is not shared.
         nonfinite: as for `Muon`, for both kinds of parameters.
 
     Raises:
@@ -70,14 +77,18 @@ class MuonWithAuxAdam(Muon):
         ),
         ns_steps: int = 5,
         adjust_lr_fn: AdjustLr | None = None,
-        state_format: str | StateFormat = "spectral4",
+        state_format: str | StateFormat | AutoFormat = "spectral4",
         aux_adam: AuxAdam = "auto",
         ns_input: Literal["exact", "stored"] = "exact",
         ns_dtype: NsDtype = "auto",
         stochastic_rounding: bool = False,
+        compensation: bool = False,
         backend: str = "auto",
         nonfinite: Literal["skip", "raise"] = "skip",
         seed: int = 0,
+        offload: bool = False,
+        process_group: ProcessGroup | None = None,
+        update_dtype: UpdateDtype = "float32",
     ) -> None:
         _check_kind(aux_adam)
         self.aux_adam = aux_adam
@@ -93,9 +104,13 @@ class MuonWithAuxAdam(Muon):
             ns_input=ns_input,
             ns_dtype=ns_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
             backend=backend,
             nonfinite=nonfinite,
             seed=seed,
+            offload=offload,
+            process_group=process_group,
+            update_dtype=update_dtype,
         )
 
     def __getstate__(self) -> dict[str, Any]:

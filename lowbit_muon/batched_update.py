@@ -22,6 +22,7 @@ from lowbit_muon.matrix_batch import MatrixBatch
 from lowbit_muon.momentum_state import NORM_EPS, frobenius_norm
 from lowbit_muon.newton_schulz import Triple, orthogonalize_normalized
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
+from lowbit_muon.weight_rounding import Compensation
 
 # 16 Mi elements: enough to fill a GPU. While they are worked on they take 10 to 16 bytes each, and
 # with a spectral encoder's m x m matrices, for m = n, up to 50.
@@ -39,6 +40,7 @@ class MatrixUpdate:
     weight: Tensor
     grad: Tensor
     momentum: QuantizedMatrix
+    compensation: Compensation | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,11 @@ class BatchStep:
         mask = accepted.float()
         decay, step_size = 1 - mask * (lr * self.weight_decay), mask * (lr * self.update_scale)
         for index, one in enumerate(updates):
+            if one.compensation is not None:
+                one.compensation.update(
+                    orient(one.weight), update[index], decay[index], step_size[index]
+                )
+                continue
             if one.weight.dtype == torch.float64:  # kernels know no such weights
                 change = update[index].double() * step_size[index]
                 orient(one.weight).mul_(decay[index]).sub_(change)

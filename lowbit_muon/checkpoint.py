@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lowbit_muon.checks import accumulation_dtype
+from lowbit_muon.checks import accumulation_dtype, holds_values
 from lowbit_muon.formats import FORMAT_VERSION
 
 Group = dict[str, Any]
@@ -32,9 +32,10 @@ StateDict = dict[str, Any]
 VERSION_KEY = "format_version"
 LAYOUT_OPTIONS = ("state_format", "batch_experts", "row_splits")
 _KEPT_OPTIONS = (
-    *LAYOUT_OPTIONS, "ns_input", "ns_dtype", "stochastic_rounding", "backend", "nonfinite", "seed",
-    "use_muon", "aux_adam",
+    *LAYOUT_OPTIONS, "ns_input", "ns_dtype", "stochastic_rounding", "compensation", "backend",
+    "nonfinite", "seed", "offload", "use_muon", "aux_adam",
 )  # fmt: skip
+_LARGEST_COUNT = 2**63  # counts are int64 on devices
 # What torch's learning rate schedulers keep in a group.
 _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 
@@ -162,16 +163,16 @@ def own_copy(value: Tensor, device: torch.device) -> Tensor:
     """A contiguous copy with storage of its own, of the tensor's exact size."""
     wide = value.dtype == torch.float64
     dtype = accumulation_dtype(device) if wide else value.dtype
-    return torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
+    return torch.empty(value.shape, dtype=dtype, device=device).copy_(value.detach())
 
 
 def whole_number(name: str, value: object) -> int:
     """A step count stored as a number or a one-element tensor. Raises ValueError."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    number = value.item() if holds_values(value) and value.numel() == 1 else value
     if (
         not isinstance(number, (int, float))
         or isinstance(number, bool)
-        or number < 0
+        or not 0 <= number < _LARGEST_COUNT
         or number != number // 1
     ):
         raise ValueError(f"{name}: expected a whole number >= 0, got {value!r}")
@@ -200,6 +201,11 @@ def _parts(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[Group
     for index, group in enumerate(groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
             raise ValueError(f"parameter group {index}: expected a mapping with 'params'")
+        if not all(isinstance(key, (int, str)) for key in group["params"]):
+            raise ValueError(
+                f"parameter group {index}: expected numbers or names as 'params', "
+                f"got {group['params']!r}"
+            )
     return states, [dict(group) for group in groups]
 
 
@@ -235,6 +241,11 @@ def _merged_group(group: Group, saved_group: Group, convention: str) -> Group:
     uses_muon = group.get("use_muon", True)
     if saved_group.get("use_muon", uses_muon) is not uses_muon:
         raise ValueError(f"use_muon: expected {uses_muon}, got {saved_group['use_muon']!r}")
+    names, count = saved_group.get("param_names", ()), len(group["params"])
+    if "param_names" in saved_group and not (
+        isinstance(names, (list, tuple)) and [type(name) for name in names] == [str] * count
+    ):
+        raise ValueError(f"param_names: expected {count} strings, got {names!r}")
     saved = dict(saved_group)
     if convention == "sum":
         saved |= {"weight_decay": saved["wd"], "adjust_lr_fn": "match_rms_adamw"}

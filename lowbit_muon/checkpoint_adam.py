@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.checkpoint import SavedState, State, own_copy, whole_number
-from lowbit_muon.checks import check_tensor
+from lowbit_muon.checks import check_tensor, holds_values
 
 BLOCK_SIZE = 256  # bitsandbytes, optim/optimizer.py
 _MOMENT_NAMES = (("exp_avg", "exp_avg_sq"), ("state1", "state2"), ("moment1", "moment2"))
@@ -55,7 +55,7 @@ def convert_adam(param: Tensor, saved: SavedState, fresh: State) -> State:
     if all(_same_layout(entries.get(name), fresh[name]) for name in stored):
         for name in stored:
             if not name.startswith("qmap"):
-                fresh[name].copy_(entries[name])
+                fresh[name].copy_(entries[name].detach())
             elif not torch.equal(entries[name].to(param.device), fresh[name]):
                 # All parameters share one codebook; another version might have another.
                 state[name] = own_copy(entries[name], param.device)
@@ -82,7 +82,7 @@ def read_moments(param: Tensor, entries: Mapping[str, Any]) -> Moments:
         value = entries[name]
         if coded:
             value = _load_8bit(param, name, entries, index)
-        elif not isinstance(value, Tensor) or value.shape != param.shape:
+        elif not holds_values(value) or value.shape != param.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected shape {tuple(param.shape)}, got {got}")
         elif not value.is_floating_point() or not bool(value.isfinite().all()):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_muon.auto_format import AutoFormat
 from lowbit_muon.backends.reference import unpack
 from lowbit_muon.checkpoint import (
     LAYOUT_OPTIONS,
@@ -18,45 +19,135 @@ from lowbit_muon.checkpoint import (
     own_copy,
     whole_number,
 )
-from lowbit_muon.checks import accumulation_dtype
+from lowbit_muon.checks import accumulation_dtype, check_tensor, holds_values
+from lowbit_muon.format_choice import choose_format
 from lowbit_muon.formats import Codebook, CodeLayout, StateFormat
+from lowbit_muon.momentum_state import NORM_EPS, frobenius_norm
+from lowbit_muon.newton_schulz import resolve_coefficients
 from lowbit_muon.parameter_state import (
     MatrixView,
+    assemble,
     flatten,
     matrix_views,
-    read_matrix,
+    momentum_format,
+    quantized_state,
     resolve_group_format,
     write_matrix,
 )
-from lowbit_muon.quantized_matrix import QuantizedMatrix, quantize
+from lowbit_muon.quantized_matrix import QuantizedMatrix
+from lowbit_muon.update_error import turned
+from lowbit_muon.weight_rounding import Compensation
 
 _TORCH_MUON_KEYS = (
     "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps",
     "adjust_lr_fn",
 )  # fmt: skip
+# Above it, scales and rotated rows of the next momentum may leave float32.
+_LARGEST_NORM = 1e32
 
 
 def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:
     """A Muon parameter's state in the group's own format, from any layout; {} if it has none."""
-    target, views = resolve_group_format(group), matrix_views(param, group)
+    views = matrix_views(param, group)
     if saved.convention == "ours":
-        missing = [name for name in LAYOUT_OPTIONS if name not in saved.group]
-        if missing:
-            raise ValueError(f"expected the options {missing} in the saved group, got none")
-        source, source_views = resolve_group_format(saved.group), matrix_views(param, saved.group)
-        state = _checked_copy(param, saved.entries, source, source_views)
-        if source == target and source_views == views:
-            return state
-        if source.normalize and not target.normalize:
-            raise ValueError(_unknown_size(source) + f"; '{target.name}' needs it")
-        counts = {name: state[name] for name in ("step", "skipped")}
-        momentum = _assemble(param, saved.group, state)
-    else:
-        found = _foreign_momentum(param, group, saved)
-        if found is None:
-            return {}
-        counts, momentum = {"step": 0, "skipped": 0}, found
-    return counts | _quantized(momentum, target, views, group)
+        entries = dict(saved.entries)
+        kept = _remainder(param, group, entries.pop("remainder", None))
+        return _converted(param, group, views, entries, saved.group) | kept
+    momentum = _foreign_momentum(param, group, saved)
+    if momentum is None:
+        return {}
+    state_format, choice = _own_format(group, views, momentum)
+    entries = quantized_state(momentum, state_format, views, group)
+    return {"step": 0, "skipped": 0} | choice | entries | _remainder(param, group, None)
+
+
+def _remainder(param: Tensor, group: Group, saved: object) -> State:
+    """What the group's weights are compensated with, from a state that may have none."""
+    if not (group["compensation"] and Compensation.applies_to(param)):
+        return {}
+    if saved is None:
+        return {"remainder": torch.zeros_like(param, dtype=torch.int8)}
+    found = check_tensor("remainder", saved, torch.int8, tuple(param.shape))
+    return {"remainder": own_copy(found, param.device)}
+
+
+def _converted(
+    param: Tensor, group: Group, views: list[MatrixView], entries: State, saved_group: Group
+) -> State:
+    """Of a state in our layout: a copy, or quantised again for another format or other matrices."""
+    missing = [name for name in LAYOUT_OPTIONS if name not in saved_group]
+    if missing:
+        raise ValueError(f"expected the options {missing} in the saved group, got none")
+    _check_layout(saved_group)
+    source, source_views = momentum_format(saved_group, entries), matrix_views(param, saved_group)
+    asked = 0
+    if isinstance(resolve_group_format(saved_group), AutoFormat):
+        asked = whole_number("asked", entries.pop("asked", None))
+        del entries["state_format"]
+    state = _checked_copy(param, entries, source, source_views)
+    target = resolve_group_format(group)
+    keeps = source in target.formats if isinstance(target, AutoFormat) else source == target
+    if keeps and source_views == views:
+        return state | _choice(target, source, asked)
+    momentum = assemble(param, source_views, source, state)
+    if source.normalize and (isinstance(target, AutoFormat) or not target.normalize):
+        if param.grad is None or not bool(param.grad.isfinite().all()):
+            name = "auto" if isinstance(target, AutoFormat) else target.name
+            raise ValueError(
+                f"{_unknown_size(source)}; '{name}' needs it: expected a finite gradient to take "
+                "it from, so load between backward() and step()"
+            )
+        _give_size(momentum, flatten(param.grad, saved_group), source_views, group["momentum"])
+    momentum = momentum.reshape(flatten(param.detach(), group).shape)
+    state_format, choice = _own_format(group, views, momentum)
+    counts = {name: state[name] for name in ("step", "skipped")}
+    return counts | choice | quantized_state(momentum, state_format, views, group)
+
+
+def _give_size(
+    momentum: Tensor,  # [rows, columns], norm one in every view
+    grad: Tensor,  # [rows, columns]
+    views: list[MatrixView],
+    decay: float,
+) -> None:
+    """Multiply a momentum without size so that an average goes on where the normalised sum was.
+
+    That would take decay * M + G/||G|| next, an average takes decay * M' + (1 - decay) * G: with
+    M' = (1 - decay) * ||G|| * M they are parallel, and so are both updates.
+    """
+    for view in views:
+        norm = float(frobenius_norm(grad[view.rows])) + NORM_EPS
+        momentum[view.rows] *= (1 - decay) * norm
+
+
+def _check_layout(saved_group: Group) -> None:
+    """Raise ValueError unless the options say how parameters are cut into matrices."""
+    experts, splits = saved_group["batch_experts"], saved_group["row_splits"]
+    if not isinstance(experts, bool):
+        raise ValueError(f"batch_experts: expected a bool, got {experts!r}")
+    if splits is not None and not (
+        isinstance(splits, (list, tuple)) and all(type(n) is int and n >= 0 for n in splits)
+    ):
+        raise ValueError(f"row_splits: expected None or a sequence of row counts, got {splits!r}")
+
+
+def _own_format(
+    group: Group, views: list[MatrixView], momentum: Tensor
+) -> tuple[StateFormat, State]:
+    """The format that a momentum [rows, columns] gets in a group, and what the state says of it."""
+    target = resolve_group_format(group)
+    if isinstance(target, StateFormat):
+        return target, {}
+    samples = [turned(momentum[view.rows]) for view in views]
+    coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    chosen, _ = choose_format(target, samples, coefficients)
+    return chosen, _choice(target, chosen, 0)
+
+
+def _choice(target: StateFormat | AutoFormat, chosen: StateFormat, asked: int) -> State:
+    if isinstance(target, StateFormat):
+        return {}
+    return {"state_format": chosen.to_dict(), "asked": asked}
 
 
 def torch_muon_group(group: Group) -> Group:
@@ -72,10 +163,11 @@ def torch_muon_group(group: Group) -> Group:
 
 def export_momentum(param: Tensor, group: Group, state: State) -> State:
     """`momentum_buffer`: float32, the parameter's shape, M <- momentum*M + (1 - momentum)*G."""
-    state_format = resolve_group_format(group)
+    state_format = momentum_format(group, state)
     if state_format.normalize:
         raise ValueError(f"state_format: {_unknown_size(state_format)}; it cannot be exported")
-    return {"momentum_buffer": _assemble(param, group, state).view(param.shape)}
+    momentum = assemble(param, matrix_views(param, group), state_format, state)
+    return {"momentum_buffer": momentum.view(param.shape)}
 
 
 def _checked_copy(
@@ -107,8 +199,15 @@ def _check_values(matrix: QuantizedMatrix) -> None:
         if f.has_factors:
             for role, length in zip(("left_codes", "right_codes"), matrix.shape, strict=True):
                 _check_codes(matrix, role, length, f.factor_code_book(), f.factor_layout())
-    if not bool(matrix.dequantize().isfinite().all()):
-        raise ValueError("expected codes and scales of a finite matrix, got inf or nan")
+    _check_size(matrix.dequantize(), "codes and scales")
+
+
+def _check_size(momentum: Tensor, what: str) -> None:
+    norm = float(torch.linalg.vector_norm(momentum, dtype=accumulation_dtype(momentum.device)))
+    if not norm <= _LARGEST_NORM:
+        raise ValueError(
+            f"expected {what} of a finite matrix of norm up to {_LARGEST_NORM:g}, got norm {norm:g}"
+        )
 
 
 def _check_codes(
@@ -132,37 +231,14 @@ def _foreign_momentum(param: Tensor, group: Group, saved: SavedState) -> Tensor 
     buffer = entries["momentum_buffer"]
     flat = flatten(param.detach(), group)
     shapes = (param.shape, param.detach().flatten(1).shape)
-    if not isinstance(buffer, Tensor) or buffer.shape not in shapes:
+    if not holds_values(buffer) or buffer.shape not in shapes:
         got = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
         raise ValueError(f"momentum_buffer: expected shape {tuple(param.shape)}, got {got}")
     if not buffer.is_floating_point() or not bool(buffer.isfinite().all()):
         raise ValueError(f"momentum_buffer: expected finite values, got {buffer.dtype} with others")
-    momentum = buffer.to(param.device, torch.float32).reshape(flat.shape)
+    momentum = buffer.detach().to(param.device, torch.float32).reshape(flat.shape)
+    _check_size(momentum, "momentum_buffer")
     return momentum * (1 - group["momentum"]) if saved.convention == "sum" else momentum
-
-
-def _assemble(param: Tensor, group: Group, state: State) -> Tensor:
-    """The stored momentum of a parameter, decoded: float32 [rows, columns]."""
-    rows, columns = flatten(param.detach(), group).shape
-    momentum = torch.empty(rows, columns, dtype=torch.float32, device=param.device)
-    for view in matrix_views(param, group):
-        matrix = read_matrix(state, view, resolve_group_format(group))
-        momentum[view.rows] = matrix.dequantize()
-    return momentum
-
-
-def _quantized(
-    momentum: Tensor, state_format: StateFormat, views: list[MatrixView], group: Group
-) -> State:
-    state: State = {}
-    for index, view in enumerate(views):
-        part = momentum[view.rows]
-        if state_format.normalize:
-            norm = float(torch.linalg.vector_norm(part, dtype=accumulation_dtype(part.device)))
-            part = part / norm if norm > 0 else part
-        matrix = quantize(part, state_format, seed=group["seed"] + index, backend=group["backend"])
-        write_matrix(state, view, matrix)
-    return state
 
 
 def _unknown_size(state_format: StateFormat) -> str:

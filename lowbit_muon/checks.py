@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from lowbit_muon.formats import is_finite_number
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Metal has no float64.
@@ -21,11 +22,17 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
 
 
+def holds_values(value: object) -> TypeGuard[Tensor]:
+    """True for a tensor whose elements can be read: dense, and not on the meta device."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
 def is_real_number(value: object) -> TypeGuard[float]:
     """True for a finite int or float (not bool) or a one-element floating point tensor."""
     if isinstance(value, Tensor):
-        return value.numel() == 1 and value.is_floating_point() and bool(value.isfinite())
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        usable = value.numel() == 1 and value.is_floating_point() and holds_values(value)
+        return usable and bool(value.isfinite())
+    return is_finite_number(value)
 
 
 def check_matrix(name: str, matrix: object) -> Tensor:
@@ -40,10 +47,10 @@ def check_matrix(name: str, matrix: object) -> Tensor:
 
 
 def check_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """`value` if it is a tensor of this dtype and shape, else ValueError."""
-    if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
+    """`value` if it is a dense tensor of this dtype and shape, else ValueError."""
+    if not holds_values(value) or value.dtype != dtype or tuple(value.shape) != shape:
         got = (
-            f"{value.dtype} {tuple(value.shape)}"
+            f"{value.dtype} {tuple(value.shape)}, {value.layout} on {value.device}"
             if isinstance(value, Tensor)
             else type(value).__name__
         )

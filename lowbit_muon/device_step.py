@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,15 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import DeviceBackend
 from lowbit_muon.batched_update import BATCH_ELEMENTS, BatchStep, MatrixUpdate
-from lowbit_muon.group_step import GroupStep, rounding_seed, seed_of_step, update_scale
-from lowbit_muon.parameter_state import MatrixView, flatten, read_matrix
+from lowbit_muon.group_step import (
+    GroupStep,
+    compensation,
+    rounding_seed,
+    seed_of_step,
+    update_scale,
+)
+from lowbit_muon.host_offload import Fetched
+from lowbit_muon.parameter_state import ParameterStep, flatten, momentum_format, read_matrix
 
 State = dict[str, Any]
 
@@ -32,6 +40,37 @@ class _Bucket:
     counted: list[bool] = field(default_factory=list)
     finite: list[Tensor | None] = field(default_factory=list)
 
+    @property
+    def device(self) -> torch.device:
+        return self.updates[0].weight.device
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A part of a bucket that is updated at once."""
+
+    bucket: _Bucket
+    part: slice
+    seeds: list[Tensor] | None
+
+    @property
+    def updates(self) -> list[MatrixUpdate]:
+        return self.bucket.updates[self.part]
+
+    def fetch(self) -> Fetched:
+        return Fetched([update.momentum for update in self.updates], self.bucket.device)
+
+
+def _parts(bucket: _Bucket) -> Iterator[slice]:
+    """What goes into one batch, by the memory that it takes."""
+    momentum = bucket.updates[0].momentum
+    m, n = sorted(momentum.shape)
+    # The spectral encoder holds nine m x m matrices, all else some three of m x n.
+    encoder = 3 * m * m if momentum.state_format.spectral else 0
+    size = max(1, BATCH_ELEMENTS // (m * n + encoder))
+    for start in range(0, len(bucket.updates), size):
+        yield slice(start, start + size)
+
 
 class DeviceStep:
     """Collects a group's parameters and updates them in batches, without waiting for the device."""
@@ -40,29 +79,23 @@ class DeviceStep:
         self._step, self._group = step, group
         self._buckets: dict[Hashable, _Bucket] = {}
 
-    def add(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        state: State,
-        views: list[MatrixView],
-        backend: DeviceBackend,
-        *,
-        number: int,
-    ) -> None:
-        """Take a parameter with its gradient; `number` is its place in the optimizer."""
-        grad = grad.float() if grad.dtype == torch.float64 else grad
+    def add(self, one: ParameterStep, backend: DeviceBackend) -> None:
+        """Take a parameter with its gradient."""
+        state, views = one.state, one.views
+        grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
         finite = grad.isfinite().all() if len(views) > 1 else None
-        grad, weights = flatten(grad, self._group), flatten(param, self._group)
+        grad, weights = flatten(grad, self._group), flatten(one.param, self._group)
         counted = False
+        state_format = momentum_format(self._group, state)
         for index, view in enumerate(views):
             if not view.shape[0] * view.shape[1]:
                 continue
-            key = (view.shape, weights.dtype, grad.dtype, weights.device)
+            key = (view.shape, state_format, weights.dtype, grad.dtype, weights.device)
             bucket = self._buckets.setdefault(key, _Bucket(backend))
-            momentum = read_matrix(state, view, self._step.state_format)
-            bucket.updates.append(MatrixUpdate(weights[view.rows], grad[view.rows], momentum))
-            bucket.seeds.append(rounding_seed(self._group["seed"], number, index))
+            momentum = read_matrix(state, view, state_format)
+            kept = compensation(state, view, self._group)
+            bucket.updates.append(MatrixUpdate(weights[view.rows], grad[view.rows], momentum, kept))
+            bucket.seeds.append(rounding_seed(self._group["seed"], one.number, index))
             bucket.states.append(state)
             bucket.counted.append(not counted)
             bucket.finite.append(finite)
@@ -73,14 +106,32 @@ class DeviceStep:
     def run(self) -> None:
         """Update all that was added."""
         # before any batch counts its step
-        seeds = {key: self._seeds(bucket) for key, bucket in self._buckets.items()}
-        for key, bucket in self._buckets.items():
-            m, n = sorted(bucket.updates[0].weight.shape)
-            # The spectral encoder holds nine m x m matrices, all else some three of m x n.
-            encoder = 3 * m * m if self._step.state_format.spectral else 0
-            size = max(1, BATCH_ELEMENTS // (m * n + encoder))
-            for start in range(0, len(bucket.updates), size):
-                self._run_batch(bucket, slice(start, start + size), seeds[key])
+        seeds = [self._seeds(bucket) for bucket in self._buckets.values()]
+        batches = [
+            _Batch(bucket, part, some and some[part])
+            for bucket, some in zip(self._buckets.values(), seeds, strict=True)
+            for part in _parts(bucket)
+        ]
+        for batch, updates in self._fetched(batches):
+            self._run_batch(batch, updates)
+
+    def _fetched(self, batches: Sequence[_Batch]) -> Iterator[tuple[_Batch, list[MatrixUpdate]]]:
+        """Each batch with its matrices on the device, while the next one's are on their way."""
+        if not self._group["offload"]:
+            yield from ((batch, batch.updates) for batch in batches)
+            return
+        ahead = None
+        for index, batch in enumerate(batches):
+            here = ahead or batch.fetch()
+            ahead = batches[index + 1].fetch() if index + 1 < len(batches) else None
+            yield (
+                batch,
+                [
+                    dataclasses.replace(update, momentum=matrix)
+                    for update, matrix in zip(batch.updates, here.matrices(), strict=True)
+                ],
+            )
+            here.give_back()
 
     def _seeds(self, bucket: _Bucket) -> list[Tensor] | None:
         """Of stochastic rounding in this step: int32, one element each."""
@@ -89,12 +140,12 @@ class DeviceStep:
         ):
             return None
         return [
-            seed_of_step(start, device_counter(state, "step")).int()
+            seed_of_step(start, device_counter(state, "step", bucket.device)).int()
             for start, state in zip(bucket.seeds, bucket.states, strict=True)
         ]
 
-    def _run_batch(self, bucket: _Bucket, part: slice, seeds: list[Tensor] | None) -> None:
-        step, updates = self._step, bucket.updates[part]
+    def _run_batch(self, batch: _Batch, updates: list[MatrixUpdate]) -> None:
+        step, bucket, part = self._step, batch.bucket, batch.part
         shape = updates[0].weight.shape
         run = BatchStep(
             lr=step.lr,
@@ -108,7 +159,7 @@ class DeviceStep:
             from_stored=step.ns_input == "stored",
             backend=bucket.backend,
         )
-        accepted = run(updates, seeds and seeds[part], _stacked_flags(bucket.finite[part]))
+        accepted = run(updates, batch.seeds, _stacked_flags(bucket.finite[part]))
         self._count(bucket, part, accepted)
 
     def _count(self, bucket: _Bucket, part: slice, accepted: Tensor) -> None:
@@ -119,7 +170,7 @@ class DeviceStep:
                 bucket.states[part], bucket.counted[part], flags.long().unbind(), strict=True
             ):
                 if counted:
-                    counters[name].append(device_counter(state, name))
+                    counters[name].append(device_counter(state, name, bucket.device))
                     changes[name].append(change)
             if counters[name]:
                 torch._foreach_add_(counters[name], changes[name])
@@ -134,14 +185,13 @@ def _stacked_flags(flags: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([true if flag is None else flag for flag in flags])
 
 
-def device_counter(state: State, name: str) -> Tensor:
+def device_counter(state: State, name: str, device: torch.device) -> Tensor:
     """A count in a parameter's state as an int64 tensor on the parameter's device.
 
     Whether a gradient was finite is known to the device alone; `host_counters` reads it.
     """
     count = state[name]
     if not isinstance(count, Tensor):
-        device = next(value.device for value in state.values() if isinstance(value, Tensor))
         state[name] = torch.full((), count, dtype=torch.int64, device=device)
     return state[name]
 

@@ -10,32 +10,33 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.reference import unpack
-from lowbit_muon.momentum_state import NORM_EPS
-from lowbit_muon.newton_schulz import Triple, orthogonalize
-from lowbit_muon.quantized_matrix import QuantizedMatrix, orient, quantize
-
-TURNED_COLUMNS = 128  # at once: entries of a sum of so many are close to normal
+from lowbit_muon.newton_schulz import Triple
+from lowbit_muon.quantized_matrix import QuantizedMatrix
+from lowbit_muon.update_error import UpdateError, next_momentum, turned
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """One matrix of an optimizer.
 
-    name: of its parameter, with the index of the matrix behind it if there are several.
-    shape: [rows, columns]; state_format: name of the format; nbytes, bits_per_element: storage.
-    steps, skipped: of the parameter so far: updates, and gradients with inf or nan.
-    direction_error: error of the update after Newton-Schulz if the momentum is stored once more in
-        its format, relative, in the Frobenius norm; None for a momentum of zeros. Errors of
-        earlier steps add to it: `spectral4` has 0.35 in a closed loop against 0.145 stored once
-        (`python -m bench.fidelity_training --steps 12`).
-    with_gradient: it is that of the next step's momentum, whose gradient was there. Otherwise it is
-        that of a matrix with the stored momentum's singular values and left vectors, but entries
-        close to normal: stored values themselves would be stored again without any error. For
-        formats that do not rotate, outliers of the real matrix may make it worse.
-    effective_rank: exp of the entropy of the singular values (Roy and Vetterli, 2007).
-    stable_rank: squared Frobenius norm over squared largest singular value.
-    end_codes: share of codes at the lowest and highest level, where entries are clipped; None for
-        formats without codes.
+    Attributes:
+        name: of its parameter, with the index of the matrix behind it if there are several.
+        shape: [rows, columns].
+        state_format: name of the format.
+        nbytes, bits_per_element: storage.
+        steps, skipped: of the parameter so far: updates, and gradients with inf or nan.
+        direction_error: error of the update after Newton-Schulz if the momentum is stored once more
+            in its format, relative, in the Frobenius norm; None for a momentum of zeros. Errors of
+            earlier steps add to it: `spectral4` has 0.35 in a closed loop against 0.145 stored once
+            (`python -m bench.fidelity_training --steps 12`).
+        with_gradient: it is that of the next step's momentum, whose gradient was there. Otherwise
+            it is that of a matrix with the stored momentum's singular values and left vectors, but
+            entries close to normal: stored values themselves would be stored again without any
+            error. For formats that do not rotate, outliers of the real matrix may make it worse.
+        effective_rank: exp of the entropy of the singular values (Roy and Vetterli, 2007).
+        stable_rank: squared Frobenius norm over squared largest singular value.
+        end_codes: share of codes at the lowest and highest level, where entries are clipped; None
+            for formats without codes.
     """
 
     name: str
@@ -67,12 +68,9 @@ def diagnose_matrix(
     coefficients: tuple[Triple, ...],
 ) -> Diagnosis:
     """The diagnosis of one stored matrix; `grad` is that of the next step, if there is one."""
-    momentum = orient(stored.dequantize())
+    momentum = stored.dequantize()
     singular_values = torch.linalg.svdvals(momentum)
-    if grad is not None:
-        sample = _next_momentum(stored, momentum, orient(grad).float(), decay)
-    else:
-        sample = turned(momentum)
+    sample = turned(momentum) if grad is None else next_momentum(stored, grad, decay)
     return Diagnosis(
         name=name,
         shape=stored.shape,
@@ -81,44 +79,12 @@ def diagnose_matrix(
         bits_per_element=stored.bits_per_element,
         steps=steps,
         skipped=skipped,
-        direction_error=_direction_error(stored, sample, coefficients),
+        direction_error=UpdateError(sample, coefficients).of(stored.state_format),
         with_gradient=grad is not None,
         effective_rank=effective_rank(singular_values),
         stable_rank=stable_rank(singular_values),
         end_codes=end_codes(stored),
     )
-
-
-def _next_momentum(stored: QuantizedMatrix, momentum: Tensor, grad: Tensor, decay: float) -> Tensor:
-    """decay * M + (1 - decay) * G, or as formats that normalise take it."""
-    if stored.state_format.normalize:
-        return decay * momentum + grad / (grad.norm() + NORM_EPS)
-    return decay * momentum + (1 - decay) * grad
-
-
-def turned(matrix: Tensor) -> Tensor:
-    """The matrix [m, n] times an orthogonal matrix that mixes columns; always the same one."""
-    generator = torch.Generator().manual_seed(0)
-    parts = []
-    for part in matrix.split(TURNED_COLUMNS, dim=1):
-        size = part.shape[1]
-        q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
-        parts.append(part @ q.to(part.device))
-    return torch.cat(parts, dim=1)
-
-
-def _direction_error(
-    stored: QuantizedMatrix, sample: Tensor, coefficients: tuple[Triple, ...]
-) -> float | None:
-    """Of the update of `sample` [m, n] stored once."""
-    # In the matrix's own orientation: factors and scales go by it.
-    sample = sample if stored.shape[0] <= stored.shape[1] else sample.mT.contiguous()
-    decoded = quantize(sample, stored.state_format).dequantize()
-    exact, found = (
-        orthogonalize(orient(x), len(coefficients), coefficients) for x in (sample, decoded)
-    )
-    size = float(exact.norm())
-    return float((found - exact).norm()) / size if size > 0 else None
 
 
 def effective_rank(singular_values: Tensor) -> float:

@@ -7,6 +7,7 @@ kernel ever sees.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -27,6 +28,10 @@ CODE_BITS = (2, 3, 4, 8)
 DENSE_BITS = (16, 32)
 # Integer units take int8 operands, so snapped levels are whole numbers of at most this size.
 INT8_MAX = 127
+# Beyond these a field makes no other format: levels merge in float32, or all values get one code.
+LARGEST_PARAMETER = 1e6
+# Codes of a companded scale are expanded by exp in float32, which overflows from 88 on.
+LARGEST_EXPONENT = 80
 # A plane packs codes in chunks of one AVX-512 register (see `CodeLayout`).
 CHUNK_BYTES = 64
 
@@ -139,7 +144,7 @@ class StateFormat:
     """How one momentum matrix is stored. Frozen, hashable, and `to_dict`/`from_dict` round-trip.
 
     bits: 2, 3, 4 or 8 for codes; 16 (bfloat16) or 32 (float32) for a dense, uncoded state, for
-      which the codec fields are unused.
+      which the codec fields are unused; it has no factors and nothing is companded.
     codebook, mu, exponent, tread, table: the levels: mu-law with parameter mu, linear, power law
       sign(u)|u|**exponent, each mid-rise (2**bits levels, none at zero) or mid-tread
       (2**bits - 1 levels, one at zero), or an explicit ascending table.
@@ -246,12 +251,12 @@ class StateFormat:
         if not isinstance(values, Mapping):
             raise ValueError(f"format: expected a mapping of fields, got {type(values).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         missing = sorted({"name", "bits"} - set(values))
         if unknown or missing:
             raise ValueError(f"format: unknown fields {unknown}, missing fields {missing}")
         fields = dict(values)
-        if fields.get("table") is not None:
+        if isinstance(fields.get("table"), list):
             fields["table"] = tuple(fields["table"])
         return cls(**fields)
 
@@ -261,8 +266,14 @@ def _expect(condition: bool, field: str, expected: str, got: object) -> None:
         raise ValueError(f"{field}: expected {expected}, got {got!r}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite_number(value: object) -> bool:
+    """True for a finite int or float (not bool) that a float can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def _is_count(value: object) -> bool:
@@ -286,9 +297,16 @@ def _check_format(f: StateFormat) -> None:
     }
     for field, allowed in choices.items():
         _expect(getattr(f, field) in allowed, field, f"one of {allowed}", getattr(f, field))
+    for field in ("snap_levels", "companded_scale", "spectral", "rotate", "normalize"):
+        _expect(isinstance(getattr(f, field), bool), field, "a bool", getattr(f, field))
     for field in ("mu", "exponent", "clip", "spectral_shift"):
         value = getattr(f, field)
-        _expect(_is_number(value) and value > 0, field, "a positive number", value)
+        _expect(
+            is_finite_number(value) and 1 / LARGEST_PARAMETER <= value <= LARGEST_PARAMETER,
+            field,
+            f"a number from {1 / LARGEST_PARAMETER:g} to {LARGEST_PARAMETER:g}",
+            value,
+        )
     for field in ("block_size", "factor_rank", "factor_divisor"):
         _expect(_is_count(getattr(f, field)), field, "a whole number >= 0", getattr(f, field))
     _expect(
@@ -297,7 +315,12 @@ def _check_format(f: StateFormat) -> None:
         "a positive size with granularity 'block' and 0 otherwise",
         f.block_size,
     )
-    _expect(f.factor_bits in CODE_BITS, "factor_bits", f"one of {CODE_BITS}", f.factor_bits)
+    _expect(
+        _is_count(f.factor_bits) and f.factor_bits in CODE_BITS,
+        "factor_bits",
+        f"one of {CODE_BITS}",
+        f.factor_bits,
+    )
     _expect(
         not (f.factor_rank and f.factor_divisor),
         "factor_rank",
@@ -317,14 +340,15 @@ def _check_format(f: StateFormat) -> None:
         f.table,
     )
     if f.table is not None:
+        fewest_bits = min(f.bits, f.factor_bits) if f.has_factors else f.bits
         _expect(
-            all(_is_number(level) for level in f.table) and 1 < len(f.table) <= 2**f.bits,
+            isinstance(f.table, tuple)
+            and all(is_finite_number(level) for level in f.table)
+            and 1 < len(f.table) <= 2**fewest_bits,
             "table",
-            f"2 to {2**f.bits} finite levels",
+            f"a tuple of 2 to {2**fewest_bits} finite levels",
             f.table,
         )
-    for field in ("snap_levels", "companded_scale", "spectral", "rotate", "normalize"):
-        _expect(isinstance(getattr(f, field), bool), field, "a bool", getattr(f, field))
     _expect(
         not (f.spectral and f.companded_scale),
         "companded_scale",
@@ -333,8 +357,20 @@ def _check_format(f: StateFormat) -> None:
     )
     if f.companded_scale:
         _expect(f.codebook == "mu_law", "codebook", "'mu_law' with companded_scale", f.codebook)
-    if not f.is_dense:
-        _build_codebook(f, f.bits)  # raises if snapping makes two levels equal
+        largest = LARGEST_EXPONENT / math.log1p(f.mu)
+        _expect(f.clip <= largest, "clip", f"at most {largest:g} with companded_scale", f.clip)
+    if f.is_dense:
+        for field in ("spectral", "companded_scale", "factor_rank", "factor_divisor"):
+            got = getattr(f, field)
+            _expect(not got, field, f"{type(got)(0)!r} with {f.bits} bits, which are no codes", got)
+        return
+    _build_codebook(f, f.bits)  # raises if two levels are equal
+    if f.has_factors:
+        _build_codebook(f, f.factor_bits)
+
+
+# The field that says what a codebook's levels are.
+_LEVELS_FROM = {"mu_law": "mu", "linear": "bits", "power_law": "exponent", "table": "table"}
 
 
 @functools.lru_cache(maxsize=256)
@@ -349,6 +385,13 @@ def _build_codebook(f: StateFormat, bits: int) -> Codebook:
             levels = [mu_law_expand(u, f.mu) for u in positions]
         else:
             levels = [math.copysign(abs(u) ** f.exponent, u) for u in positions]
+    as_float32 = [ctypes.c_float(level).value for level in levels]
+    _expect(
+        all(a < b for a, b in itertools.pairwise(as_float32)) and math.isfinite(sum(as_float32)),
+        _LEVELS_FROM[f.codebook],
+        "finite, strictly ascending levels in float32",
+        levels,
+    )
     if f.snap_levels:
         largest = max(abs(level) for level in levels)
         levels = [float(round(INT8_MAX * level / largest)) for level in levels]

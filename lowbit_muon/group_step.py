@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.formats import StateFormat
 from lowbit_muon.momentum_state import StoredSpectrum, update_momentum
 from lowbit_muon.newton_schulz import (
     Triple,
@@ -24,9 +22,10 @@ from lowbit_muon.newton_schulz import (
     orthogonalize,
     resolve_coefficients,
 )
-from lowbit_muon.parameter_state import resolve_group_format
+from lowbit_muon.parameter_state import MatrixView, flatten
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
 from lowbit_muon.row_source import RowSource
+from lowbit_muon.weight_rounding import Compensation, StochasticRounding
 
 AdjustLr = Literal["original", "match_rms_adamw"]
 NsDtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -36,7 +35,6 @@ NsDtype = Literal["auto", "float32", "float16", "bfloat16"]
 class GroupStep:
     """What one step needs to know of its group, resolved once for all its matrices."""
 
-    state_format: StateFormat
     coefficients: Sequence[Triple]
     lr: float | Tensor
     weight_decay: float
@@ -52,7 +50,6 @@ class GroupStep:
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> GroupStep:
         return cls(
-            state_format=resolve_group_format(group),
             coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
             lr=group["lr"],
             weight_decay=group["weight_decay"],
@@ -67,11 +64,16 @@ class GroupStep:
         )
 
     def update_matrix(
-        self, weight: Tensor, grad: Tensor, momentum: QuantizedMatrix, *, seed: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        momentum: QuantizedMatrix,
+        *,
+        rounding: StochasticRounding | Compensation | None = None,
     ) -> None:
         """One Muon step of one matrix: weight and grad [rows, columns].
 
-        seed: of stochastic rounding, if the group asks for it and the weight is bfloat16.
+        rounding: of the new weight; to the nearest, if it is not given.
         """
         if weight.numel() == 0:
             return
@@ -81,19 +83,23 @@ class GroupStep:
                 f"ns_dtype: expected 'auto' or 'float32' with backend '{backend.name}', which "
                 f"computes in float32, got {self.ns_dtype!r}"
             )
-        rounded = self.stochastic_rounding and weight.dtype == torch.bfloat16
         update_momentum(
             momentum,
             grad,
             decay=self.momentum,
             nesterov=self.nesterov,
             backend=backend,
-            use=functools.partial(self._update_weight, weight, seed if rounded else None),
+            use=functools.partial(self._update_weight, weight, rounding),
             from_stored=self.ns_input == "stored",
         )
 
     def _update_weight(
-        self, weight: Tensor, seed: int | None, x: RowSource, norm: float, scale: float
+        self,
+        weight: Tensor,
+        rounding: StochasticRounding | Compensation | None,
+        x: RowSource,
+        norm: float,
+        scale: float,
     ) -> None:
         """W <- (1 - lr*wd) W - lr*update_scale*orthogonalize(X); X is `scale` times too large."""
         lr = float(self.lr)
@@ -107,34 +113,28 @@ class GroupStep:
             update = orthogonalize(
                 x.dense(), len(coefficients), coefficients, "newton_schulz", eps=eps
             )
-            if seed is not None:
-                _round_stochastically(oriented, update, decay, step_size, seed)
+            if rounding is not None:
+                rounding.update(oriented, update, decay, step_size)
             else:
                 oriented.mul_(decay).add_(update, alpha=-step_size)
             return
         operator, inverse_norm = operator_of_gram(x.gram(), norm, coefficients, eps=eps)
-        if seed is not None:
+        if rounding is not None:
             update = torch.empty(oriented.shape, dtype=torch.float32, device=x.device)
             x.add_product(operator, update, alpha=inverse_norm, beta=0.0)
-            _round_stochastically(oriented, update, decay, step_size, seed)
+            rounding.update(oriented, update, decay, step_size)
         else:
             # One product with the weight as its addend: the update itself is never stored.
             x.add_product(operator, oriented, alpha=-step_size * inverse_norm, beta=decay)
 
 
-def _round_stochastically(
-    weight: Tensor, update: Tensor, decay: float, step_size: float, seed: int
-) -> None:
-    def scalar(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device=weight.device)
-
-    DeviceReferenceBackend().update_weight(
-        weight,
-        update,
-        decay=scalar(decay, torch.float32),
-        step_size=scalar(step_size, torch.float32),
-        seed=scalar(seed, torch.int32),
-    )
+def compensation(
+    state: Mapping[str, Any], view: MatrixView, group: dict[str, Any]
+) -> Compensation | None:
+    """What a matrix's weights are rounded with, if its parameter's state keeps remainders."""
+    if "remainder" not in state:
+        return None
+    return Compensation(flatten(state["remainder"], group)[view.rows])
 
 
 def rounding_seed(seed: int, parameter: int, matrix: int) -> int:

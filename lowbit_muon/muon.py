@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,38 +14,52 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lowbit_muon import checkpoint
-from lowbit_muon.backends import check_backend_name, get_backend
+from lowbit_muon.auto_format import AutoFormat
+from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import is_device_backend
 from lowbit_muon.checkpoint_momentum import (
     convert_momentum,
     export_momentum,
     torch_muon_group,
 )
-from lowbit_muon.checks import is_real_number
 from lowbit_muon.device_step import DeviceStep, host_counters
 from lowbit_muon.diagnosis import Diagnosis, diagnose_matrix
+from lowbit_muon.distributed.exchange import UpdateDtype
+from lowbit_muon.distributed.layout import is_dtensor, local_part, stand_in
+from lowbit_muon.distributed.saved import gathered, own_state, spread_states
+from lowbit_muon.distributed.sharing import ReplicatedParameters, Shared, Sharing
+from lowbit_muon.format_choice import revise_format
 from lowbit_muon.formats import StateFormat
+from lowbit_muon.group_options import check_group
 from lowbit_muon.group_step import (
     AdjustLr,
     GroupStep,
     NsDtype,
     check_gradient,
+    compensation,
     count_skipped,
     rounding_seed,
     seed_of_step,
 )
+from lowbit_muon.host_offload import finish_copies, keep_on_host
 from lowbit_muon.momentum_state import NonFiniteGradientError
-from lowbit_muon.newton_schulz import resolve_coefficients
 from lowbit_muon.parameter_state import (
     MatrixView,
+    ParameterStep,
     flatten,
     matrix_views,
+    momentum_format,
+    parameter_names,
     read_matrix,
     resolve_group_format,
+    stored_keys,
     write_matrix,
 )
-from lowbit_muon.presets import resolve_format
 from lowbit_muon.quantized_matrix import QuantizedMatrix
+from lowbit_muon.weight_rounding import Compensation, StochasticRounding
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -89,8 +104,9 @@ class Muon(Optimizer):
         ns_steps: Newton-Schulz steps.
         adjust_lr_fn: "original" (or None): lr * sqrt(max(1, rows/columns)), KellerJordan's;
             "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's.
-        state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`) or a
-            `StateFormat`.
+        state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`), a
+            `StateFormat`, or "auto" or an `AutoFormat`, which choose for each parameter the fewest
+            bits that keep the error of its update below a target, and look again every so often.
         ns_input: "exact" orthogonalises the fresh momentum, before it was quantised; "stored" what
             the codes hold, without Nesterov's look-ahead: less work, and quantisation noise in the
             update. Of spectral formats it takes the codes' own matrix, whose polar factor is the
@@ -104,6 +120,10 @@ class Muon(Optimizer):
         stochastic_rounding: round bfloat16 weights stochastically, with bits that depend on `seed`,
             the parameter's number and its step alone. Makes no difference to float32 weights.
         backend: "auto", or a backend by name, which then must be there.
+        compensation: keep what rounding leaves over of bfloat16 and float16 weights in 8 bits, one
+            more byte of state an element, and add it before the next update: as if the weights had
+            8 more bits. Not together with `stochastic_rounding`, which takes no memory. Makes no
+            difference to float32 weights.
         nonfinite: what to do with a gradient that holds inf or nan: "skip" leaves the parameter and
             its state as they are (counted in its state as "skipped", with one warning; on a GPU,
             where the host does not look, without), "raise" raises NonFiniteGradientError before any
@@ -112,6 +132,16 @@ class Muon(Optimizer):
         row_splits: row counts of the matrices that are fused in one parameter (query, key and
             value, or heads), each orthogonalised for itself.
         seed: start of the power iteration of formats with low-rank factors.
+        offload: on a GPU, keep the stored momentum in pinned host memory. A step brings it to the
+            GPU and back in batches, each while the one before is being computed: two batches are on
+            the GPU at a time. Its updates are the same. On CPUs it makes no difference.
+        process_group: processes of torch.distributed that have the same parameters and gradients,
+            as under DistributedDataParallel: each parameter is stepped by one of them, which keeps
+            its momentum and sends its weights to the others. Parameters that are DTensors (FSDP2,
+            tensor parallelism) are shared by the processes that hold their parts, with or without
+            it. `step`, `state_dict` and `load_state_dict` are to be called on all of them.
+        update_dtype: of updates on their way to the parts of DTensors: "float32", "bfloat16" or
+            "int8", with a scale for each row.
 
     A group may override any of these. `state_bytes()` counts what the state really takes.
 
@@ -133,16 +163,25 @@ class Muon(Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: AdjustLr | None = None,
         *,
-        state_format: str | StateFormat = "spectral4",
+        state_format: str | StateFormat | AutoFormat = "spectral4",
         ns_input: Literal["exact", "stored"] = "exact",
         ns_dtype: NsDtype = "auto",
         stochastic_rounding: bool = False,
+        compensation: bool = False,
         backend: str = "auto",
         nonfinite: Literal["skip", "raise"] = "skip",
         batch_experts: bool = False,
         row_splits: Sequence[int] | None = None,
         seed: int = 0,
+        offload: bool = False,
+        process_group: ProcessGroup | None = None,
+        update_dtype: UpdateDtype = "float32",
     ) -> None:
+        if update_dtype not in ("float32", "bfloat16", "int8"):
+            raise ValueError(
+                f"update_dtype: expected 'float32', 'bfloat16' or 'int8', got {update_dtype!r}"
+            )
+        self._sharing = Sharing(process_group, update_dtype)
         defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -156,14 +195,16 @@ class Muon(Optimizer):
             "ns_input": ns_input,
             "ns_dtype": ns_dtype,
             "stochastic_rounding": stochastic_rounding,
+            "compensation": compensation,
             "backend": backend,
             "nonfinite": nonfinite,
             "batch_experts": batch_experts,
             "row_splits": row_splits,
             "seed": seed,
+            "offload": offload,
         }
         check_group(defaults)
-        defaults["state_format"] = resolve_format(state_format).to_dict()
+        defaults["state_format"] = resolve_group_format(defaults).to_dict()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -180,7 +221,7 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                matrix_views(param, self.param_groups[-1])
+                matrix_views(stand_in(param), self.param_groups[-1])
                 if group["stochastic_rounding"] and param.dtype == torch.float16:
                     raise ValueError(
                         "stochastic_rounding: expected bfloat16 (or float32) parameters, got "
@@ -206,7 +247,9 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["nonfinite"] == "raise":
-                self._raise_if_nonfinite(group, range(len(group["params"])))
+                self._raise_if_nonfinite(group, self._unshared(group))
+                for part in self._shared(group):
+                    part.usable(group)
         for group in self.param_groups:
             self._step_group(group)
         return loss
@@ -221,6 +264,16 @@ class Muon(Optimizer):
         }
         return sum(storages.values())
 
+    def state_formats(self) -> dict[str, StateFormat]:
+        """The format of each momentum by its parameter's name, or number in its group, so far."""
+        return {
+            name: momentum_format(group, self.state[param])
+            for group in self.param_groups
+            if group.get("use_muon", True)
+            for name, param in zip(parameter_names(group), group["params"], strict=True)
+            if stored_keys(self.state.get(param, {}), matrix_views(stand_in(param), group))
+        }
+
     @torch.no_grad()
     def diagnose(self) -> list[Diagnosis]:
         """What storing the momentum does to each matrix's update (`lowbit_muon.Diagnosis`).
@@ -230,22 +283,46 @@ class Muon(Optimizer):
         two orthogonalisations a matrix, and changes nothing. Parameters without a state, and those
         that AdamW takes, are left out.
         """
+        self._finish_copies()
         return [found for group in self.param_groups for found in self._diagnose_group(group)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._sharing:
+            raise TypeError(
+                "a Muon whose parameters several processes share cannot be copied or pickled; save "
+                "its state_dict"
+            )
+        self._finish_copies()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_sharing", Sharing(None, "float32"))
+
+    def _finish_copies(self) -> None:
+        """Before the state is read on the host: wait for what is still being brought back there."""
+        groups = [group for group in self.param_groups if group.get("offload")]
+        for device in {param.device for group in groups for param in group["params"]}:
+            finish_copies(device)
 
     def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
         step = GroupStep.from_group(group)
-        names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
-        for name, param in zip(names, group["params"], strict=True):
+        for name, param in zip(parameter_names(group), group["params"], strict=True):
             state = host_counters(self.state[param]) if param in self.state else {}
             if not state:
                 continue
-            grad = None if param.grad is None else flatten(param.grad, group)
+            whole = param.grad is not None and not is_dtensor(param)
+            grad = flatten(param.grad, group) if whole else None
             if grad is not None and not bool(grad.isfinite().all()):
                 grad = None
-            views = matrix_views(param, group)
+            views = matrix_views(stand_in(param), group)
             for index, view in enumerate(views):
+                if not stored_keys(state, [view]):
+                    continue
                 yield diagnose_matrix(
-                    read_matrix(state, view, step.state_format),
+                    read_matrix(
+                        state, view, momentum_format(group, state), local_part(param).device
+                    ),
                     None if grad is None else grad[view.rows],
                     name=name if len(views) == 1 else f"{name}[{index}]",
                     steps=int(state["step"]),
@@ -255,9 +332,22 @@ class Muon(Optimizer):
                 )
 
     def state_dict(self) -> StateDict:
-        """As torch's, with our format version in each group; tensors and plain values only."""
+        """As torch's, with our format version in each group; tensors and plain values only.
+
+        Of parameters shared between processes the states are made before the first step, so that
+        all processes have the same keys, and their tensors are DTensors, in parts: save them with
+        torch.distributed.checkpoint, which loads them on any number of processes.
+        """
+        self._finish_copies()
+        spread: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            for part in self._shared(group):
+                self._prepare_shared(group, part)
+                spread |= spread_states(part, self.state)
         state_dict = checkpoint.with_version(super().state_dict())
         state = {key: host_counters(value) for key, value in state_dict["state"].items()}
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        state |= {key: spread[param] for key, param in enumerate(params) if param in spread}
         return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -270,15 +360,24 @@ class Muon(Optimizer):
         Raises ValueError naming the group or parameter, before anything changes, for a state that
         does not fit: groups, shapes, dtypes, entries, codes or scales out of range, newer version.
         """
+        for group in self.param_groups:
+            self._shared(group)  # found before, since it takes all processes
         with checkpoint.converting(self):
             super().load_state_dict(state_dict)
 
     def export_full_precision(self) -> StateDict:
         """A state dict that torch.optim.Muon loads and continues from.
 
-        Raises ValueError for formats that lose the momentum's size (`normalize`) and for
-        Newton-Schulz coefficients that torch.optim.Muon does not take.
+        Raises ValueError for formats that lose the momentum's size (`normalize`), for Newton-Schulz
+        coefficients that torch.optim.Muon does not take, and where momentum lies on several
+        processes.
         """
+        if self._sharing:
+            raise ValueError(
+                "export_full_precision: expected an optimizer of one process; load the state_dict "
+                "of this one into such"
+            )
+        self._finish_copies()
         return checkpoint.export(self)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -287,7 +386,14 @@ class Muon(Optimizer):
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState
     ) -> dict[str, Any]:
-        return convert_momentum(param, group, saved)
+        entries, whole = gathered(saved.entries), stand_in(param)
+        state = convert_momentum(whole, group, dataclasses.replace(saved, entries=entries))
+        views, found = matrix_views(whole, group), self._sharing.part_with(param)
+        if found is not None:
+            state = own_state(state, param, views, *found)
+        if group["offload"]:
+            keep_on_host(state, views)
+        return state
 
     def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
         return torch_muon_group(group)
@@ -307,44 +413,95 @@ class Muon(Optimizer):
             self._raise_if_nonfinite(group, [index])
         self._step_parameters(group, [index])
 
+    def _shared(self, group: dict[str, Any]) -> list[Shared]:
+        return self._sharing.of(group) if group.get("use_muon", True) else []
+
+    def _unshared(self, group: dict[str, Any]) -> list[int]:
+        """Indices of the parameters that this process steps without any other."""
+        taken = {index for part in self._shared(group) for index in part.indices}
+        return [index for index in range(len(group["params"])) if index not in taken]
+
     def _step_group(self, group: dict[str, Any]) -> None:
-        self._step_parameters(group, range(len(group["params"])))
+        self._step_parameters(group, self._unshared(group))
+        for part in self._shared(group):
+            self._prepare_shared(group, part)
+            if isinstance(part, ReplicatedParameters):
+                part.step(group, self.state, functools.partial(self._step_parameters, group))
+            else:
+                run = functools.partial(self._run, group)
+                part.step(group, self.state, run, self._number_of_first(group))
+
+    def _number_of_first(self, group: dict[str, Any]) -> int:
+        """The place in the optimizer of a group's first parameter."""
+        earlier = itertools.takewhile(lambda other: other is not group, self.param_groups)
+        return sum(len(other["params"]) for other in earlier)
 
     def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
         """Step the parameters of a group with these indices, if they have a gradient."""
-        step = GroupStep.from_group(group)
-        on_device = DeviceStep(step, group)
-        earlier = itertools.takewhile(lambda other: other is not group, self.param_groups)
-        first = sum(len(other["params"]) for other in earlier)
+        first, names = self._number_of_first(group), parameter_names(group)
+        auto = resolve_group_format(group)
+        steps = []
         for index in indices:
-            param, number = group["params"][index], first + index
+            param, name = group["params"][index], names[index]
             if param.grad is None:
                 continue
-            grad = check_gradient(param)
-            views = matrix_views(param, group)
-            state = self._initialized_state(param, step, group, views)
-            backend = get_backend(step.backend_name, param.device)
+            grad, views = local_part(check_gradient(param)), matrix_views(stand_in(param), group)
+            if isinstance(auto, AutoFormat):
+                revise_format(auto, grad, self.state[param], views, group, name)
+            state = self._prepared_state(param, group, views)
+            steps.append(ParameterStep(local_part(param), grad, state, views, first + index))
+        self._run(group, GroupStep.from_group(group), steps)
+
+    def _run(self, group: dict[str, Any], step: GroupStep, steps: Iterable[ParameterStep]) -> None:
+        """Step parameters: on a host one after the other, on a device in batches."""
+        on_device = DeviceStep(step, group)
+        for one in steps:
+            backend = get_backend(step.backend_name, one.param.device)
             if is_device_backend(backend):
-                on_device.add(param, grad, state, views, backend, number=number)
+                on_device.add(one, backend)
             else:
-                _update_parameter(param, grad, state, views, step, group, number)
+                _update_parameter(one, step, group)
         on_device.run()
 
-    def _initialized_state(
-        self, param: Tensor, step: GroupStep, group: dict[str, Any], views: list[MatrixView]
+    def _prepare_shared(self, group: dict[str, Any], part: Shared) -> None:
+        """States on every process: of its own matrices, and counters of the others."""
+        chosen_later = isinstance(resolve_group_format(group), AutoFormat)
+        for index in part.indices:
+            param = group["params"][index]
+            views = matrix_views(stand_in(param), group)
+            own = [] if chosen_later else [part.owns(index, i) for i in range(len(views))]
+            self._prepared_state(param, group, views, own)
+
+    def _prepared_state(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        views: list[MatrixView],
+        own: Sequence[bool] | None = None,
     ) -> dict[str, Any]:
-        state = self.state[param]
-        if not state:
-            state.update(step=0, skipped=0)
-            for index, view in enumerate(views):
-                matrix = QuantizedMatrix.zeros(
-                    view.shape, step.state_format, seed=group["seed"] + index, device=param.device
-                )
-                write_matrix(state, view, matrix)
+        """A parameter's state; what is missing of its own matrices (all) is made."""
+        state, local = self.state[param], local_part(param)
+        for name in ("step", "skipped"):
+            state.setdefault(name, 0)
+        for index, view in enumerate(views):
+            if stored_keys(state, [view]) or not (own is None or (own and own[index])):
+                continue
+            matrix = QuantizedMatrix.zeros(
+                view.shape,
+                momentum_format(group, state),
+                seed=group["seed"] + index,
+                device=local.device,
+            )
+            write_matrix(state, view, matrix)
+        kept = group["compensation"] and Compensation.applies_to(param)
+        if kept and "remainder" not in state and (own is None or any(own) or is_dtensor(param)):
+            state["remainder"] = torch.zeros_like(local, dtype=torch.int8)
+        if group["offload"]:
+            keep_on_host(state, views)
         return state
 
     def _raise_if_nonfinite(self, group: dict[str, Any], indices: Iterable[int]) -> None:
-        names = group.get("param_names") or range(len(group["params"]))
+        names = parameter_names(group)
         for index in indices:
             name, param = names[index], group["params"][index]
             if param.grad is not None and not bool(param.grad.isfinite().all()):
@@ -355,79 +512,25 @@ class Muon(Optimizer):
                 )
 
 
-def _update_parameter(
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
-    views: list[MatrixView],
-    step: GroupStep,
-    group: dict[str, Any],
-    number: int,
-) -> None:
-    """One parameter on the host; `number` is its place in the optimizer."""
+def _update_parameter(one: ParameterStep, step: GroupStep, group: dict[str, Any]) -> None:
+    """One parameter on the host."""
+    param, state, views = one.param, one.state, one.views
     # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
-    grad = grad.float() if grad.dtype == torch.float64 else grad
+    grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
     if len(views) > 1 and not bool(grad.isfinite().all()):
         count_skipped(state, param)
         return
     grad, weights = flatten(grad, group), flatten(param, group)
+    state_format = momentum_format(group, state)
     for index, view in enumerate(views):
-        momentum = read_matrix(state, view, step.state_format)
-        seed = seed_of_step(rounding_seed(group["seed"], number, index), int(state["step"]))
+        momentum = read_matrix(state, view, state_format)
+        rounding: StochasticRounding | Compensation | None = compensation(state, view, group)
+        if step.stochastic_rounding and param.dtype == torch.bfloat16:
+            start = rounding_seed(group["seed"], one.number, index)
+            rounding = StochasticRounding(seed_of_step(start, int(state["step"])))
         try:
-            step.update_matrix(weights[view.rows], grad[view.rows], momentum, seed=seed)
+            step.update_matrix(weights[view.rows], grad[view.rows], momentum, rounding=rounding)
         except NonFiniteGradientError:
             count_skipped(state, param)
             return
     state["step"] += 1
-
-
-def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
-    """(name, test, what is expected) for every option of a group."""
-
-    def at_least_zero(value: Any) -> bool:
-        return is_real_number(value) and float(value) >= 0
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    def boolean(value: Any) -> bool:
-        return isinstance(value, bool)
-
-    def row_counts(value: Any) -> bool:
-        return value is None or (
-            isinstance(value, (list, tuple)) and bool(value) and all(whole(v) for v in value)
-        )
-
-    yield "lr", at_least_zero, "a number or one-element tensor >= 0"
-    yield "weight_decay", at_least_zero, "a number >= 0"
-    yield "momentum", lambda v: at_least_zero(v) and float(v) < 1, "a number in [0, 1)"
-    yield "nesterov", boolean, "a bool"
-    yield "eps", lambda v: at_least_zero(v) and float(v) > 0, "a number > 0"
-    yield "ns_steps", lambda v: whole(v) and 1 <= v < 100, "a whole number from 1 to 99"
-    yield (
-        "adjust_lr_fn",
-        lambda v: v in (None, "original", "match_rms_adamw"),
-        "None, 'original' or 'match_rms_adamw'",
-    )
-    yield "ns_input", lambda v: v in ("exact", "stored"), "'exact' or 'stored'"
-    yield (
-        "ns_dtype",
-        lambda v: v in ("auto", "float32", "float16", "bfloat16"),
-        "'auto', 'float32', 'float16' or 'bfloat16'",
-    )
-    yield "stochastic_rounding", boolean, "a bool"
-    yield "nonfinite", lambda v: v in ("skip", "raise"), "'skip' or 'raise'"
-    yield "batch_experts", boolean, "a bool"
-    yield "row_splits", row_counts, "None or a sequence of row counts"
-    yield "seed", whole, "a whole number >= 0"
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError naming the first bad option of a group."""
-    for name, test, expected in _options():
-        if not test(group[name]):
-            raise ValueError(f"{name}: expected {expected}, got {group[name]!r}")
-    resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
-    resolve_group_format(group)
-    check_backend_name(group["backend"])

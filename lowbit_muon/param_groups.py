@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_muon.auto_format import AutoFormat
 from lowbit_muon.formats import StateFormat
+from lowbit_muon.group_options import check_group
 from lowbit_muon.group_step import AdjustLr
-from lowbit_muon.muon import Muon, check_group
+from lowbit_muon.muon import Muon
 
 Group = dict[str, Any]
-Override = str | StateFormat | Mapping[str, Any]
+Override = str | StateFormat | AutoFormat | Mapping[str, Any]
 Overrides = Mapping[str, Override] | Callable[[str, Tensor], Override | None]
 
 # What an override may set; how a parameter is cut into matrices follows from the model.
@@ -88,7 +90,8 @@ def muon_param_groups(
         split_fused: {regular expression: parts}. The matrices of matching modules hold several
             matrices one below the other: as many equal parts, or parts of the given row counts.
         overrides: options of single matrices: {glob pattern of parameter names: a state format, by
-            name or as a `StateFormat` (which has bits and rank), or a dict of options of `Muon`};
+            name (or "auto") or as a `StateFormat` (which has bits and rank), or a dict of `Muon`'s
+            options};
             the first pattern that matches counts, and `*` matches dots too. Or a function of
             (name, parameter) that returns such a value or None.
 
@@ -254,7 +257,7 @@ class _Overrides:
 
 def _muon_options(name: str, value: Override) -> Group:
     """An override as options of a group."""
-    if isinstance(value, (str, StateFormat)):
+    if isinstance(value, (str, StateFormat, AutoFormat)):
         value = {"state_format": value}
     if not isinstance(value, Mapping):
         raise TypeError(

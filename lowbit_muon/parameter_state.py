@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lowbit_muon.auto_format import AutoFormat, resolve_format_option
+from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.formats import StateFormat
-from lowbit_muon.presets import resolve_format
-from lowbit_muon.quantized_matrix import QuantizedMatrix
+from lowbit_muon.quantized_matrix import ROLES, QuantizedMatrix, quantize
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,22 @@ class MatrixView:
     rows: slice
     shape: tuple[int, int]
     prefix: str  # of its keys in the parameter's state
+
+
+@dataclass(frozen=True)
+class ParameterStep:
+    """A parameter that is to be stepped, or anything that is stepped like one."""
+
+    param: Tensor
+    grad: Tensor  # of the parameter's shape
+    state: dict[str, Any]
+    views: list[MatrixView]
+    number: int  # its place in the optimizer
+
+
+def parameter_names(group: dict[str, Any]) -> list[str]:
+    """Names of a group's parameters, or their numbers in it."""
+    return group.get("param_names") or [str(index) for index in range(len(group["params"]))]
 
 
 def flatten(tensor: Tensor, group: dict[str, Any]) -> Tensor:
@@ -69,18 +88,70 @@ def write_matrix(state: dict[str, Any], view: MatrixView, matrix: QuantizedMatri
 
 
 def read_matrix(
-    state: dict[str, Any], view: MatrixView, state_format: StateFormat
+    state: Mapping[str, Any],
+    view: MatrixView,
+    state_format: StateFormat,
+    device: torch.device | None = None,
 ) -> QuantizedMatrix:
-    """The stored matrix of a view; its tensors are those of the state, not copies."""
-    tensors = {
-        key.removeprefix(view.prefix): value
-        for key, value in state.items()
-        if isinstance(value, Tensor) and key.startswith(view.prefix)
-    }
+    """The stored matrix of a view; its tensors are those of the state, or copies on `device`."""
+    keys = ((role, view.prefix + role) for role in ROLES)
+    tensors = {role: state[key].to(device) for role, key in keys if key in state}
     return QuantizedMatrix(state_format, view.shape, tensors)
 
 
-def resolve_group_format(group: dict[str, Any]) -> StateFormat:
-    """The format of a group, which may be a name, a `StateFormat` or its plain dict."""
+def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[str]:
+    """The keys of all tensors of stored matrices in a parameter's state."""
+    keys = (view.prefix + role for view in views for role in ROLES)
+    return [key for key in keys if key in state]
+
+
+def resolve_group_format(group: dict[str, Any]) -> StateFormat | AutoFormat:
+    """The format of a group, which may be a name, an object or its plain dict."""
     value = group["state_format"]
-    return StateFormat.from_dict(value) if isinstance(value, dict) else resolve_format(value)
+    if not isinstance(value, dict):
+        return resolve_format_option(value)
+    return (AutoFormat if "candidates" in value else StateFormat).from_dict(value)
+
+
+def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFormat:
+    """The format of a parameter's momentum: its group's, or what was chosen for it.
+
+    Raises ValueError if nothing was chosen yet.
+    """
+    found = resolve_group_format(group)
+    if isinstance(found, StateFormat):
+        return found
+    chosen = state.get("state_format")
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f"state_format: expected what was chosen for the parameter, got {chosen}")
+    return StateFormat.from_dict(chosen)
+
+
+def assemble(
+    param: Tensor, views: list[MatrixView], state_format: StateFormat, state: Mapping[str, Any]
+) -> Tensor:
+    """The stored momentum of a parameter, decoded: float32 [rows, columns]."""
+    shape = (sum(view.shape[0] for view in views), views[0].shape[1])
+    momentum = torch.empty(shape, dtype=torch.float32, device=param.device)
+    for view in views:
+        matrix = read_matrix(state, view, state_format, param.device)
+        momentum[view.rows] = matrix.dequantize()
+    return momentum
+
+
+def quantized_state(
+    momentum: Tensor,  # [rows, columns]
+    state_format: StateFormat,
+    views: list[MatrixView],
+    group: dict[str, Any],
+) -> dict[str, Any]:
+    """A momentum as entries of a parameter's state."""
+    state: dict[str, Any] = {}
+    for index, view in enumerate(views):
+        part = momentum[view.rows]
+        if state_format.normalize:
+            norm = float(torch.linalg.vector_norm(part, dtype=accumulation_dtype(part.device)))
+            part = part / norm if norm > 0 else part
+        matrix = quantize(part, state_format, seed=group["seed"] + index, backend=group["backend"])
+        write_matrix(state, view, matrix)
+    return state

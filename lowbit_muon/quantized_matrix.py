@@ -31,6 +31,12 @@ SMALLEST_NORM = 1e-30
 # Warm-started iterations reach this in a few optimizer steps; a one-off quantise does them at once.
 _ONE_OFF_ITERATIONS = 8
 
+# Of a stored matrix's tensors; see `QuantizedMatrix`.
+ROLES = (
+    "dense", "codes", "scales", "norm", "noise", "left_codes", "left_scales", "right_codes",
+    "right_scales",
+)  # fmt: skip
+
 
 def orient(matrix: Tensor) -> Tensor:
     """A view of the matrix with the short side first."""

@@ -9,6 +9,7 @@ import torch
 from cuda_emulation import COMPILER, GIVEN_LIBRARY, forwards, library
 
 from bench.gpu.correctness import CHECKS, Check, Sizes
+from lowbit_muon import group_options
 from lowbit_muon import muon as muon_module
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.cuda import CudaBackend
@@ -33,5 +34,5 @@ def test_the_checks_of_the_gpu_script(
         return forwards if name == "cuda" else get_backend(name, device)
 
     monkeypatch.setattr(muon_module, "get_backend", chosen)
-    monkeypatch.setattr(muon_module, "check_backend_name", lambda _: None)
+    monkeypatch.setattr(group_options, "check_backend_name", lambda _: None)
     assert check.run(forwards, torch.device("cpu"), SIZES) > 0

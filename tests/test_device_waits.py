@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.gpu.roofline import Ledger, on_paper
-from lowbit_muon import PRESETS, Muon
+from lowbit_muon import PRESETS, AutoFormat, Muon
 
 __all__ = ["on_device"]  # a fixture
 
@@ -52,6 +52,22 @@ def test_a_step_never_waits_for_the_device(
     give_gradients(params, 1)
     with NoWaiting(), torch.no_grad():
         optimizer._step_group(optimizer.param_groups[0])
+
+
+def test_an_automatic_format_waits_only_where_it_is_due(on_device: Callable[[], None]) -> None:
+    on_device()
+    params = parameters()
+    optimizer = Muon(params, torch.tensor(0.01), state_format=AutoFormat(recheck_every=5))
+    for step in range(6):
+        give_gradients(params, step)
+        if step == 3:  # 0, 1, 2 and 4 are powers of two or zero, 5 is the period
+            with NoWaiting(), torch.no_grad():
+                optimizer._step_group(optimizer.param_groups[0])
+        elif step == 5:
+            with NoWaiting(), torch.no_grad(), pytest.raises(AssertionError, match="wait"):
+                optimizer._step_group(optimizer.param_groups[0])
+        else:
+            optimizer.step()
 
 
 def test_the_watch_sees_waiting() -> None:

@@ -347,6 +347,13 @@ def test_low_bit_state_is_smaller(tiny: FinetuneSettings, tmp_path: Path) -> Non
     assert sizes["adamw"] >= 4 * 2 * (matrices + 256 * 48)
 
 
+def test_an_automatic_format_is_reported(tiny: FinetuneSettings, tmp_path: Path) -> None:
+    result = run(dataclasses.replace(tiny, format="auto"), tmp_path)
+    assert sum(result["formats"].values()) == result["muon_matrices"]
+    assert set(result["formats"]) <= {"spectral2", "spectral3", "spectral4", "spectral8"}
+    assert run(tiny, tmp_path)["formats"] == {tiny.format: result["muon_matrices"]}
+
+
 # --- progress, table, comparison ---
 
 

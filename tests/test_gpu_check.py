@@ -18,6 +18,7 @@ from bench.gpu.rows import Case, Row
 from lowbit_muon import muon as muon_module
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.host_offload import Fetched
 
 SIZES = Sizes(matrices=((1, 1), (17, 129)), products=((1, 1, 1), (9, 20, 33)))
 CPU = torch.device("cpu")
@@ -152,6 +153,14 @@ def test_checks_see_a_broken_kernel(what: str) -> None:
             check.run(broken, CPU, SIZES)
     finally:
         _ACTIVE.pop()
+
+
+@pytest.mark.usefixtures("reference_by_name")
+def test_checks_see_codes_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = (check for check in CHECKS if check.name == "host offload")
+    monkeypatch.setattr(Fetched, "give_back", lambda self: None)
+    with pytest.raises(AssertionError, match="offload"):
+        check.run(REFERENCE, CPU, SIZES)
 
 
 def test_a_broken_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

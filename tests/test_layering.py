@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lowbit_muon"
 # A module may import from its own layer's earlier entries and from the layers before it.
 LAYERS = (
     ("formats", "presets"),
-    ("checks",),
+    ("checks", "auto_format"),
     ("backends",),
     ("codec",),
     (
@@ -25,17 +25,21 @@ LAYERS = (
         "spectral",
     ),
     ("row_source", "quantized_matrix", "momentum_state", "lut_gemm", "parameter_state"),
-    ("matrix_batch", "batched_update"),
+    ("update_error", "format_choice"),
+    ("weight_rounding", "matrix_batch", "batched_update"),
     ("checkpoint",),
     ("checkpoint_momentum", "checkpoint_adam"),
-    ("group_step", "device_step", "diagnosis"),
+    ("group_options", "host_offload", "group_step", "device_step", "diagnosis"),
+    ("distributed",),
     ("muon",),
     ("param_groups", "aux_adam"),
     ("integrations",),
     ("finetune",),
     ("plan",),
     ("benchmark",),
+    ("doctor",),
     ("cli",),
+    ("guides",),
 )
 ORDER = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 

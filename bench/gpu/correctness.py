@@ -308,6 +308,24 @@ def check_steps(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> i
     return count
 
 
+def check_offload(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+    """Steps with the codes in host memory are those with the codes on the device, bit for bit.
+
+    Several shapes are several batches, so that copies run while others compute.
+    """
+    shapes = [shape for shape in sizes.matrices if shape[0] * shape[1] < 2**20]
+    count = 0
+    for name in sizes.step_formats:
+        options = {"backend": backend.name, "ns_dtype": "float32"}
+        here, there = (
+            _train(name, shapes, device, {**options, "offload": offload})
+            for offload in (False, True)
+        )
+        for (expected, _), (found, _) in zip(here, there, strict=True):
+            count += same(f"{name} {tuple(expected.shape)} offload", found, expected.cpu())
+    return count
+
+
 def _train(
     name: str, shapes: Sequence[tuple[int, int]], device: torch.device, options: dict[str, Any]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -332,4 +350,5 @@ CHECKS = (
     Check("dense products", check_dense_products),
     Check("weights", check_weights),
     Check("optimizer steps", check_steps),
+    Check("host offload", check_offload),
 )

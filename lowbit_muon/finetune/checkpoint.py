@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -86,19 +86,23 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         found = _fingerprint(folder / _STATE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(str(error)) from None
     for key, value in found.items():
         expected = manifest.get(key) if isinstance(manifest, dict) else None
         if expected != value:
             raise DamagedCheckpointError(f"{_STATE}: expected {key} {expected}, got {value}")
-    payload: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-    if payload["format_version"] != FORMAT_VERSION:
+    try:
+        payload = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        version = payload["format_version"]
+    except Exception as error:  # of any kind, for bytes that torch.save did not write
+        raise DamagedCheckpointError(f"{_STATE}: {type(error).__name__}: {error}") from None
+    if version != FORMAT_VERSION:
         raise FinetuneError(
             f"{folder}: expected checkpoint format {FORMAT_VERSION}, "
-            f"got {payload['format_version']}; it was written by another version of lowbit-muon"
+            f"got {version}; it was written by another version of lowbit-muon"
         )
-    return payload
+    return cast(dict[str, Any], payload)
 
 
 def _write(folder: Path, step: int, payload: dict[str, Any]) -> None:

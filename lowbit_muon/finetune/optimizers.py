@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, cast
 
 from torch import nn
@@ -67,3 +68,8 @@ def _adamw_group(group: dict[str, Any], settings: FinetuneSettings) -> dict[str,
 def count_matrices(optimizer: MuonWithAuxAdam) -> int:
     """How many parameters Muon takes."""
     return sum(len(group["params"]) for group in optimizer.param_groups if group["use_muon"])
+
+
+def count_formats(optimizer: MuonWithAuxAdam) -> dict[str, int]:
+    """How many of Muon's parameters are stored in each format, the most frequent first."""
+    return dict(Counter(f.name for f in optimizer.state_formats().values()).most_common())

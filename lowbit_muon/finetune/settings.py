@@ -12,6 +12,7 @@ from lowbit_muon.finetune.errors import FinetuneError
 from lowbit_muon.presets import PRESETS
 
 ADAMW_METHODS = ("adamw", "adamw8bit")
+FORMATS = (*PRESETS, "auto")
 # MuonQ as published (arXiv 2605.11396) orthogonalises the momentum itself.
 FORMATS_WITHOUT_NESTEROV = ("muonq4",)
 # These change how a run is watched or stored, not which numbers it computes.
@@ -39,7 +40,7 @@ class FinetuneSettings:
     text: str = _option("", "plain text file to train on (the King James Bible excerpt if not set)")
     held_out_tokens: int = _option(16384, "tokens never trained on, spread over the text")
     optimizer: str = _option("muon", "muon, or AdamW for all parameters", ("muon", *ADAMW_METHODS))
-    format: str = _option("spectral4", "how Muon's momentum is stored", tuple(PRESETS))
+    format: str = _option("spectral4", "how Muon's momentum is stored", FORMATS)
     lr: float = _option(5e-4, "Muon's learning rate (matched to AdamW's update size)")
     aux_lr: float = _option(1e-4, "AdamW's learning rate for embedding and norms beside Muon")
     aux_adam: str = _option(
@@ -119,8 +120,8 @@ class FinetuneSettings:
         """These settings for a method by name: a format's, `adamw` or `adamw8bit`."""
         if name in ADAMW_METHODS:
             return dataclasses.replace(self, optimizer=name)
-        if name not in PRESETS:
-            known = ", ".join((*PRESETS, *ADAMW_METHODS))
+        if name not in FORMATS:
+            known = ", ".join((*FORMATS, *ADAMW_METHODS))
             raise FinetuneError(f"--compare: expected names out of {known}; got {name!r}")
         return dataclasses.replace(self, optimizer="muon", format=name)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit_muon.finetune.checkpoint import CheckpointStore
 from lowbit_muon.finetune.errors import FinetuneError
 from lowbit_muon.finetune.llama import Llama
-from lowbit_muon.finetune.optimizers import build_optimizer, count_matrices
+from lowbit_muon.finetune.optimizers import build_optimizer, count_formats, count_matrices
 from lowbit_muon.finetune.progress import MIB, TrainingProgress
 from lowbit_muon.finetune.report import peak_memory_bytes, plot_run, write_json
 from lowbit_muon.finetune.settings import FinetuneSettings
@@ -186,6 +186,7 @@ class FinetuneRun:
             "uses_nesterov": settings.uses_nesterov,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "muon_matrices": count_matrices(self.optimizer),
+            "formats": count_formats(self.optimizer),
             "train_tokens": self.corpus.train.numel(),
             "held_out_tokens": len(self.corpus.held_out_windows()) * settings.sequence_length,
             "held_out_before": dict(history.held_out).get(0),
@@ -258,6 +259,9 @@ def finetune(
     result["wall_seconds"] = time.perf_counter() - started
     write_json(folder / "result.json", result)
     plot_run(folder, result, console)
+    if len(result["formats"]) > 1:
+        counts = ", ".join(f"{name} x {n}" for name, n in result["formats"].items())
+        console.print(f"momentum in {counts}")
     console.print(
         f"{settings.method}: held-out loss {result['held_out_after']:.4f}, "
         f"state {result['state_bytes'] / MIB:,.1f} MiB, "

@@ -26,7 +26,7 @@ from lowbit_muon.device_step import DeviceStep
 from lowbit_muon.formats import Codebook, CodeLayout, StateFormat
 from lowbit_muon.group_step import GroupStep
 from lowbit_muon.muon import Muon
-from lowbit_muon.parameter_state import MatrixView, matrix_views, write_matrix
+from lowbit_muon.parameter_state import ParameterStep, matrix_views, write_matrix
 from lowbit_muon.quantized_matrix import QuantizedMatrix
 
 META = torch.device("meta")
@@ -212,9 +212,9 @@ def muon_step_bytes(
     group = optimizer.param_groups[0]
     step = GroupStep.from_group(group)
     batches, backend = DeviceStep(step, group), SizingBackend()
-    added: list[tuple[Tensor, Tensor, dict[str, Any], list[MatrixView]]] = []
+    added: list[ParameterStep] = []
     existing: list[Tensor] = []
-    for param in params:
+    for number, param in enumerate(params):
         views = matrix_views(param, group)
         state: dict[str, Any] = {"step": 0, "skipped": 0}
         for view in views:
@@ -222,11 +222,11 @@ def muon_step_bytes(
                 state, view, QuantizedMatrix.zeros(view.shape, state_format, seed=0, device=META)
             )
         grad = torch.empty_like(param)
-        added.append((param, grad, state, views))
+        added.append(ParameterStep(param, grad, state, views, number))
         existing += [param, grad, *(v for v in state.values() if isinstance(v, Tensor))]
     with torch.no_grad(), LiveBytes() as memory:
         memory.ignore(existing)
-        for number, (weight, grad, state, views) in enumerate(added):
-            batches.add(weight, grad, state, views, backend, number=number)
+        for one in added:
+            batches.add(one, backend)
         batches.run()
     return memory.peak

@@ -1,0 +1,82 @@
+"""What all processes have to agree on before matrices are exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ExchangeError(RuntimeError):
+    """An exchange with other processes that failed; names the parameters that it was for."""
+
+
+@contextmanager
+def exchanging(names: Sequence[str]) -> Iterator[None]:
+    """Name the parameters in errors of the communication within: timeouts, processes that died."""
+    try:
+        yield
+    except RuntimeError as error:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ExchangeError(f"{shown}: exchange with other processes failed: {error}") from error
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup, names: Sequence[str]) -> list[Any]:
+    """The plain values of all processes, in their order."""
+    values: list[Any] = [None] * group.size()
+    with exchanging(names):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def check_agreement(descriptions: Sequence[list[dict[str, Any]]]) -> None:
+    """Raise ValueError, on every process alike, unless all have the same parameters and options.
+
+    descriptions: of each process, a dict for each parameter, with its "name".
+    """
+    first = descriptions[0]
+    for process, other in enumerate(descriptions[1:], start=1):
+        if len(first) != len(other):
+            raise ValueError(
+                f"params: expected the same number on all processes, got {len(first)} on process 0 "
+                f"and {len(other)} on process {process}"
+            )
+        for ours, theirs in zip(first, other, strict=True):
+            for key in ours:
+                if ours[key] != theirs.get(key):
+                    raise ValueError(
+                        f"{ours['name']}: expected the same {key} on all processes, got "
+                        f"{ours[key]!r} on process 0 and {theirs.get(key)!r} on process {process}"
+                    )
+
+
+def usable_gradients(
+    grads: Sequence[Tensor | None],
+    names: Sequence[str],
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> list[bool | None]:
+    """For each parameter: None without a gradient, else whether it is finite on every process.
+
+    grads: the local parts. Raises ValueError, on every process alike, where only some have one.
+    """
+    there = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=device)
+    bad = [
+        torch.zeros((), dtype=torch.bool, device=device) if grad is None
+        # float32, since a float64 gradient may be finite and its momentum not
+        else ~grad.float().isfinite().all()
+        for grad in grads
+    ]  # fmt: skip
+    flags = torch.stack([there, 1 - there, torch.stack(bad).int()]) if grads else there
+    with exchanging(names):
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    found: list[bool | None] = []
+    for name, (some, missing, not_finite) in zip(names, flags.mT.tolist(), strict=True):
+        if some and missing:
+            raise ValueError(f"{name}: expected a gradient on all processes or none, got some")
+        found.append(not not_finite if some else None)
+    return found

@@ -1,0 +1,218 @@
+"""Gradients to the owners of their matrices, updates back: all-to-all of the parts that are held.
+
+Every process sends each part it holds of a gradient once, to the owner, and gets that part of the
+update: for a matrix of N elements (P - 1)/P * N elements go in and as many out, where gathering
+gradients everywhere would send P times as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowbit_muon.distributed.agreement import exchanging
+from lowbit_muon.distributed.layout import Piece
+
+UpdateDtype = Literal["float32", "bfloat16", "int8"]
+_INT8_MAX = 127
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One matrix, and what each process holds of it.
+
+    parameter, matrix: places of its parameter in the group and of the matrix in its parameter.
+    shape: [rows, columns]; start: its first row in its parameter's matrix. owner: process of the
+    group that keeps its momentum. pieces: of each process, in the coordinates of the matrix.
+    dtype: of its gradient on the way.
+    """
+
+    name: str
+    parameter: int
+    matrix: int
+    shape: tuple[int, int]
+    start: int
+    owner: int
+    pieces: tuple[Piece, ...]
+    dtype: torch.dtype
+
+
+class Exchange:
+    """The communication of one process group. `bytes_sent` counts what left this process."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, update_dtype: UpdateDtype
+    ) -> None:
+        self.group = group
+        self.device = device
+        self.update_dtype = update_dtype
+        self.process: int = dist.get_rank(group)
+        self.processes: int = group.size()
+        self.bytes_sent = 0
+
+    def send_gradients(
+        self, units: Sequence[Unit], part: Callable[[Unit], Tensor]
+    ) -> Callable[[], list[tuple[Unit, Tensor]]]:
+        """Start to bring gradients to their owners; the result waits for those of this process.
+
+        part: this process's part of a unit's gradient, 2-D. Returns (unit, gradient [rows,
+        columns]) for each unit that this process owns.
+        """
+        dtypes = {unit.dtype for unit in units}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        mine = [unit for unit in units if unit.owner == self.process]
+        outgoing = [
+            [part(unit).to(dtype).reshape(-1) for unit in units if unit.owner == process]
+            for process in range(self.processes)
+        ]
+        incoming = [sum(unit.pieces[p].numel for unit in mine) for p in range(self.processes)]
+        wait = self._all_to_all(units, outgoing, incoming, dtype)
+
+        def received() -> list[tuple[Unit, Tensor]]:
+            buffers = wait()
+            full = [torch.empty(unit.shape, dtype=dtype, device=self.device) for unit in mine]
+            for process, buffer in enumerate(buffers):
+                sizes = [unit.pieces[process].numel for unit in mine]
+                for unit, matrix, values in zip(mine, full, buffer.split(sizes), strict=True):
+                    piece = unit.pieces[process]
+                    piece.of(matrix).copy_(values.view(piece.shape))
+            return list(zip(mine, full, strict=True))
+
+        return received
+
+    def send_updates(
+        self, units: Sequence[Unit], updates: Iterable[tuple[Unit, Tensor]]
+    ) -> Callable[[], list[tuple[Unit, Tensor]]]:
+        """Start to send updates [rows, columns] from their owners; see `send_gradients`.
+
+        Returns (unit, this process's part of the update, float32) for each of the units.
+        """
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.processes)]
+        for unit, update in updates:
+            for process, piece in enumerate(unit.pieces):
+                outgoing[process].append(pack(piece.of(update), self.update_dtype))
+        sizes = [
+            [packed_bytes(unit.pieces[self.process], self.update_dtype)
+             for unit in units if unit.owner == process]
+            for process in range(self.processes)
+        ]  # fmt: skip
+        wait = self._all_to_all(units, outgoing, [sum(each) for each in sizes], torch.uint8)
+
+        def received() -> list[tuple[Unit, Tensor]]:
+            found = []
+            for process, buffer in enumerate(wait()):
+                owned = (unit for unit in units if unit.owner == process)
+                for unit, values in zip(owned, buffer.split(sizes[process]), strict=True):
+                    shape = unit.pieces[self.process].shape
+                    found.append((unit, unpack(values, shape, self.update_dtype)))
+            return found
+
+        return received
+
+    def _all_to_all(
+        self,
+        units: Sequence[Unit],
+        outgoing: Sequence[Sequence[Tensor]],
+        incoming: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Callable[[], list[Tensor]]:
+        """Start it; the result waits, and returns one flat tensor from each process."""
+        names = [unit.name for unit in units]
+        sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        sent = torch.cat([empty, *(tensor for tensors in outgoing for tensor in tensors)])
+        received = torch.empty(sum(incoming), dtype=dtype, device=self.device)
+        self.bytes_sent += (sum(sizes) - sizes[self.process]) * dtype.itemsize
+        with exchanging(names):
+            work = dist.all_to_all_single(
+                received, sent, list(incoming), sizes, group=self.group, async_op=True
+            )
+
+        def wait() -> list[Tensor]:
+            with exchanging(names):
+                work.wait()
+            _ = sent  # held until here
+            return list(received.split(list(incoming)))
+
+        return wait
+
+
+def pack(part: Tensor, dtype: UpdateDtype) -> Tensor:
+    """A part of an update, float32 [rows, columns], as bytes on the way; uint8, flat.
+
+    int8: a float32 scale for each row, the largest magnitude over 127, then the codes.
+    """
+    if dtype != "int8":
+        return part.to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8)
+    largest = part.abs().amax(dim=1) if part.numel() else part.new_zeros(part.shape[0])
+    scales = largest / _INT8_MAX
+    codes = (part / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_()
+    return torch.cat([scales.view(torch.uint8), codes.to(torch.int8).view(-1).view(torch.uint8)])
+
+
+def unpack(values: Tensor, shape: tuple[int, int], dtype: UpdateDtype) -> Tensor:
+    """The inverse of `pack`, float32."""
+    if dtype != "int8":
+        # (a copy, since a slice of bytes need not lie where numbers of this size may)
+        return values.clone().view(getattr(torch, dtype)).view(shape).float()
+    scales = values[: 4 * shape[0]].clone().view(torch.float32)
+    return values[4 * shape[0] :].view(torch.int8).view(shape) * scales[:, None]
+
+
+def packed_bytes(piece: Piece, dtype: UpdateDtype) -> int:
+    """Bytes of a part of an update on the way."""
+    if dtype == "int8":
+        return 4 * piece.shape[0] + piece.numel
+    return piece.numel * getattr(torch, dtype).itemsize
+
+
+def bytes_of_step(units: Sequence[Unit], process: int, dtype: UpdateDtype) -> int:
+    """What one process sends in a step: parts of gradients to owners, and of its own updates."""
+    gradients = sum(
+        unit.pieces[process].numel * unit.dtype.itemsize for unit in units if unit.owner != process
+    )
+    updates = sum(
+        packed_bytes(piece, dtype)
+        for unit in units
+        if unit.owner == process
+        for other, piece in enumerate(unit.pieces)
+        if other != process
+    )
+    return gradients + updates
+
+
+def step_in_rounds(
+    exchange: Exchange,
+    rounds: Sequence[Sequence[Unit]],
+    *,
+    part: Callable[[Unit], Tensor],
+    compute: Callable[[list[tuple[Unit, Tensor]]], list[tuple[Unit, Tensor]]],
+    apply: Callable[[Unit, Tensor], None],
+) -> None:
+    """Every round's gradients in, updates computed by their owners and sent back, weights updated.
+
+    The next round's gradients and the last one's updates are on their way during a computation.
+    part: this process's part of a gradient; compute: (unit, gradient) -> (unit, update) of its own
+    units; apply: use its part of an update.
+    """
+    if not rounds:
+        return
+    ahead = exchange.send_gradients(rounds[0], part)
+    behind: Callable[[], list[tuple[Unit, Tensor]]] | None = None
+    for index, units in enumerate(rounds):
+        here = ahead
+        if index + 1 < len(rounds):
+            ahead = exchange.send_gradients(rounds[index + 1], part)
+        sent = exchange.send_updates(units, compute(here()))
+        if behind is not None:
+            for unit, update in behind():
+                apply(unit, update)
+        behind = sent
+    assert behind is not None
+    for unit, update in behind():
+        apply(unit, update)

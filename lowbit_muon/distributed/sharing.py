@@ -1,0 +1,384 @@
+"""The parameters of an optimizer's group that several processes share, and one step of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowbit_muon.distributed.agreement import (
+    check_agreement,
+    exchanging,
+    gather_objects,
+    usable_gradients,
+)
+from lowbit_muon.distributed.exchange import Exchange, Unit, UpdateDtype, step_in_rounds
+from lowbit_muon.distributed.layout import (
+    is_dtensor,
+    local_part,
+    local_piece,
+    sharded_group,
+    stand_in,
+)
+from lowbit_muon.distributed.ownership import assign_owners, rounds
+from lowbit_muon.formats import StateFormat
+from lowbit_muon.group_step import GroupStep, count_skipped, rounding_seed, seed_of_step
+from lowbit_muon.momentum_state import NonFiniteGradientError
+from lowbit_muon.parameter_state import (
+    ParameterStep,
+    flatten,
+    matrix_views,
+    parameter_names,
+    resolve_group_format,
+)
+from lowbit_muon.quantized_matrix import orient
+from lowbit_muon.weight_rounding import Compensation, StochasticRounding
+
+Group = dict[str, Any]
+State = dict[str, Any]
+States = MutableMapping[Tensor, State]  # of parameters
+
+# Elements that a process computes between two exchanges: 16 MiB of float32, so that what is on its
+# way is small beside a model, and an exchange large beside its latency.
+ROUND_ELEMENTS = 2**22
+# Options that all processes need to have alike; learning rates may come from a scheduler.
+_AGREED_OPTIONS = (
+    "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "state_format",
+    "ns_input", "ns_dtype", "stochastic_rounding", "compensation", "nonfinite", "batch_experts",
+    "row_splits", "seed", "weight_decay",
+)  # fmt: skip
+
+
+class SharedParameters:
+    """Parameters of one group over the processes of one process group.
+
+    Each matrix has an owner, which keeps its momentum. Counters are kept everywhere. Making one is
+    a collective operation, and raises ValueError on all processes if they disagree.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        indices: Sequence[int],  # of the parameters in the group
+        process_group: dist.ProcessGroup,
+        update_dtype: UpdateDtype,
+    ) -> None:
+        self.indices = list(indices)
+        self.names = [parameter_names(group)[index] for index in indices]
+        self.process_group = process_group
+        self.params: list[Tensor] = [group["params"][index] for index in indices]
+        device = local_part(self.params[0]).device
+        self.exchange = Exchange(process_group, device, update_dtype)
+        self._check(group)
+
+    def _check(self, group: Group) -> None:
+        options = {name: group[name] for name in _AGREED_OPTIONS}
+        descriptions = [
+            {"name": name, "size": tuple(param.shape), "dtype": param.dtype, **options}
+            for name, param in zip(self.names, self.params, strict=True)
+        ]
+        check_agreement(gather_objects(descriptions, self.process_group, self.names))
+
+    def owns(self, index: int, matrix: int) -> bool:
+        """Whether this process keeps the momentum of a matrix of the group's parameter."""
+        raise NotImplementedError
+
+    def usable(self, group: Group) -> list[bool | None]:
+        """See `usable_gradients`. Raises NonFiniteGradientError where the group asks for it."""
+        grads = [local_gradient(param) for param in self.params]
+        found = usable_gradients(grads, self.names, self.exchange.device, self.process_group)
+        bad = [name for name, finite in zip(self.names, found, strict=True) if finite is False]
+        if bad and group["nonfinite"] == "raise":
+            raise NonFiniteGradientError(
+                f"gradient of parameter {bad[0]!r}: expected finite values on all processes, got "
+                "inf or nan"
+            )
+        return found
+
+    def _start(self, group: Group, states: States) -> list[int]:
+        """Places in `indices` of what is stepped; what is not finite is counted as skipped."""
+        usable = self.usable(group)
+        for param, finite in zip(self.params, usable, strict=True):
+            if finite is False:
+                count_skipped(states[param], param)
+        return [place for place, finite in enumerate(usable) if finite]
+
+
+class ReplicatedParameters(SharedParameters):
+    """Parameters that every process has as a whole, with gradients that were averaged already.
+
+    As in ZeRO stage 1 (arXiv 1910.02054) a parameter's owner updates it, and sends its weights.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        indices: Sequence[int],
+        process_group: dist.ProcessGroup,
+        update_dtype: UpdateDtype,
+    ) -> None:
+        super().__init__(group, indices, process_group, update_dtype)
+        shapes = []
+        for param in self.params:
+            rows, columns = flatten(param.detach(), group).shape
+            shapes.append((rows, columns))
+        self.owners = assign_owners(shapes, self.exchange.processes)
+        self.rounds = rounds(shapes, self.owners, self.exchange.processes, ROUND_ELEMENTS)
+
+    def owns(self, index: int, matrix: int) -> bool:
+        """See `SharedParameters.owns`."""
+        return self.owners[self.indices.index(index)] == self.exchange.process
+
+    def step(self, group: Group, states: States, update: Callable[[list[int]], None]) -> None:
+        """One step; `update` steps own parameters by their indices in the group."""
+        active = set(self._start(group, states))
+        sending: list[tuple[list[str], Any]] = []
+        for members in self.rounds:
+            places = [place for place in members if place in active]
+            own = [p for p in places if self.owners[p] == self.exchange.process]
+            update([self.indices[place] for place in own])
+            for place in places:
+                if place not in own:
+                    states[self.params[place]]["step"] += 1
+            while sending:
+                self._wait(*sending.pop())
+            sending += [([self.names[place]], self._broadcast(place)) for place in places]
+        while sending:
+            self._wait(*sending.pop())
+
+    def _broadcast(self, place: int) -> Any:
+        weight, owner = local_part(self.params[place].detach()), self.owners[place]
+        if owner == self.exchange.process:
+            others = self.exchange.processes - 1
+            self.exchange.bytes_sent += weight.numel() * weight.dtype.itemsize * others
+        with exchanging([self.names[place]]):
+            return dist.broadcast(weight, group=self.process_group, group_src=owner, async_op=True)
+
+    @staticmethod
+    def _wait(names: list[str], work: Any) -> None:
+        with exchanging(names):
+            work.wait()
+
+
+class ShardedParameters(SharedParameters):
+    """Parameters of which every process has a part, as FSDP2 and tensor parallelism leave them."""
+
+    def __init__(
+        self,
+        group: Group,
+        indices: Sequence[int],
+        process_group: dist.ProcessGroup,
+        update_dtype: UpdateDtype,
+    ) -> None:
+        super().__init__(group, indices, process_group, update_dtype)
+        if not isinstance(resolve_group_format(group), StateFormat):
+            raise ValueError(
+                f"{self.names[0]}: expected a fixed state_format for a parameter that is in parts, "
+                "got 'auto'"
+            )
+        pieces = gather_objects(
+            [local_piece(param, _row_dims(param, group)) for param in self.params],
+            process_group,
+            self.names,
+        )
+        units: list[Unit] = []
+        for place, param in enumerate(self.params):
+            dtype = torch.float32 if param.dtype == torch.float64 else param.dtype
+            for matrix, view in enumerate(matrix_views(stand_in(param), group)):
+                start, stop = view.rows.start, view.rows.stop
+                parts = tuple(of_process[place].rows_within(start, stop) for of_process in pieces)
+                units.append(
+                    Unit(self.names[place], place, matrix, view.shape, start, -1, parts, dtype)
+                )
+        shapes = [unit.shape for unit in units]
+        owners = assign_owners(
+            shapes, self.exchange.processes, [_only_holder(unit) for unit in units]
+        )
+        self.units = [
+            dataclasses.replace(unit, owner=owner)
+            for unit, owner in zip(units, owners, strict=True)
+        ]
+        self.rounds = rounds(shapes, owners, self.exchange.processes, ROUND_ELEMENTS)
+        self._own = {
+            (self.indices[unit.parameter], unit.matrix)
+            for unit in self.units
+            if unit.owner == self.exchange.process
+        }
+
+    def owns(self, index: int, matrix: int) -> bool:
+        """See `SharedParameters.owns`."""
+        return (index, matrix) in self._own
+
+    def step(
+        self,
+        group: Group,
+        states: States,
+        update: Callable[[GroupStep, list[ParameterStep]], None],
+        first: int,
+    ) -> None:
+        """One step. update: of weights of their own. first: number of the group's first parameter.
+
+        An owner has no weights: it steps zeros by -1, which leaves the update.
+        """
+        active = set(self._start(group, states))
+        step = dataclasses.replace(
+            GroupStep.from_group(group), lr=-1.0, weight_decay=0.0, stochastic_rounding=False
+        )
+
+        def part(unit: Unit) -> Tensor:
+            grad = local_gradient(self.params[unit.parameter])
+            assert grad is not None
+            return self._rows(flatten(grad, group), unit)
+
+        def compute(own: list[tuple[Unit, Tensor]]) -> list[tuple[Unit, Tensor]]:
+            updates = [
+                (unit, torch.zeros(unit.shape, dtype=torch.float32, device=grad.device))
+                for unit, grad in own
+            ]
+            steps = []
+            for (unit, grad), (_, weight) in zip(own, updates, strict=True):
+                param = self.params[unit.parameter]
+                view = matrix_views(stand_in(param), group)[unit.matrix]
+                view = dataclasses.replace(view, rows=slice(0, unit.shape[0]))
+                number = first + self.indices[unit.parameter]
+                # The counters of a copy: a parameter's own count its matrices together.
+                steps.append(ParameterStep(weight, grad, dict(states[param]), [view], number))
+            update(step, steps)
+            return updates
+
+        def apply(unit: Unit, change: Tensor) -> None:
+            self._apply(unit, change, group, states, first)
+
+        chosen = [[self.units[i] for i in members] for members in self.rounds]
+        chosen = [[unit for unit in units if unit.parameter in active] for units in chosen]
+        step_in_rounds(
+            self.exchange, [units for units in chosen if units], part=part, compute=compute,
+            apply=apply,
+        )  # fmt: skip
+        for place in active:
+            states[self.params[place]]["step"] += 1
+
+    def _rows(self, local: Tensor, unit: Unit) -> Tensor:
+        """The rows of this process's part of a parameter, 2-D, that belong to a unit."""
+        piece = unit.pieces[self.exchange.process]
+        earlier = [
+            other.pieces[self.exchange.process].shape[0]
+            for other in self.units
+            if other.parameter == unit.parameter and other.matrix < unit.matrix
+        ]
+        start = sum(earlier)
+        return local[start : start + piece.shape[0]]
+
+    def _apply(self, unit: Unit, change: Tensor, group: Group, states: States, first: int) -> None:
+        """W <- (1 - lr*wd) W - lr*change, for this process's part of a unit."""
+        if not change.numel():
+            return
+        param = self.params[unit.parameter]
+        weight = self._rows(flatten(local_part(param.detach()), group), unit)
+        lr = float(group["lr"])
+        decay = 1 - lr * group["weight_decay"]
+        if "remainder" in states[param]:
+            rest = flatten(local_part(states[param]["remainder"]), group)
+            rounding: Any = Compensation(self._rows(rest, unit))
+            rounding.update(orient(weight), orient(change), decay, lr)
+        elif group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            start = rounding_seed(group["seed"], first + self.indices[unit.parameter], unit.matrix)
+            # Parts of a matrix lie at the same places in their processes' memory.
+            start += 0x165667B1 * self.exchange.process
+            seed = seed_of_step(start, int(states[param]["step"]))
+            StochasticRounding(seed).update(orient(weight), orient(change), decay, lr)
+        elif weight.dtype in (torch.float32, torch.float64):
+            weight.mul_(decay).sub_(change, alpha=lr)
+        else:
+            weight.copy_(weight.float().mul_(decay).sub_(change, alpha=lr))
+
+
+def _row_dims(param: Tensor, group: Group) -> int:
+    """How many of a parameter's dimensions are rows of its matrix (`flatten`)."""
+    return param.ndim - 1 if group["batch_experts"] else 1
+
+
+def _only_holder(unit: Unit) -> int | None:
+    """The process that has all of a matrix, as with experts in parallel; None without one."""
+    size = unit.shape[0] * unit.shape[1]
+    holders = [process for process, piece in enumerate(unit.pieces) if piece.numel == size]
+    return holders[0] if len(holders) == 1 and size else None
+
+
+def local_gradient(param: Tensor) -> Tensor | None:
+    """This process's part of a gradient, placed as its parameter; None without a gradient."""
+    grad = param.grad
+    if grad is None:
+        return None
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return local_part(grad)
+
+
+Shared = ReplicatedParameters | ShardedParameters
+
+
+class Sharing:
+    """What of an optimizer's groups is shared with other processes, found once for each group."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None, update_dtype: UpdateDtype) -> None:
+        self._process_group = process_group
+        self._update_dtype = update_dtype
+        self._found: list[tuple[list[Tensor], list[Shared]]] = []
+
+    def __bool__(self) -> bool:
+        """Whether anything was found so far."""
+        return any(shared for _, shared in self._found)
+
+    def of(self, group: Group) -> list[Shared]:
+        """The shared parameters of a Muon group, by process group.
+
+        Parameters in parts are shared by the processes that hold the parts, others by the process
+        group of the optimizer, if it has one. Collective where a group's parameters are new, since
+        frameworks put others in the place of those that an optimizer was made with.
+        """
+        if self._process_group is None and not any(map(is_dtensor, group["params"])):
+            return []
+        for params, shared in self._found:
+            if _same(params, group["params"]):
+                return shared
+        shared = self._share(group)
+        self._found.append((list(group["params"]), shared))
+        return shared
+
+    def part_with(self, param: Tensor) -> tuple[Shared, int] | None:
+        """The shared parameters that a parameter belongs to, and its index in its group."""
+        for params, shared in self._found:
+            for part in shared:
+                for index in part.indices:
+                    if params[index] is param:
+                        return part, index
+        return None
+
+    def _share(self, group: Group) -> list[Shared]:
+        sharded: dict[dist.ProcessGroup, list[int]] = defaultdict(list)
+        replicated: list[int] = []
+        for index, param in enumerate(group["params"]):
+            parts = sharded_group(param) if is_dtensor(param) else None
+            if parts is not None:
+                sharded[parts].append(index)
+            elif self._process_group is not None:
+                replicated.append(index)
+        found: list[Shared] = [
+            ShardedParameters(group, indices, processes, self._update_dtype)
+            for processes, indices in sharded.items()
+        ]
+        if replicated and self._process_group is not None:
+            found.append(
+                ReplicatedParameters(group, replicated, self._process_group, self._update_dtype)
+            )
+        return found
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
