@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -19,6 +20,8 @@ from lowbit_muon.checkpoint_adam import convert_adam, read_moments
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.diagnosis import Diagnosis
 from lowbit_muon.distributed.exchange import UpdateDtype
+from lowbit_muon.distributed.layout import is_dtensor, stand_in
+from lowbit_muon.distributed.saved import cut_like, gathered
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import AdjustLr, NsDtype, count_skipped
 from lowbit_muon.muon import DEFAULT_COEFFICIENTS, Muon
@@ -153,6 +156,7 @@ class MuonWithAuxAdam(Muon):
             return
         params = [group["params"][index] for index in indices]
         params = [param for param in params if param.grad is not None]
+        self._leave_8bit_if_sharded(group)
         for param in params:
             if param.grad.is_sparse:
                 raise RuntimeError("AdamW does not support sparse gradients")
@@ -168,6 +172,24 @@ class MuonWithAuxAdam(Muon):
             engine = self._engine(group["aux_adam"], finite)
             engine.param_groups = [_engine_group(engine, group, finite)]
             engine.step()
+
+    def _prepare_unshared(self, group: dict[str, Any]) -> None:
+        if group["use_muon"]:
+            super()._prepare_unshared(group)
+            return
+        self._leave_8bit_if_sharded(group)
+        for param in group["params"]:
+            if not self.state[param]:
+                self.state[param].update(self._fresh_state(param, group), skipped=0)
+
+    def _leave_8bit_if_sharded(self, group: dict[str, Any]) -> None:
+        """Use torch's AdamW where a framework has made DTensors of parameters.
+
+        Raises ValueError where 8 bits were asked for.
+        """
+        if group["aux_adam"] == "adamw8bit" and any(map(is_dtensor, group["params"])):
+            _resolve_kind(self.aux_adam, group["params"])
+            group["aux_adam"] = "adamw"
 
     def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
         return super()._diagnose_group(group) if group["use_muon"] else iter(())
@@ -213,7 +235,9 @@ class MuonWithAuxAdam(Muon):
     ) -> dict[str, Any]:
         if group["use_muon"]:
             return super()._convert_state(param, group, saved)
-        return convert_adam(param, saved, self._fresh_state(param, group))
+        entries, whole = gathered(saved.entries), stand_in(param)
+        saved = dataclasses.replace(saved, entries=entries)
+        return cut_like(param, convert_adam(whole, saved, self._fresh_state(whole, group)))
 
     def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
         names = MUON_DEFAULTS if group["use_muon"] else AUX_DEFAULTS
@@ -265,6 +289,13 @@ def _resolve_kind(kind: AuxAdam, params: Sequence[Tensor]) -> str:
     if kind == "adamw":
         return kind
     strange = [param.dtype for param in params if param.dtype not in _8BIT_DTYPES]
+    if any(map(is_dtensor, params)):
+        if kind == "auto":
+            return "adamw"
+        raise ValueError(
+            "aux_adam: 'adamw8bit' keeps blocks of 256 elements, which shards cut apart; expected "
+            "'adamw' or 'auto' for DTensors"
+        )
     if kind == "auto":
         devices = {param.device.type for param in params}
         return "adamw8bit" if not strange and all(map(_works_or_warn, devices)) else "adamw"
@@ -340,9 +371,16 @@ def _all_finite(params: Sequence[Tensor]) -> list[bool]:
     sums: dict[torch.device, list[Tensor]] = {}
     for param in params:
         assert param.grad is not None
-        sums.setdefault(param.device, []).append(param.grad.sum(dtype=torch.float32))
+        total = _whole(param.grad.sum(dtype=torch.float32))
+        sums.setdefault(param.device, []).append(total)
     found = {device: iter(torch.stack(values).tolist()) for device, values in sums.items()}
     return [
-        math.isfinite(next(found[param.device])) or bool(cast(Tensor, param.grad).isfinite().all())
+        math.isfinite(next(found[param.device]))
+        or bool(_whole(cast(Tensor, param.grad).isfinite().all()))
         for param in params
     ]
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A number of a DTensor: that of all its parts, on every process."""
+    return value.full_tensor() if is_dtensor(value) else value

@@ -43,7 +43,7 @@ _TORCH_MUON_KEYS = (
     "adjust_lr_fn",
 )  # fmt: skip
 # Above it, scales and rotated rows of the next momentum may leave float32.
-_LARGEST_NORM = 1e32
+_LARGEST_NORM = 1e35
 
 
 def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:

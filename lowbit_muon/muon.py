@@ -36,15 +36,10 @@ from lowbit_muon.group_step import (
     GroupStep,
     NsDtype,
     check_gradient,
-    compensation,
-    count_skipped,
-    rounding_seed,
-    seed_of_step,
 )
 from lowbit_muon.host_offload import finish_copies, keep_on_host
 from lowbit_muon.momentum_state import NonFiniteGradientError
 from lowbit_muon.parameter_state import (
-    MatrixView,
     ParameterStep,
     flatten,
     matrix_views,
@@ -53,10 +48,8 @@ from lowbit_muon.parameter_state import (
     read_matrix,
     resolve_group_format,
     stored_keys,
-    write_matrix,
 )
-from lowbit_muon.quantized_matrix import QuantizedMatrix
-from lowbit_muon.weight_rounding import Compensation, StochasticRounding
+from lowbit_muon.parameter_step import prepare_state, update_parameter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -344,6 +337,9 @@ class Muon(Optimizer):
             for part in self._shared(group):
                 self._prepare_shared(group, part)
                 spread |= spread_states(part, self.state)
+        if self._sharing:
+            for group in self.param_groups:
+                self._prepare_unshared(group)
         state_dict = checkpoint.with_version(super().state_dict())
         state = {key: host_counters(value) for key, value in state_dict["state"].items()}
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
@@ -448,7 +444,8 @@ class Muon(Optimizer):
             grad, views = local_part(check_gradient(param)), matrix_views(stand_in(param), group)
             if isinstance(auto, AutoFormat):
                 revise_format(auto, grad, self.state[param], views, group, name)
-            state = self._prepared_state(param, group, views)
+            state = self.state[param]
+            prepare_state(state, param, group, views)
             steps.append(ParameterStep(local_part(param), grad, state, views, first + index))
         self._run(group, GroupStep.from_group(group), steps)
 
@@ -460,45 +457,23 @@ class Muon(Optimizer):
             if is_device_backend(backend):
                 on_device.add(one, backend)
             else:
-                _update_parameter(one, step, group)
+                update_parameter(one, step, group)
         on_device.run()
 
     def _prepare_shared(self, group: dict[str, Any], part: Shared) -> None:
         """States on every process: of its own matrices, and counters of the others."""
-        chosen_later = isinstance(resolve_group_format(group), AutoFormat)
         for index in part.indices:
             param = group["params"][index]
             views = matrix_views(stand_in(param), group)
-            own = [] if chosen_later else [part.owns(index, i) for i in range(len(views))]
-            self._prepared_state(param, group, views, own)
+            own = [part.owns(index, matrix) for matrix in range(len(views))]
+            prepare_state(self.state[param], param, group, views, own)
 
-    def _prepared_state(
-        self,
-        param: Tensor,
-        group: dict[str, Any],
-        views: list[MatrixView],
-        own: Sequence[bool] | None = None,
-    ) -> dict[str, Any]:
-        """A parameter's state; what is missing of its own matrices (all) is made."""
-        state, local = self.state[param], local_part(param)
-        for name in ("step", "skipped"):
-            state.setdefault(name, 0)
-        for index, view in enumerate(views):
-            if stored_keys(state, [view]) or not (own is None or (own and own[index])):
-                continue
-            matrix = QuantizedMatrix.zeros(
-                view.shape,
-                momentum_format(group, state),
-                seed=group["seed"] + index,
-                device=local.device,
-            )
-            write_matrix(state, view, matrix)
-        kept = group["compensation"] and Compensation.applies_to(param)
-        if kept and "remainder" not in state and (own is None or any(own) or is_dtensor(param)):
-            state["remainder"] = torch.zeros_like(local, dtype=torch.int8)
-        if group["offload"]:
-            keep_on_host(state, views)
-        return state
+    def _prepare_unshared(self, group: dict[str, Any]) -> None:
+        """States of the parameters of a group that are not shared."""
+        for index in self._unshared(group):
+            param = group["params"][index]
+            views = matrix_views(stand_in(param), group)
+            prepare_state(self.state[param], param, group, views)
 
     def _raise_if_nonfinite(self, group: dict[str, Any], indices: Iterable[int]) -> None:
         names = parameter_names(group)
@@ -510,27 +485,3 @@ class Muon(Optimizer):
                     f"gradient of parameter {name!r} {tuple(param.shape)}: expected finite values, "
                     f"got {bad} of {param.grad.numel()} elements inf or nan"
                 )
-
-
-def _update_parameter(one: ParameterStep, step: GroupStep, group: dict[str, Any]) -> None:
-    """One parameter on the host."""
-    param, state, views = one.param, one.state, one.views
-    # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
-    grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
-    if len(views) > 1 and not bool(grad.isfinite().all()):
-        count_skipped(state, param)
-        return
-    grad, weights = flatten(grad, group), flatten(param, group)
-    state_format = momentum_format(group, state)
-    for index, view in enumerate(views):
-        momentum = read_matrix(state, view, state_format)
-        rounding: StochasticRounding | Compensation | None = compensation(state, view, group)
-        if step.stochastic_rounding and param.dtype == torch.bfloat16:
-            start = rounding_seed(group["seed"], one.number, index)
-            rounding = StochasticRounding(seed_of_step(start, int(state["step"])))
-        try:
-            step.update_matrix(weights[view.rows], grad[view.rows], momentum, rounding=rounding)
-        except NonFiniteGradientError:
-            count_skipped(state, param)
-            return
-    state["step"] += 1

@@ -18,8 +18,15 @@ from test_device_step import give_gradients, on_device, parameters
 from torch import Tensor, nn
 
 from bench.gpu.roofline import Ledger, on_paper
-from lowbit_muon import PRESETS, AutoFormat, Muon, MuonWithAuxAdam, device_step, host_offload
-from lowbit_muon import muon as muon_module
+from lowbit_muon import (
+    PRESETS,
+    AutoFormat,
+    Muon,
+    MuonWithAuxAdam,
+    device_step,
+    host_offload,
+    parameter_step,
+)
 from lowbit_muon.host_offload import Fetched, keep_on_host
 from lowbit_muon.parameter_state import MatrixView
 
@@ -224,7 +231,7 @@ def test_on_a_device_only_copies_see_both_memories(monkeypatch: pytest.MonkeyPat
         for matrix in self.matrices():
             assert all(tensor.is_meta for tensor in matrix.tensors.values())
 
-    monkeypatch.setattr(muon_module, "keep_on_host", to_cpu)
+    monkeypatch.setattr(parameter_step, "keep_on_host", to_cpu)
     monkeypatch.setattr(Fetched, "give_back", give_back)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((24, 40), (40, 24))]
     optimizer = Muon(params, offload=True)

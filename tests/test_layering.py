@@ -31,6 +31,7 @@ LAYERS = (
     ("checkpoint_momentum", "checkpoint_adam"),
     ("group_options", "host_offload", "group_step", "device_step", "diagnosis"),
     ("distributed",),
+    ("parameter_step",),
     ("muon",),
     ("param_groups", "aux_adam"),
     ("integrations",),

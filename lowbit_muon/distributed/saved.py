@@ -106,6 +106,21 @@ def own_state(
     return kept
 
 
+def cut_like(param: Tensor, state: State) -> State:
+    """A state whose tensors of a DTensor's shape are cut as it is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_dtensor(param):
+        return state
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            return value
+        return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+
+    return {key: cut(value) for key, value in state.items()}
+
+
 def _is_whole(key: str, param: Tensor) -> bool:
     """Whether an entry is kept as a whole by one process."""
     return key not in _COUNTERS and not (key == _LOCAL and is_dtensor(param))

@@ -72,6 +72,12 @@ class SharedParameters:
         self.names = [parameter_names(group)[index] for index in indices]
         self.process_group = process_group
         self.params: list[Tensor] = [group["params"][index] for index in indices]
+        if not isinstance(resolve_group_format(group), StateFormat):
+            # A checkpoint is loaded into a state that is there, and this one's sizes may change.
+            raise ValueError(
+                f"{self.names[0]}: expected a fixed state_format for a parameter that several "
+                "processes share, got 'auto'"
+            )
         device = local_part(self.params[0]).device
         self.exchange = Exchange(process_group, device, update_dtype)
         self._check(group)
@@ -176,11 +182,6 @@ class ShardedParameters(SharedParameters):
         update_dtype: UpdateDtype,
     ) -> None:
         super().__init__(group, indices, process_group, update_dtype)
-        if not isinstance(resolve_group_format(group), StateFormat):
-            raise ValueError(
-                f"{self.names[0]}: expected a fixed state_format for a parameter that is in parts, "
-                "got 'auto'"
-            )
         pieces = gather_objects(
             [local_piece(param, _row_dims(param, group)) for param in self.params],
             process_group,
