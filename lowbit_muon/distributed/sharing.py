@@ -247,8 +247,10 @@ class ShardedParameters(SharedParameters):
                 view = matrix_views(stand_in(param), group)[unit.matrix]
                 view = dataclasses.replace(view, rows=slice(0, unit.shape[0]))
                 number = first + self.indices[unit.parameter]
-                # The counters of a copy: a parameter's own count its matrices together.
-                steps.append(ParameterStep(weight, grad, dict(states[param]), [view], number))
+                # The counters of a copy: a parameter's own count its matrices together. Weights are
+                # rounded where they lie.
+                copy = {key: v for key, v in states[param].items() if key != "remainder"}
+                steps.append(ParameterStep(weight, grad, copy, [view], number))
             update(step, steps)
             return updates
 

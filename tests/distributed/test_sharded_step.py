@@ -10,8 +10,14 @@ import torch
 import torch.distributed as dist
 from several_processes import run
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor import init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
 from lowbit_muon import Muon
 
@@ -31,7 +37,7 @@ def gradient(shape: tuple[int, ...], number: int, step: int) -> Tensor:
 def train(
     params: list[nn.Parameter], optimizer: Muon, place: Any, steps: range = range(STEPS)
 ) -> None:
-    """Steps with the same gradients in every layout; `place` makes a gradient like its parameter."""
+    """Steps with the same gradients in every layout; `place` lays one out as its parameter."""
     for step in steps:
         for number, param in enumerate(params):
             param.grad = place(gradient(tuple(param.shape), number, step))
@@ -112,9 +118,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["spectral4", "mulaw4"])
-def test_sharded_parameters_step_as_on_one_process(
-    layout: str, name: str, tmp_path: Path
-) -> None:
+def test_sharded_parameters_step_as_on_one_process(layout: str, name: str, tmp_path: Path) -> None:
     mesh_shape, placements = LAYOUTS[layout]
     processes = int(torch.tensor(mesh_shape).prod())
     options = {"state_format": name}
