@@ -103,7 +103,7 @@ GOOD_AUX_OPTIONS: dict[str, tuple[Any, ...]] = {
     "aux_adam": ("auto", "adamw"),
 }
 LARGEST_SANE = 1  # learning rate and weight decay up to which weights must stay finite
-# Times n of a rotation and 1000^2 of the largest clip of a matrix and its factors: in float32.
+# Rotation, clip and factors multiply it; a momentum of 1e38 may leave float32 when it is stored.
 LARGEST_GRADIENT = 1e30
 
 # What each field of a StateFormat must refuse, whatever the other fields say.
@@ -179,7 +179,7 @@ def formats(draw: st.DrawFn) -> StateFormat:
         "normalize": draw(st.booleans()),
         "rotate": draw(st.booleans()),
         "statistic": draw(st.sampled_from(("rms", "absmax"))),
-        "clip": draw(st.sampled_from((1.0, 2.7, 0.1, 1e-6, 1e3))),
+        "clip": draw(st.sampled_from((1.0, 2.7, 0.1, 1e-6, 10.0))),
         "tread": draw(st.sampled_from(("mid_rise", "mid_tread"))),
         "granularity": draw(st.sampled_from(("tensor", "row", "block"))),
         "residual_after": draw(st.sampled_from(("stored", "exact"))),
@@ -192,7 +192,7 @@ def formats(draw: st.DrawFn) -> StateFormat:
         kind = "plain"
     elif kind == "companded":
         codebook = "mu_law"
-        fields |= {"companded_scale": True, "clip": min(fields["clip"], 5.0)}
+        fields |= {"companded_scale": True, "clip": min(fields["clip"], 1.0)}
     elif kind == "spectral":
         shift = draw(st.sampled_from((0.03, 0.1, 1e-6, 1e6)))
         fields |= {"spectral": True, "spectral_shift": shift}

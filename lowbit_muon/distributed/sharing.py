@@ -187,15 +187,21 @@ class ShardedParameters(SharedParameters):
             process_group,
             self.names,
         )
+        self._views = [matrix_views(stand_in(param), group) for param in self.params]
+        # The first row, in this process's part of the parameter, of what it has of each matrix.
+        self._local_starts: list[list[int]] = []
         units: list[Unit] = []
-        for place, param in enumerate(self.params):
+        for place, (param, views) in enumerate(zip(self.params, self._views, strict=True)):
             dtype = torch.float32 if param.dtype == torch.float64 else param.dtype
-            for matrix, view in enumerate(matrix_views(stand_in(param), group)):
+            held = [0]
+            for matrix, view in enumerate(views):
                 start, stop = view.rows.start, view.rows.stop
                 parts = tuple(of_process[place].rows_within(start, stop) for of_process in pieces)
                 units.append(
                     Unit(self.names[place], place, matrix, view.shape, start, -1, parts, dtype)
                 )
+                held.append(held[-1] + parts[self.exchange.process].shape[0])
+            self._local_starts.append(held)
         shapes = [unit.shape for unit in units]
         owners = assign_owners(
             shapes, self.exchange.processes, [_only_holder(unit) for unit in units]
@@ -244,7 +250,7 @@ class ShardedParameters(SharedParameters):
             steps = []
             for (unit, grad), (_, weight) in zip(own, updates, strict=True):
                 param = self.params[unit.parameter]
-                view = matrix_views(stand_in(param), group)[unit.matrix]
+                view = self._views[unit.parameter][unit.matrix]
                 view = dataclasses.replace(view, rows=slice(0, unit.shape[0]))
                 number = first + self.indices[unit.parameter]
                 # The counters of a copy: a parameter's own count its matrices together. Weights are
@@ -268,14 +274,8 @@ class ShardedParameters(SharedParameters):
 
     def _rows(self, local: Tensor, unit: Unit) -> Tensor:
         """The rows of this process's part of a parameter, 2-D, that belong to a unit."""
-        piece = unit.pieces[self.exchange.process]
-        earlier = [
-            other.pieces[self.exchange.process].shape[0]
-            for other in self.units
-            if other.parameter == unit.parameter and other.matrix < unit.matrix
-        ]
-        start = sum(earlier)
-        return local[start : start + piece.shape[0]]
+        start, stop = self._local_starts[unit.parameter][unit.matrix :][:2]
+        return local[start:stop]
 
     def _apply(self, unit: Unit, change: Tensor, group: Group, states: States, first: int) -> None:
         """W <- (1 - lr*wd) W - lr*change, for this process's part of a unit."""
