@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := bench/results
+PROCESSES ?= 2
 ISAS ?= avx2 avx512 avx512vnni
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv finetune test fuzz docs bench lint format clean
+.PHONY: venv finetune finetune-distributed test fuzz docs bench lint format clean
 
 venv: $(STAMP)
 
@@ -23,6 +24,10 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(CXX_SOURCES)
 
 finetune: venv
 	$(BIN)/lowbit-muon finetune $(ARGS)
+
+# Data parallel on this machine: each process takes its share of a step and of the momentum.
+finetune-distributed: venv
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m lowbit_muon.cli finetune $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
@@ -61,6 +66,7 @@ bench: venv
 	$(BIN)/python -m bench.training --json $(RESULTS)/training.json $(ARGS)
 	$(BIN)/python -m bench.training --json $(RESULTS)/training.json --plot $(RESULTS)/training.svg \
 		--methods 'fp32;spectral4' --seeds 6 $(ARGS)
+	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.svg
 	$(BIN)/python -m bench.report
 
 lint: venv

@@ -15,9 +15,11 @@ from typing import Any
 
 from bench.fidelity import pareto_front
 from bench.gpu.roofline import markdown as paper
+from bench.scaling.report import is_exact
 from bench.training.methods import METHODS
 from bench.training.report import bits_of, cells
 from bench.training.report import rows as training_rows
+from lowbit_muon.benchmark.report import significant
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -278,6 +280,73 @@ def memory_limits() -> str:
     return table(headings, lines)
 
 
+SCALING_MODELS, SCALING_PROCESSES = ("llama3-8b", "kimi-k2"), (8, 64, 512)
+
+
+def scaling() -> str:
+    """What one of several processes keeps, sends and computes: a model, and how it was checked."""
+    found = results("scaling")
+    lines = []
+    for name in SCALING_MODELS:
+        model = found["models"][name]
+        by_design: dict[str, list[dict[str, Any]]] = {}
+        for row in model["estimates"]:
+            if row["processes"] in SCALING_PROCESSES:
+                by_design.setdefault(row["design"], []).append(row)
+        for design, rows in by_design.items():
+            cells = (
+                [significant(row["state_bytes"] / 2**30) for row in rows],
+                [significant(row["averaging_bytes"] / 2**30) for row in rows],
+                [significant(row["step_bytes"] / 2**30) for row in rows],
+                [significant(row["newton_schulz"] / 1e15) for row in rows],
+                [f"{100 * row['balance']:.3g}" for row in rows],
+            )
+            lines.append([model["title"], design, *map(" / ".join, cells)])
+    counts = " / ".join(map(str, SCALING_PROCESSES))
+    headings = (
+        "model, not measured", f"{counts} GPUs", "state GiB", "averaging sends GiB",
+        "step sends GiB", "Newton-Schulz PFLOP", "% of perfect balance",
+    )  # fmt: skip
+    parts = (table(headings, lines), scaling_ends(found["models"]), scaling_notes(found))
+    return "\n".join(parts)
+
+
+def scaling_ends(models: dict[str, Any]) -> str:
+    """How far owners scale, and from which number of processes on they pass other designs."""
+    kept = {name: model for name, model in models.items() if not name.endswith("stacked")}
+    figures = {
+        "matrices": lambda model: f"{model['limits']['matrices']:,}",
+        "all work over the largest matrix's": (
+            lambda model: f"{model['limits']['useful_processes']:,.0f}"
+        ),
+    }
+    rows = [[name, *map(figure, kept.values())] for name, figure in figures.items()]
+    for what in next(iter(kept.values()))["crossovers"]:
+        firsts = (model["crossovers"][what] for model in kept.values())
+        rows.append([what, *("never" if first is None else f"{first:,}" for first in firsts)])
+    titles = (model["title"] for model in kept.values())
+    return table(("model, not measured: from how many GPUs on", *titles), rows)
+
+
+def scaling_notes(found: dict[str, Any]) -> str:
+    """The calibration."""
+    rows = found["calibration"]["rows"]
+    counts = ", ".join(str(row["processes"]) for row in rows)
+    exact = "the bytes" if all(map(is_exact, rows)) else "NOT the bytes"
+
+    def times(name: str) -> str:
+        return ", ".join(f"{row[name] / rows[0][name]:.2f}" for row in rows)
+
+    where = f"gloo, {found['calibration']['cores']} cores"
+    return (
+        f"Measured here, {counts} processes ({where}): each sent and kept {exact} that the model "
+        f"says. The busiest took {times('cpu_seconds')} of one process's processor time, by the "
+        f"model {times('modelled_cpu_seconds')}; the clock said {times('seconds')}, with a load of "
+        f"{found['calibration']['load']:.1f} from other programs on those cores; "
+        f"by the model, without communication and other programs, {times('modelled_seconds')}.\n"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "fidelity_training": fidelity_training,
@@ -290,6 +359,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "isas": isas,
     "orthogonalize": orthogonalize,
     "paper": paper,
+    "scaling": scaling,
 }
 
 

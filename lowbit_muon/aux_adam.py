@@ -20,7 +20,7 @@ from lowbit_muon.checkpoint_adam import convert_adam, read_moments
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.diagnosis import Diagnosis
 from lowbit_muon.distributed.exchange import UpdateDtype
-from lowbit_muon.distributed.layout import is_dtensor, stand_in
+from lowbit_muon.distributed.layout import is_dtensor, local_part, stand_in
 from lowbit_muon.distributed.saved import cut_like, gathered
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import AdjustLr, NsDtype, count_skipped
@@ -40,6 +40,7 @@ AUX_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
 }
 _8BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_FLOAT16 = 2.0**-24
 _PROBE_ELEMENTS = 4096  # the smallest tensor whose state bitsandbytes keeps in 8 bits
 
 
@@ -58,7 +59,8 @@ class MuonWithAuxAdam(Muon):
         aux_adam: "adamw8bit": bitsandbytes' AdamW8bit, about 2 bytes an element (it keeps tensors
             of fewer than 4096 elements in float32, 8 bytes); "adamw": torch.optim.AdamW; "auto":
             8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
-            else torch.optim.AdamW, with one warning that says why.
+            else torch.optim.AdamW, with one warning that says why. For float16 parameters
+            torch.optim.AdamW has an eps of 6e-8 at least, since a smaller one is zero there.
         nesterov, ns_coefficients, ns_steps, adjust_lr_fn, state_format, ns_input, ns_dtype,
             stochastic_rounding, compensation, backend, seed, offload: as for `Muon`, for the groups
             that do not set them.
@@ -163,14 +165,21 @@ class MuonWithAuxAdam(Muon):
             if not self.state[param]:
                 self.state[param].update(self._fresh_state(param, group), skipped=0)
         finite = []
-        for param, is_finite in zip(params, _all_finite(params), strict=True):
-            if is_finite:
+        for param, is_usable in zip(params, _usable(params, group["aux_adam"]), strict=True):
+            if is_usable:
                 finite.append(param)
             else:
                 count_skipped(self.state[param], param)
-        if finite:
-            engine = self._engine(group["aux_adam"], finite)
-            engine.param_groups = [_engine_group(engine, group, finite)]
+        # torch's AdamW keeps moments of float16 in float16, where smaller an eps is zero.
+        narrow = [p for p in finite if p.dtype == torch.float16 and group["aux_adam"] == "adamw"]
+        wide = [param for param in finite if all(param is not other for other in narrow)]
+        self._step_engine(group, wide, group["eps"])
+        self._step_engine(group, narrow, max(group["eps"], SMALLEST_FLOAT16))
+
+    def _step_engine(self, group: dict[str, Any], params: list[Tensor], eps: float) -> None:
+        if params:
+            engine = self._engine(group["aux_adam"], params)
+            engine.param_groups = [{**_engine_group(engine, group, params), "eps": eps}]
             engine.step()
 
     def _prepare_unshared(self, group: dict[str, Any]) -> None:
@@ -363,22 +372,24 @@ def _engine_group(engine: Optimizer, group: dict[str, Any], params: list[Tensor]
     }
 
 
-def _all_finite(params: Sequence[Tensor]) -> list[bool]:
-    """Whether each gradient is finite. A device is asked once for all of its gradients.
+def _usable(params: Sequence[Tensor], kind: str) -> list[bool]:
+    """Whether each gradient and its squares are finite in the dtype of the moments.
 
-    A sum is finite only if every element is, and takes no memory; a finite tensor's may overflow.
+    A device is asked once for all of its gradients.
     """
-    sums: dict[torch.device, list[Tensor]] = {}
+    found: dict[torch.device, list[Tensor]] = {}
     for param in params:
         assert param.grad is not None
-        total = _whole(param.grad.sum(dtype=torch.float32))
-        sums.setdefault(param.device, []).append(total)
-    found = {device: iter(torch.stack(values).tolist()) for device, values in sums.items()}
-    return [
-        math.isfinite(next(found[param.device]))
-        or bool(_whole(cast(Tensor, param.grad).isfinite().all()))
-        for param in params
-    ]
+        # 8-bit moments are computed in float32.
+        dtype = param.dtype if kind == "adamw" else torch.float32
+        limit = math.sqrt(torch.finfo(dtype).max)
+        # (nan is not below anything)
+        fits = torch.ones((), dtype=torch.bool, device=local_part(param).device)
+        if param.grad.numel():
+            fits = _whole(torch.linalg.vector_norm(param.grad, ord=math.inf)).float() <= limit
+        found.setdefault(fits.device, []).append(fits)
+    usable = {device: iter(torch.stack(values).tolist()) for device, values in found.items()}
+    return [next(usable[local_part(param).device]) for param in params]
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lowbit_muon.backends.base import DeviceBackend
 from lowbit_muon.half_precision import orthogonalize_batch
 from lowbit_muon.matrix_batch import MatrixBatch
-from lowbit_muon.momentum_state import NORM_EPS, frobenius_norm
+from lowbit_muon.momentum_state import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.newton_schulz import Triple, orthogonalize_normalized
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient
 from lowbit_muon.weight_rounding import Compensation
@@ -154,7 +154,7 @@ class BatchStep:
                 for i, grad in enumerate(grads)
             ]
         )
-        accepted, norm = _only(squares[:, 0].isfinite(), allowed, squares[:, 1].sqrt())
+        accepted, norm = _only(_acceptable(squares[:, 0]), allowed, squares[:, 1].sqrt())
         if self.from_stored:
             return self._stored(batch, accepted)
         batch.commit(accepted)
@@ -232,7 +232,12 @@ def _as_gradient(grad: Tensor) -> Tensor:
 def _norms(row_squares: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     """(norms float64 [b], whether they are finite) from each matrix's row sums of squares."""
     squares = torch.stack([rows.sum() for rows in row_squares])
-    return squares.sqrt(), squares.isfinite()
+    return squares.sqrt(), _acceptable(squares)
+
+
+def _acceptable(squares: Tensor) -> Tensor:
+    """Whether sums of squares [b] are finite and those of a norm that is not too large."""
+    return squares.isfinite() & (squares <= LARGEST_NORM**2)
 
 
 def _only(finite: Tensor, allowed: Tensor | None, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from lowbit_muon.group_step import (
     update_scale,
 )
 from lowbit_muon.host_offload import Fetched
+from lowbit_muon.momentum_state import is_usable
 from lowbit_muon.parameter_state import ParameterStep, flatten, momentum_format, read_matrix
 
 State = dict[str, Any]
@@ -83,7 +84,7 @@ class DeviceStep:
         """Take a parameter with its gradient."""
         state, views = one.state, one.views
         grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
-        finite = grad.isfinite().all() if len(views) > 1 else None
+        finite = is_usable(grad) if len(views) > 1 else None
         grad, weights = flatten(grad, self._group), flatten(one.param, self._group)
         counted = False
         state_format = momentum_format(self._group, state)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit_muon.auto_format import AutoFormat
 from lowbit_muon.formats import StateFormat
+from lowbit_muon.momentum_state import is_usable
 from lowbit_muon.newton_schulz import Triple, resolve_coefficients
 from lowbit_muon.parameter_state import (
     MatrixView,
@@ -73,7 +74,7 @@ def revise_format(
         return
     present = momentum_format(group, state) if "state_format" in state else None
     chosen, error = present or auto.formats[-1], None
-    if bool(grad.isfinite().all()):
+    if bool(is_usable(grad)):
         samples = _next_momenta(flatten(grad, group), state, views, group, present)
         coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
         chosen, error = choose_format(auto, samples, coefficients, present=present)

@@ -10,12 +10,14 @@ from lowbit_muon.checks import is_real_number
 from lowbit_muon.newton_schulz import resolve_coefficients
 from lowbit_muon.parameter_state import resolve_group_format
 
+LARGEST_NUMBER = 1e30  # Products of options have to stay within float32.
+
 
 def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
     """(name, test, what is expected) for every option of a group."""
 
     def at_least_zero(value: Any) -> bool:
-        return is_real_number(value) and float(value) >= 0
+        return is_real_number(value) and 0 <= float(value) <= LARGEST_NUMBER
 
     def whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -28,8 +30,8 @@ def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
             isinstance(value, (list, tuple)) and bool(value) and all(whole(v) for v in value)
         )
 
-    yield "lr", at_least_zero, "a number or one-element tensor >= 0"
-    yield "weight_decay", at_least_zero, "a number >= 0"
+    yield "lr", at_least_zero, "a number or one-element tensor >= 0, at most 1e30"
+    yield "weight_decay", at_least_zero, "a number >= 0, at most 1e30"
     yield "momentum", lambda v: at_least_zero(v) and float(v) < 1, "a number in [0, 1)"
     yield "nesterov", boolean, "a bool"
     yield "eps", lambda v: at_least_zero(v) and float(v) > 0, "a number > 0"
@@ -50,7 +52,7 @@ def _options() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
     yield "nonfinite", lambda v: v in ("skip", "raise"), "'skip' or 'raise'"
     yield "batch_experts", boolean, "a bool"
     yield "row_splits", row_counts, "None or a sequence of row counts"
-    yield "seed", whole, "a whole number >= 0"
+    yield "seed", lambda v: whole(v) and v < 2**62, "a whole number from 0 to 2**62 - 1"
     yield "offload", boolean, "a bool"
 
 
@@ -61,6 +63,9 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name}: expected {expected}, got {group[name]!r}")
     if group["compensation"] and group["stochastic_rounding"]:
         raise ValueError("compensation: expected False with stochastic_rounding=True, got True")
-    resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    try:
+        resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"ns_{error}") from None
     resolve_group_format(group)
     check_backend_name(group["backend"])

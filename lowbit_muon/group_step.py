@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.base import Backend, is_device_backend
 from lowbit_muon.momentum_state import StoredSpectrum, update_momentum
 from lowbit_muon.newton_schulz import (
     Triple,
@@ -78,11 +78,6 @@ class GroupStep:
         if weight.numel() == 0:
             return
         backend: Backend = get_backend(self.backend_name, weight.device)
-        if self.ns_dtype not in ("auto", "float32"):
-            raise ValueError(
-                f"ns_dtype: expected 'auto' or 'float32' with backend '{backend.name}', which "
-                f"computes in float32, got {self.ns_dtype!r}"
-            )
         update_momentum(
             momentum,
             grad,
@@ -171,6 +166,15 @@ def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
+def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
+    """Raise ValueError unless a backend takes a group's `ns_dtype`."""
+    if group["ns_dtype"] not in ("auto", "float32") and not is_device_backend(backend):
+        raise ValueError(
+            f"ns_dtype: expected 'auto' or 'float32' with backend '{backend.name}', which "
+            f"computes in float32, got {group['ns_dtype']!r}"
+        )
+
+
 def check_gradient(param: Tensor) -> Tensor:
     """The gradient; raises, as torch.optim.Muon does, for one that Muon cannot take."""
     if torch.is_complex(param):
@@ -186,8 +190,8 @@ def count_skipped(state: dict[str, Any], param: Tensor) -> None:
     state["skipped"] += 1
     if state["skipped"] == 1:
         warnings.warn(
-            f"a gradient of a parameter of size {tuple(param.shape)} held inf or nan: the "
-            "parameter and its state were left as they were (nonfinite='skip')",
+            f"a gradient of a parameter of size {tuple(param.shape)} held inf or nan, or was too "
+            "large: the parameter and its state were left as they were (nonfinite='skip')",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -18,6 +18,9 @@ from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.quantized_matrix import QuantizedMatrix, orient, rescaling
 from lowbit_muon.row_source import SCRATCH_FLOATS, DenseRows, RowSource
 
+# A momentum of a larger norm is taken as if it were not finite: its scales, and sums of it in
+# products, would leave float32 (3.4e38) when they are rotated, clipped, companded or factorised.
+LARGEST_NORM = 1e32
 NORM_EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
 
 # What takes the matrix X [m, n] that is to be orthogonalised: (X, ||X||_F, scale). X is scale times
@@ -26,7 +29,7 @@ Use = Callable[[RowSource, float, float], None]
 
 
 class NonFiniteGradientError(ValueError):
-    """A gradient with inf or nan; raised before state or weights change."""
+    """A gradient with inf, nan or values near float32's end; raised before anything changes."""
 
 
 class StoredSum(RowSource):
@@ -172,8 +175,8 @@ class _Terms:
 
     def norm_and_scale(self, squares: float) -> tuple[float, float]:
         """The new momentum's norm and what it is multiplied by before products square it."""
-        if not math.isfinite(squares):
-            raise NonFiniteGradientError(_describe(self.grad))
+        if not squares <= LARGEST_NORM**2:
+            raise NonFiniteGradientError(describe(self.grad))
         norm = math.sqrt(squares)
         normalize = self.momentum.state_format.normalize
         return norm, 1 / (norm + NORM_EPS) if normalize else rescaling(norm)
@@ -258,6 +261,22 @@ def frobenius_norm(grad: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad, dtype=accumulation_dtype(grad.device))
 
 
-def _describe(grad: Tensor) -> str:
+def is_usable(grad: Tensor, *, parts: int = 1) -> Tensor:
+    """Whether a gradient cannot take a momentum beyond `LARGEST_NORM`; a bool on its device.
+
+    parts: of how many of its size the gradient is one.
+    """
+    if not grad.numel():
+        return torch.ones((), dtype=torch.bool, device=grad.device)
+    # The largest entry, since it is found without a copy; nan is not below anything.
+    # (float32, since the limit would be inf in float16.)
+    largest = torch.linalg.vector_norm(grad, ord=math.inf).float()
+    return largest <= LARGEST_NORM / math.sqrt(grad.numel() * parts)
+
+
+def describe(grad: Tensor) -> str:
+    """What is wrong with a gradient that is not usable."""
     bad = int((~grad.isfinite()).sum())
-    return f"expected a finite gradient, got {bad} of {grad.numel()} elements inf or nan"
+    if not bad:
+        return f"expected finite values of a norm below {LARGEST_NORM:g}, got a larger one"
+    return f"expected finite values, got {bad} of {grad.numel()} elements inf or nan"

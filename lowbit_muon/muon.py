@@ -36,9 +36,10 @@ from lowbit_muon.group_step import (
     GroupStep,
     NsDtype,
     check_gradient,
+    check_ns_dtype,
 )
 from lowbit_muon.host_offload import finish_copies, keep_on_host
-from lowbit_muon.momentum_state import NonFiniteGradientError
+from lowbit_muon.momentum_state import NonFiniteGradientError, describe, is_usable
 from lowbit_muon.parameter_state import (
     ParameterStep,
     flatten,
@@ -117,8 +118,9 @@ class Muon(Optimizer):
             more byte of state an element, and add it before the next update: as if the weights had
             8 more bits. Not together with `stochastic_rounding`, which takes no memory. Makes no
             difference to float32 weights.
-        nonfinite: what to do with a gradient that holds inf or nan: "skip" leaves the parameter and
-            its state as they are (counted in its state as "skipped", with one warning; on a GPU,
+        nonfinite: what to do with a gradient that holds inf or nan, or is so large (a norm above
+            1e32) that the momentum might leave float32: "skip" leaves the parameter and its state
+            as they are (counted in its state as "skipped", with one warning; on a GPU,
             where the host does not look, without), "raise" raises NonFiniteGradientError before any
             parameter changes.
         batch_experts: take a parameter [experts, rows, columns] as that many matrices.
@@ -239,8 +241,8 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            self._check_step(group, self._unshared(group))
             if group["nonfinite"] == "raise":
-                self._raise_if_nonfinite(group, self._unshared(group))
                 for part in self._shared(group):
                     part.usable(group)
         for group in self.param_groups:
@@ -306,7 +308,7 @@ class Muon(Optimizer):
                 continue
             whole = param.grad is not None and not is_dtensor(param)
             grad = flatten(param.grad, group) if whole else None
-            if grad is not None and not bool(grad.isfinite().all()):
+            if grad is not None and not bool(is_usable(grad)):
                 grad = None
             views = matrix_views(stand_in(param), group)
             for index, view in enumerate(views):
@@ -405,8 +407,7 @@ class Muon(Optimizer):
         For hooks that run in the backward pass (`attach_gradient_release`).
         """
         group = self.param_groups[group_index]
-        if group["nonfinite"] == "raise":
-            self._raise_if_nonfinite(group, [index])
+        self._check_step(group, [index])
         self._step_parameters(group, [index])
 
     def _shared(self, group: dict[str, Any]) -> list[Shared]:
@@ -475,13 +476,18 @@ class Muon(Optimizer):
             views = matrix_views(stand_in(param), group)
             prepare_state(self.state[param], param, group, views)
 
-    def _raise_if_nonfinite(self, group: dict[str, Any], indices: Iterable[int]) -> None:
+    def _check_step(self, group: dict[str, Any], indices: Sequence[int]) -> None:
+        """Raise what a step of these parameters would raise, before any changes."""
+        if group.get("use_muon", True):
+            for device in {local_part(group["params"][index]).device for index in indices}:
+                check_ns_dtype(group, get_backend(group["backend"], device))
+        if group["nonfinite"] != "raise":
+            return
         names = parameter_names(group)
         for index in indices:
             name, param = names[index], group["params"][index]
-            if param.grad is not None and not bool(param.grad.isfinite().all()):
-                bad = int((~param.grad.isfinite()).sum())
+            if param.grad is not None and not bool(is_usable(local_part(param.grad))):
                 raise NonFiniteGradientError(
-                    f"gradient of parameter {name!r} {tuple(param.shape)}: expected finite values, "
-                    f"got {bad} of {param.grad.numel()} elements inf or nan"
+                    f"gradient of parameter {name!r} {tuple(param.shape)}: "
+                    f"{describe(local_part(param.grad))}"
                 )

@@ -17,7 +17,7 @@ from lowbit_muon.group_step import (
     seed_of_step,
 )
 from lowbit_muon.host_offload import keep_on_host
-from lowbit_muon.momentum_state import NonFiniteGradientError
+from lowbit_muon.momentum_state import NonFiniteGradientError, is_usable
 from lowbit_muon.parameter_state import (
     MatrixView,
     ParameterStep,
@@ -69,7 +69,7 @@ def update_parameter(one: ParameterStep, step: GroupStep, group: dict[str, Any])
     param, state, views = one.param, one.state, one.views
     # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
     grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
-    if len(views) > 1 and not bool(grad.isfinite().all()):
+    if len(views) > 1 and not bool(is_usable(grad)):
         count_skipped(state, param)
         return
     grad, weights = flatten(grad, group), flatten(param, group)

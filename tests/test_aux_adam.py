@@ -273,13 +273,46 @@ def test_raise_comes_before_anything_changes_in_either_part(bad: int) -> None:
     assert_same(values_of(optimizer), values)
 
 
-def test_a_finite_gradient_whose_sum_overflows_is_not_skipped() -> None:
-    param = nn.Parameter(torch.zeros(8))
-    optimizer = MuonWithAuxAdam([{"params": [param], "use_muon": False}], aux_adam="adamw")
-    param.grad = torch.full((8,), 3e38)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fits", "too_large"),
+    [
+        # Roots of 3.4e38 and 65504, the largest numbers of the moments' dtypes.
+        ("adamw", torch.float32, 1.8e19, 1.9e19),
+        ("adamw", torch.bfloat16, 1.8e19, 1.9e19),
+        ("adamw", torch.float16, 255.0, 257.0),
+        ("adamw8bit", torch.float16, 6e4, None),
+        ("adamw8bit", torch.float32, 1.8e19, 1.9e19),
+    ],
+)
+def test_gradients_whose_squares_the_moments_cannot_hold_are_skipped(
+    kind: Any, dtype: torch.dtype, fits: float, too_large: float | None
+) -> None:
+    param = nn.Parameter(torch.zeros(4096, dtype=dtype))
+    optimizer = MuonWithAuxAdam([{"params": [param], "use_muon": False}], aux_adam=kind)
+    param.grad = torch.full_like(param, fits)
     optimizer.step()
-    assert optimizer.state[param]["skipped"] == 0
-    assert int(optimizer.state[param]["step"]) == 1
+    assert (optimizer.state[param]["skipped"], int(optimizer.state[param]["step"])) == (0, 1)
+    assert param.isfinite().all()
+    optimizer.load_state_dict(optimizer.state_dict())  # which takes finite moments only
+    if too_large is not None:
+        before = param.detach().clone()
+        param.grad = torch.full_like(param, too_large)
+        with pytest.warns(RuntimeWarning, match="too large"):
+            optimizer.step()
+        assert optimizer.state[param]["skipped"] == 1
+        assert torch.equal(param, before)
+
+
+def test_a_zero_gradient_leaves_float16_weights() -> None:
+    """The default eps, 1e-10, is zero in float16, and zero over zero is not a number."""
+    halves, others = nn.Parameter(torch.ones(8).half()), nn.Parameter(torch.ones(8))
+    group = {"params": [halves, others], "use_muon": False}
+    optimizer = MuonWithAuxAdam([group], aux_adam="adamw")
+    for param in (halves, others):
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert torch.equal(halves, torch.ones(8).half())
+    assert torch.equal(others, torch.ones(8))
 
 
 def test_sparse_gradients_are_refused() -> None:

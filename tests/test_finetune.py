@@ -351,7 +351,7 @@ def test_an_automatic_format_is_reported(tiny: FinetuneSettings, tmp_path: Path)
     result = run(dataclasses.replace(tiny, format="auto"), tmp_path)
     assert sum(result["formats"].values()) == result["muon_matrices"]
     assert set(result["formats"]) <= {"spectral2", "spectral3", "spectral4", "spectral8"}
-    assert run(tiny, tmp_path)["formats"] == {tiny.format: result["muon_matrices"]}
+    assert run(tiny, tmp_path / "fixed")["formats"] == {tiny.format: result["muon_matrices"]}
 
 
 # --- progress, table, comparison ---

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowbit_muon.momentum_state import is_usable
+
 
 class ExchangeError(RuntimeError):
     """An exchange with other processes that failed; names the parameters that it was for."""
@@ -67,8 +69,7 @@ def usable_gradients(
     there = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=device)
     bad = [
         torch.zeros((), dtype=torch.bool, device=device) if grad is None
-        # float32, since a float64 gradient may be finite and its momentum not
-        else ~grad.float().isfinite().all()
+        else ~is_usable(grad, parts=group.size())
         for grad in grads
     ]  # fmt: skip
     flags = torch.stack([there, 1 - there, torch.stack(bad).int()]) if grads else there

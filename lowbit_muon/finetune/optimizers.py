@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any, cast
 
+import torch.distributed as dist
 from torch import nn
 
 from lowbit_muon.aux_adam import AuxAdam, MuonWithAuxAdam
 from lowbit_muon.finetune.errors import FinetuneError
+from lowbit_muon.finetune.processes import Processes
 from lowbit_muon.finetune.settings import FinetuneSettings
 from lowbit_muon.param_groups import muon_param_groups
 
@@ -16,10 +19,13 @@ ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-8
 
 
-def build_optimizer(model: nn.Module, settings: FinetuneSettings) -> MuonWithAuxAdam:
+def build_optimizer(
+    model: nn.Module, settings: FinetuneSettings, process_group: dist.ProcessGroup | None = None
+) -> MuonWithAuxAdam:
     """The optimizer that the settings name, over all parameters of the model.
 
     The AdamW methods are torch.optim.AdamW and bitsandbytes' AdamW8bit on the matrices as well.
+    process_group: over which the momentum of the matrices is shared.
     Raises FinetuneError if bitsandbytes is asked for and does not work.
     """
     groups = muon_param_groups(
@@ -41,6 +47,7 @@ def build_optimizer(model: nn.Module, settings: FinetuneSettings) -> MuonWithAux
                 state_format=settings.format,
                 aux_adam=cast(AuxAdam, settings.aux_adam),
                 seed=settings.seed,
+                process_group=process_group,
             )
         return MuonWithAuxAdam(
             [_adamw_group(group, settings) for group in groups],
@@ -70,6 +77,7 @@ def count_matrices(optimizer: MuonWithAuxAdam) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups if group["use_muon"])
 
 
-def count_formats(optimizer: MuonWithAuxAdam) -> dict[str, int]:
+def count_formats(optimizer: MuonWithAuxAdam, processes: Processes) -> dict[str, int]:
     """How many of Muon's parameters are stored in each format, the most frequent first."""
-    return dict(Counter(f.name for f in optimizer.state_formats().values()).most_common())
+    names = [state_format.name for state_format in optimizer.state_formats().values()]
+    return dict(Counter(itertools.chain(*processes.gather(names))).most_common())

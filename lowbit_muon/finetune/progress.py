@@ -11,9 +11,9 @@ MIB = 2**20
 PLAIN_LINES = 10  # of progress in a whole run
 
 
-def plain_console() -> Console:
+def plain_console(*, quiet: bool = False) -> Console:
     """A console that prints text as it is: no markup in it, and no line breaks added to it."""
-    return Console(markup=False, highlight=False, soft_wrap=True)
+    return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 class TrainingProgress:

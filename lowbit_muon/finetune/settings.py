@@ -67,7 +67,9 @@ class FinetuneSettings:
     save_every: int = _option(8, "checkpoint every N steps and at the end; 0: never")
     sample_tokens: int = _option(40, "length of the text sample before and after; 0: none")
     prompt: str = _option("", "start of the text sample (taken from the held-out text if not set)")
-    threads: int = _option(0, "CPU threads; 0: PyTorch's choice")
+    threads: int = _option(
+        0, "CPU threads of a process; 0: PyTorch's choice, or its share of the cores under torchrun"
+    )
 
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "tokens_per_step": 1, "sequence_length": 2, "held_out_tokens": 1}
@@ -95,6 +97,24 @@ class FinetuneSettings:
             "fp32 with --gradient-release, whose updates run within the model's backward pass",
             self.precision,
         )
+
+    def check_processes(self, count: int) -> None:
+        """Raise FinetuneError unless so many processes can share a run with these settings."""
+        if count == 1:
+            return
+        _expect(
+            self.sequences_per_step % count == 0,
+            "tokens_per_step",
+            f"sequences of --sequence-length {self.sequence_length} for each of {count} processes "
+            f"alike, a multiple of {self.sequence_length * count}",
+            self.tokens_per_step,
+        )
+        _expect(self.method != "auto", "format", f"a fixed one with {count} processes", self.format)
+        if self.gradient_release:
+            raise FinetuneError(
+                f"--gradient-release: expected one process, got {count}, whose gradients are "
+                "averaged after the backward pass"
+            )
 
     @property
     def sequences_per_step(self) -> int:

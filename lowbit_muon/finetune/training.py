@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -21,6 +22,7 @@ from lowbit_muon.finetune.checkpoint import CheckpointStore
 from lowbit_muon.finetune.errors import FinetuneError
 from lowbit_muon.finetune.llama import Llama
 from lowbit_muon.finetune.optimizers import build_optimizer, count_formats, count_matrices
+from lowbit_muon.finetune.processes import AveragedLoss, Processes
 from lowbit_muon.finetune.progress import MIB, TrainingProgress
 from lowbit_muon.finetune.report import peak_memory_bytes, plot_run, write_json
 from lowbit_muon.finetune.settings import FinetuneSettings
@@ -51,10 +53,18 @@ class History:
 class FinetuneRun:
     """A model, its data and its optimizer, at some step of a fine-tune."""
 
-    def __init__(self, settings: FinetuneSettings, folder: Path, console: Console) -> None:
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        folder: Path,
+        console: Console,
+        processes: Processes | None = None,
+    ) -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
+        self.processes = processes or Processes()
+        settings.check_processes(self.processes.count)
         self.folder = folder
         self.console = console
         self.model, self.tokenizer = load_model(settings.model)
@@ -64,7 +74,8 @@ class FinetuneRun:
             settings.held_out_tokens,
             settings.sequence_length,
         )
-        self.optimizer = build_optimizer(self.model, settings)
+        self.optimizer = build_optimizer(self.model, settings, self.processes.group)
+        self.loss = AveragedLoss(self.model, self.processes)
         if settings.gradient_release:
             attach_gradient_release(self.model, self.optimizer)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -81,18 +92,19 @@ class FinetuneRun:
         payload.clear()
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on, unless it is there."""
+        """Write a checkpoint of everything that the next step depends on, unless it is there.
+
+        It is the same for any number of processes.
+        """
         if self.saved_step == self.history.steps:
             return
-        self.store.save(
-            self.history.steps,
-            {
-                "settings": dataclasses.asdict(self.settings),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "history": dataclasses.asdict(self.history),
-            },
-        )
+        payload = {
+            "settings": dataclasses.asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.processes.whole_state(self.optimizer.state_dict()),
+            "history": dataclasses.asdict(self.history),
+        }
+        self.processes.first(lambda: self.store.save(self.history.steps, payload))
         self.saved_step = self.history.steps
 
     def train(self) -> dict[str, Any]:
@@ -125,20 +137,22 @@ class FinetuneRun:
             group["lr"] = rate * factor
         started = time.perf_counter()
         batch = self.corpus.batch(step, settings.sequences_per_step, settings.seed)
+        batch = self.processes.share(batch)
         # One sequence at a time: as fast per token on a CPU, and activations take a fraction. But
         # a gradient that is released has to be complete.
         parts = (batch,) if settings.gradient_release else batch.split(1)
         loss = 0.0
         with matmul_precision(settings.precision):
-            for sequences in parts:
-                part = self.model.loss(sequences) * (len(sequences) / len(batch))
-                loss += part.item()
-                if not math.isfinite(loss):
-                    raise FinetuneError(
-                        f"the training loss is {loss} in step {step + 1}: the run diverged; "
-                        "lower --lr"
-                    )
-                part.backward()
+            for number, sequences in enumerate(parts, start=1):
+                with self.loss.accumulating(more=number < len(parts)):
+                    part = self.loss(sequences) * (len(sequences) / len(batch))
+                    loss += self.processes.mean(part.item())
+                    if not math.isfinite(loss):
+                        raise FinetuneError(
+                            f"the training loss is {loss} in step {step + 1}: the run diverged; "
+                            "lower --lr"
+                        )
+                    part.backward()
         between = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -148,13 +162,13 @@ class FinetuneRun:
         return loss
 
     def observe(self) -> None:
-        """Held-out loss and a text sample at this point of the run."""
+        """Held-out loss and, on the first process, a text sample at this point of the run."""
         loss = self.evaluate()
         self.console.print(
             f"held-out loss after {self.history.steps} steps: {loss:.4f} "
             f"(perplexity {math.exp(loss):.2f})"
         )
-        if self.settings.sample_tokens:
+        if self.settings.sample_tokens and self.processes.is_first:
             text = self.sample()
             self.history.samples.append((self.history.steps, text))
             self.console.print(f"sample: {text!r}")
@@ -162,10 +176,10 @@ class FinetuneRun:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over all held-out text, noted in the history."""
-        windows = self.corpus.held_out_windows()
+        windows = self.corpus.held_out_windows()[self.processes.rank :: self.processes.count]
         with matmul_precision(self.settings.precision):
             losses = [self.model.loss(window).item() for window in windows]
-        loss = statistics.fmean(losses)
+        loss = statistics.fmean(itertools.chain(*self.processes.gather(losses)))
         self.history.held_out.append((self.history.steps, loss))
         return loss
 
@@ -178,21 +192,26 @@ class FinetuneRun:
         return self.tokenizer.decode(ids)
 
     def result(self) -> dict[str, Any]:
-        """The run in plain values: settings, losses, sizes in bytes, seconds."""
+        """The run in plain values: settings, losses, sizes in bytes (of one process), seconds."""
         history, settings = self.history, self.settings
+        state_bytes = self.processes.gather(self.optimizer.state_bytes())
+        peaks = self.processes.gather(peak_memory_bytes())
         return {
             "method": settings.method,
             "settings": dataclasses.asdict(settings),
             "uses_nesterov": settings.uses_nesterov,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "muon_matrices": count_matrices(self.optimizer),
-            "formats": count_formats(self.optimizer),
+            "formats": count_formats(self.optimizer, self.processes),
             "train_tokens": self.corpus.train.numel(),
             "held_out_tokens": len(self.corpus.held_out_windows()) * settings.sequence_length,
             "held_out_before": dict(history.held_out).get(0),
             "held_out_after": history.held_out[-1][1],
-            "state_bytes": self.optimizer.state_bytes(),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "processes": self.processes.count,
+            "state_bytes": max(state_bytes),
+            "state_bytes_of_processes": state_bytes,
+            "peak_memory_bytes": max(peaks),
+            "peak_memory_bytes_of_processes": peaks,
             "seconds_per_step": statistics.median(
                 map(sum, zip(history.model_seconds, history.optimizer_seconds, strict=True))
             ),
@@ -235,19 +254,29 @@ def continue_text(model: Llama, prompt: Sequence[int], tokens: int, seed: int = 
 
 
 def finetune(
-    settings: FinetuneSettings, folder: Path, console: Console, payload: dict[str, Any] | None
+    settings: FinetuneSettings,
+    folder: Path,
+    console: Console,
+    payload: dict[str, Any] | None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Run a fine-tune into `folder`, from its start or from a checkpoint's `payload`.
 
-    Leaves `result.json`, `loss.png`, `loss.svg` and checkpoints there; returns the result.
+    Leaves `result.json`, `loss.png`, `loss.svg` and checkpoints there; returns the result. Several
+    processes call it alike and share each step's sequences; the first of them writes.
     """
     started = time.perf_counter()
-    run = FinetuneRun(settings, folder, console)
+    run = FinetuneRun(settings, folder, console, processes)
     console.print(
         f"{settings.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
         f"{count_matrices(run.optimizer)} matrices with Muon; "
         f"{run.corpus.train.numel():,} tokens to train on, {run.corpus.held_out.numel():,} held out"
     )
+    if run.processes.count > 1:
+        console.print(
+            f"{run.processes.count} processes of {torch.get_num_threads()} threads, "
+            f"{settings.sequences_per_step // run.processes.count} sequences of a step on each"
+        )
     if payload is not None:
         run.restore(payload)
         console.print(f"continuing after step {run.history.steps} of {settings.steps}")
@@ -257,19 +286,25 @@ def finetune(
         )
     result = run.train()
     result["wall_seconds"] = time.perf_counter() - started
-    write_json(folder / "result.json", result)
-    plot_run(folder, result, console)
+    if run.processes.is_first:
+        write_json(folder / "result.json", result)
+        plot_run(folder, result, console)
     if len(result["formats"]) > 1:
         counts = ", ".join(f"{name} x {n}" for name, n in result["formats"].items())
         console.print(f"momentum in {counts}")
     console.print(
         f"{settings.method}: held-out loss {result['held_out_after']:.4f}, "
-        f"state {result['state_bytes'] / MIB:,.1f} MiB, "
-        f"peak {result['peak_memory_bytes'] / MIB:,.0f} MiB, "
+        f"state {_mebibytes(result['state_bytes_of_processes'], '.1f')}, "
+        f"peak {_mebibytes(result['peak_memory_bytes_of_processes'], '.0f')}, "
         f"{result['seconds_per_step']:.2f} s/step, {result['wall_seconds']:.0f} s in all; "
         f"written to {folder}"
     )
     return result
+
+
+def _mebibytes(sizes: Sequence[int], spec: str) -> str:
+    """Bytes of each process in MiB."""
+    return " + ".join(format(size / MIB, "," + spec) for size in sizes) + " MiB"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
