@@ -386,7 +386,9 @@ def _usable(params: Sequence[Tensor], kind: str) -> list[bool]:
         # (nan is not below anything)
         fits = torch.ones((), dtype=torch.bool, device=local_part(param).device)
         if param.grad.numel():
-            fits = _whole(torch.linalg.vector_norm(param.grad, ord=math.inf)).float() <= limit
+            largest = _whole(torch.linalg.vector_norm(param.grad, ord=math.inf))
+            # In a dtype that holds the limit: in another it would be inf.
+            fits = largest.to(torch.promote_types(dtype, torch.float32)) <= limit
         found.setdefault(fits.device, []).append(fits)
     usable = {device: iter(torch.stack(values).tolist()) for device, values in found.items()}
     return [next(usable[local_part(param).device]) for param in params]

@@ -250,14 +250,15 @@ class Muon(Optimizer):
         return loss
 
     def state_bytes(self) -> int:
-        """Bytes that the optimizer's state really takes (storage, not elements times bits)."""
-        storages = {
-            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        """Bytes that the optimizer's state really takes here (storage, not elements times bits)."""
+        tensors = (
+            local_part(value)
             for state in self.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
-        }
-        return sum(storages.values())
+        )
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def state_formats(self) -> dict[str, StateFormat]:
         """The format of each momentum by its parameter's name, or number in its group, so far."""

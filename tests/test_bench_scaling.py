@@ -241,13 +241,13 @@ def test_owners_cannot_pass_the_largest_matrix() -> None:
 def test_crossovers_hold_to_the_end() -> None:
     rows = [
         dataclasses.asdict(row)
-        for count in (2, 64, 256)
+        for count in (2, 64, 128, 256)
         for row in Step(make_model("llama3-1b"), count).all_designs()
     ]
     found = crossovers(rows)
     # the work of 59 largest matrices: 92% of what 64 could do
-    assert found["balance below 90%"] == 256
-    assert found["the busiest process has no less to do"] == 64
+    assert found["balance below 90%"] == 128
+    assert found["the busiest process has no less to do"] == 128
     # with two, storing the momentum takes longer than computing everything twice
     assert found["step quicker than all-gather"] == 64
 

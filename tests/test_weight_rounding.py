@@ -97,8 +97,8 @@ def test_small_updates_add_up(device: bool, on_device: Callable[[], None]) -> No
     kept = drifted(torch.bfloat16, 60, compensation=True, **options)
     moved = float((exact - 1).norm())
     assert float((lost - exact).norm()) > 0.5 * moved
-    # Sixty roundings to 2**-16 of weights in [1/2, 2), at random; bfloat16 gradients move the update
-    # by 2**-9 of itself, times the lift of small directions (below 10 for a Gaussian matrix).
+    # Sixty roundings to 2**-16 of weights in [1/2, 2), at random; bfloat16 gradients move the
+    # update by 2**-9 of itself, times the lift of small directions (below 10 for a Gaussian one).
     bound = 60**0.5 * 2.0**-16 * (24 * 40) ** 0.5 + 10 * 2.0**-9 * moved
     assert float((kept - exact).norm()) < bound < 0.05 * moved
 

@@ -35,7 +35,7 @@ from bench.scaling.designs import (
 from bench.scaling.models import Stack
 from lowbit_muon import Muon
 from lowbit_muon.distributed.exchange import UpdateDtype
-from lowbit_muon.distributed.ownership import assign_owners
+from lowbit_muon.distributed.ownership import assign_owners, cost
 from lowbit_muon.distributed.sharing import ReplicatedParameters, ShardedParameters
 
 UPDATE_DTYPES: tuple[UpdateDtype, ...] = ("float32", "bfloat16", "int8")
@@ -72,7 +72,7 @@ def _row(stacks: Sequence[Stack], count: int, steps: int) -> dict[str, Any]:
         loads[unit.owner] += newton_schulz_operations(unit.shape)
         state[unit.owner] += stored_bytes(unit.shape)
     copies = _copies(stacks)
-    copy_owners = assign_owners([copy.shape for copy in copies], count)
+    copy_owners = assign_owners([cost(copy.shape) for copy in copies], count)
     weights = [0] * count
     for copy, owner in zip(copies, copy_owners, strict=True):
         weights[owner] += copy.rows * copy.columns * DTYPE.itemsize * (count - 1)

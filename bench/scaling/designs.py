@@ -36,7 +36,7 @@ from bench.scaling.models import Model, Stack
 from lowbit_muon import PRESETS, QuantizedMatrix
 from lowbit_muon.distributed.exchange import Unit, UpdateDtype, bytes_of_step, packed_bytes
 from lowbit_muon.distributed.layout import Piece
-from lowbit_muon.distributed.ownership import assign_owners
+from lowbit_muon.distributed.ownership import assign_owners, cost
 from lowbit_muon.distributed.sharing import _only_holder
 
 Shape = tuple[int, int]
@@ -131,14 +131,13 @@ def sharded_units(stacks: Sequence[Stack], processes: int) -> list[Unit]:
     """Every matrix as `ShardedParameters` makes it, with its owner."""
     pieces_of = {stack: parts(stack, processes) for stack in set(stacks)}
     units = [
-        Unit("", parameter, matrix, stack.shape, matrix * stack.rows, -1, pieces, DTYPE)
+        Unit("", parameter, matrix, stack.shape, -1, pieces, DTYPE)
         for parameter, stack in enumerate(stacks)
         for matrix, pieces in enumerate(pieces_of[stack])
     ]
     holders = {id(unit.pieces): _only_holder(unit) for unit in _one_of_each(units)}
-    owners = assign_owners(
-        [unit.shape for unit in units], processes, [holders[id(unit.pieces)] for unit in units]
-    )
+    costs = [cost(unit.shape) for unit in units]
+    owners = assign_owners(costs, processes, [holders[id(unit.pieces)] for unit in units])
     return _with_owners(units, owners)
 
 
@@ -286,7 +285,7 @@ class Step:
         self, design: str, state: Callable[[Shape], int], seconds: Callable[[Shape], float]
     ) -> Estimate:
         """Owners over copies (DDP); weights go round as one pipelined broadcast after another."""
-        owners = assign_owners(self.shapes, self.processes)
+        owners = assign_owners([cost(shape) for shape in self.shapes], self.processes)
         sent = self._scattered
         return self._estimate(
             design,

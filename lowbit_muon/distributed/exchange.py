@@ -27,16 +27,14 @@ class Unit:
     """One matrix, and what each process holds of it.
 
     parameter, matrix: places of its parameter in the group and of the matrix in its parameter.
-    shape: [rows, columns]; start: its first row in its parameter's matrix. owner: process of the
-    group that keeps its momentum. pieces: of each process, in the coordinates of the matrix.
-    dtype: of its gradient on the way.
+    shape: [rows, columns]. owner: process of the group that keeps its momentum. pieces: of each
+    process, in the coordinates of the matrix. dtype: of its gradient on the way.
     """
 
     name: str
     parameter: int
     matrix: int
     shape: tuple[int, int]
-    start: int
     owner: int
     pieces: tuple[Piece, ...]
     dtype: torch.dtype

@@ -5,59 +5,66 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+# Products of m x m matrices against those of m x n in a step: five steps of Newton-Schulz in their
+# Gram form make 15 of symmetric ones, half of m^3 each, and its input and output 1.5 m^2 n; the
+# spectral formats add 19 and 3 m^2 n (`root_iteration`). So 5 and 3.8; between them:
+SQUARE_WEIGHT = 4
+
+
+def cost(shape: tuple[int, int]) -> int:
+    """What a step of a matrix [rows, columns] takes, relatively: m^2 (n + 4 m), for m <= n."""
+    m, n = sorted(shape)
+    return max(1, m * m * (n + SQUARE_WEIGHT * m))
+
 
 def assign_owners(
-    shapes: Sequence[tuple[int, int]], processes: int, fixed: Sequence[int | None] | None = None
+    costs: Sequence[int], processes: int, fixed: Sequence[int | None] | None = None
 ) -> list[int]:
-    """The process that owns each matrix [rows, columns].
+    """The process that owns each matrix.
 
-    Longest processing time first (Graham, 1969): matrices by falling cost m^2 n, the short side
-    first, each to the process with the least so far. That is within a third of the best balance.
+    Longest processing time first (Graham, 1969): matrices by falling cost, each to the process with
+    the least so far. That is within a third of the best balance.
     fixed: owners that are given, for matrices that one process holds anyway.
     """
-    fixed = fixed or [None] * len(shapes)
-    owners = [-1] * len(shapes)
+    fixed = fixed or [None] * len(costs)
+    owners = [-1] * len(costs)
     load = [0] * processes
     for index, owner in enumerate(fixed):
         if owner is not None:
             owners[index] = owner
-            load[owner] += cost(shapes[index])
-    queue = [(cost_so_far, process) for process, cost_so_far in enumerate(load)]
+            load[owner] += costs[index]
+    queue = [(so_far, process) for process, so_far in enumerate(load)]
     heapq.heapify(queue)
-    for index in sorted(range(len(shapes)), key=lambda i: (-cost(shapes[i]), i)):
+    for index in _falling(costs):
         if owners[index] < 0:
             so_far, owners[index] = queue[0]
-            heapq.heapreplace(queue, (so_far + cost(shapes[index]), owners[index]))
+            heapq.heapreplace(queue, (so_far + costs[index], owners[index]))
     return owners
 
 
-def cost(shape: tuple[int, int]) -> int:
-    """Multiplications of a product of the matrix with its transpose, and one at least."""
-    m, n = sorted(shape)
-    return max(1, m * m * n)
-
-
 def rounds(
-    shapes: Sequence[tuple[int, int]], owners: Sequence[int], processes: int, elements: int
+    costs: Sequence[int], sizes: Sequence[int], owners: Sequence[int], elements: int
 ) -> list[list[int]]:
     """Matrices in rounds: in each, every process has about `elements` of its own to compute.
 
-    One at least. Every process goes through its matrices by falling cost, so that those of one
-    round, and the work of its processes, are alike.
+    One matrix at least. sizes: elements of each. Every process goes through its matrices by falling
+    cost, so that those of one round, and the work of its processes, are alike.
     """
-    order = sorted(range(len(shapes)), key=lambda i: (-cost(shapes[i]), i))
+    place: dict[int, int] = {}  # of each process: the round that it is at, and the room left there
+    room: dict[int, int] = {}
     found: list[list[int]] = []
-    for process in range(processes):
-        place, room = 0, elements
-        first = True
-        for index in order:
-            if owners[index] != process:
-                continue
-            size = shapes[index][0] * shapes[index][1]
-            if not first and size > room:
-                place, room = place + 1, elements
-            first, room = False, room - size
-            while len(found) <= place:
-                found.append([])
-            found[place].append(index)
+    for index in _falling(costs):
+        owner, size = owners[index], sizes[index]
+        if owner not in place:
+            place[owner], room[owner] = 0, elements
+        elif size > room[owner]:
+            place[owner], room[owner] = place[owner] + 1, elements
+        room[owner] -= size
+        while len(found) <= place[owner]:
+            found.append([])
+        found[place[owner]].append(index)
     return [sorted(members) for members in found]
+
+
+def _falling(costs: Sequence[int]) -> list[int]:
+    return sorted(range(len(costs)), key=lambda index: (-costs[index], index))

@@ -25,7 +25,7 @@ from lowbit_muon.distributed.layout import (
     sharded_group,
     stand_in,
 )
-from lowbit_muon.distributed.ownership import assign_owners, rounds
+from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import GroupStep, count_skipped, rounding_seed, seed_of_step
 from lowbit_muon.momentum_state import NonFiniteGradientError
@@ -129,12 +129,12 @@ class ReplicatedParameters(SharedParameters):
         update_dtype: UpdateDtype,
     ) -> None:
         super().__init__(group, indices, process_group, update_dtype)
-        shapes = []
-        for param in self.params:
-            rows, columns = flatten(param.detach(), group).shape
-            shapes.append((rows, columns))
-        self.owners = assign_owners(shapes, self.exchange.processes)
-        self.rounds = rounds(shapes, self.owners, self.exchange.processes, ROUND_ELEMENTS)
+        costs = [
+            sum(cost(view.shape) for view in matrix_views(param, group)) for param in self.params
+        ]
+        sizes = [param.numel() for param in self.params]
+        self.owners = assign_owners(costs, self.exchange.processes)
+        self.rounds = rounds(costs, sizes, self.owners, ROUND_ELEMENTS)
 
     def owns(self, index: int, matrix: int) -> bool:
         """See `SharedParameters.owns`."""
@@ -195,22 +195,21 @@ class ShardedParameters(SharedParameters):
             dtype = torch.float32 if param.dtype == torch.float64 else param.dtype
             held = [0]
             for matrix, view in enumerate(views):
-                start, stop = view.rows.start, view.rows.stop
-                parts = tuple(of_process[place].rows_within(start, stop) for of_process in pieces)
-                units.append(
-                    Unit(self.names[place], place, matrix, view.shape, start, -1, parts, dtype)
+                parts = tuple(
+                    of_process[place].rows_within(view.rows.start, view.rows.stop)
+                    for of_process in pieces
                 )
+                units.append(Unit(self.names[place], place, matrix, view.shape, -1, parts, dtype))
                 held.append(held[-1] + parts[self.exchange.process].shape[0])
             self._local_starts.append(held)
-        shapes = [unit.shape for unit in units]
-        owners = assign_owners(
-            shapes, self.exchange.processes, [_only_holder(unit) for unit in units]
-        )
+        costs = [cost(unit.shape) for unit in units]
+        sizes = [unit.shape[0] * unit.shape[1] for unit in units]
+        owners = assign_owners(costs, self.exchange.processes, [_only_holder(u) for u in units])
         self.units = [
             dataclasses.replace(unit, owner=owner)
             for unit, owner in zip(units, owners, strict=True)
         ]
-        self.rounds = rounds(shapes, owners, self.exchange.processes, ROUND_ELEMENTS)
+        self.rounds = rounds(costs, sizes, owners, ROUND_ELEMENTS)
         self._own = {
             (self.indices[unit.parameter], unit.matrix)
             for unit in self.units

@@ -26,7 +26,7 @@ SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)] * 7
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
 def test_work_and_state_are_balanced(processes: int) -> None:
-    owners = assign_owners(SHAPES, processes)
+    owners = assign_owners([cost(shape) for shape in SHAPES], processes)
     load = [sum(cost(s) for s, o in zip(SHAPES, owners, strict=True) if o == p)
             for p in range(processes)]  # fmt: skip
     # Graham (1969): at most (4 - 1/p)/3 of the best, which is no less than the mean.
@@ -43,21 +43,22 @@ def test_longest_first_against_every_assignment() -> None:
         max(sum(c for c, o in zip(costs, owners, strict=True) if o == p) for p in range(3))
         for owners in itertools.product(range(3), repeat=len(shapes))
     )
-    owners = assign_owners(shapes, 3)
+    owners = assign_owners(costs, 3)
     found = max(sum(c for c, o in zip(costs, owners, strict=True) if o == p) for p in range(3))
     assert best <= found <= (4 - 1 / 3) / 3 * best
 
 
 def test_given_owners_stay_and_count() -> None:
-    assert assign_owners([(4, 4)] * 4, 2, [1, 1, None, None]) == [1, 1, 0, 0]
+    assert assign_owners([64] * 4, 2, [1, 1, None, None]) == [1, 1, 0, 0]
     assert assign_owners([], 3) == []
-    assert assign_owners([(0, 4), (1, 1)], 4) == [0, 1]
+    assert assign_owners([cost((0, 4)), cost((1, 1))], 4) == [1, 0]
 
 
 @pytest.mark.parametrize("elements", [1, 600_000, 10**9])
 def test_rounds_hold_every_matrix_once_and_no_more_than_they_may(elements: int) -> None:
-    owners = assign_owners(SHAPES, 3)
-    found = rounds(SHAPES, owners, 3, elements)
+    costs, sizes = [cost(shape) for shape in SHAPES], [math.prod(shape) for shape in SHAPES]
+    owners = assign_owners(costs, 3)
+    found = rounds(costs, sizes, owners, elements)
     assert sorted(itertools.chain.from_iterable(found)) == list(range(len(SHAPES)))
     for members, process in itertools.product(found, range(3)):
         own = [math.prod(SHAPES[i]) for i in members if owners[i] == process]
