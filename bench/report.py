@@ -280,35 +280,45 @@ def memory_limits() -> str:
     return table(headings, lines)
 
 
-SCALING_MODELS, SCALING_PROCESSES = ("llama3-8b", "kimi-k2"), (8, 64, 512)
+SCALING_PROCESSES = (8, 64, 512)
 
 
 def scaling() -> str:
     """What one of several processes keeps, sends and computes: a model, and how it was checked."""
     found = results("scaling")
+    return "\n".join((scaling_table(found, "kimi-k2"), scaling_notes(found)))
+
+
+def scaling_more() -> str:
+    """Of smaller models, and where scaling ends."""
+    found = results("scaling")
+    tables = (scaling_table(found, name) for name in ("llama3-8b", "llama3-70b", "kimi-k2-stacked"))
+    return "\n".join((*tables, scaling_ends(found["models"])))
+
+
+def scaling_table(found: dict[str, Any], name: str) -> str:
+    """One of the models."""
+    model = found["models"][name]
+    by_design: dict[str, list[dict[str, Any]]] = {}
+    for row in model["estimates"]:
+        if row["processes"] in SCALING_PROCESSES:
+            by_design.setdefault(row["design"], []).append(row)
     lines = []
-    for name in SCALING_MODELS:
-        model = found["models"][name]
-        by_design: dict[str, list[dict[str, Any]]] = {}
-        for row in model["estimates"]:
-            if row["processes"] in SCALING_PROCESSES:
-                by_design.setdefault(row["design"], []).append(row)
-        for design, rows in by_design.items():
-            cells = (
-                [significant(row["state_bytes"] / 2**30) for row in rows],
-                [significant(row["averaging_bytes"] / 2**30) for row in rows],
-                [significant(row["step_bytes"] / 2**30) for row in rows],
-                [significant(row["newton_schulz"] / 1e15) for row in rows],
-                [f"{100 * row['balance']:.3g}" for row in rows],
-            )
-            lines.append([model["title"], design, *map(" / ".join, cells)])
+    for design, rows in by_design.items():
+        cells = (
+            [significant(row["state_bytes"] / 2**30) for row in rows],
+            [significant(row["averaging_bytes"] / 2**30) for row in rows],
+            [significant(row["step_bytes"] / 2**30) for row in rows],
+            [significant(row["newton_schulz"] / 1e15) for row in rows],
+            [f"{100 * row['balance']:.3g}" for row in rows],
+        )
+        lines.append([design, *map(" / ".join, cells)])
     counts = " / ".join(map(str, SCALING_PROCESSES))
     headings = (
-        "model, not measured", f"{counts} GPUs", "state GiB", "averaging sends GiB",
+        f"{model['title']}, {counts} GPUs: model, not measured", "state GiB", "averaging sends GiB",
         "step sends GiB", "Newton-Schulz PFLOP", "% of perfect balance",
     )  # fmt: skip
-    parts = (table(headings, lines), scaling_ends(found["models"]), scaling_notes(found))
-    return "\n".join(parts)
+    return table(headings, lines)
 
 
 def scaling_ends(models: dict[str, Any]) -> str:
@@ -360,6 +370,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "orthogonalize": orthogonalize,
     "paper": paper,
     "scaling": scaling,
+    "scaling_more": scaling_more,
 }
 
 

@@ -3,6 +3,7 @@
 from lowbit_muon.auto_format import AutoFormat
 from lowbit_muon.aux_adam import MuonWithAuxAdam
 from lowbit_muon.diagnosis import Diagnosis
+from lowbit_muon.distributed.agreement import ExchangeError
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.integrations.diagnosis_logging import log_diagnoses
 from lowbit_muon.integrations.gradient_release import GradientRelease, attach_gradient_release
@@ -19,6 +20,7 @@ __all__ = [
     "PRESETS",
     "AutoFormat",
     "Diagnosis",
+    "ExchangeError",
     "GradientRelease",
     "Muon",
     "MuonWithAuxAdam",

@@ -354,7 +354,9 @@ class Muon(Optimizer):
 
         Every dtype is kept; the tensors are copies on the parameters' devices. A momentum stored in
         another format is quantised to this optimizer's own `state_format`, which stays as it is,
-        like `backend`, `ns_input`, `nonfinite`, `batch_experts`, `row_splits` and `seed`.
+        like `backend`, `ns_input`, `nonfinite`, `batch_experts`, `row_splits` and `seed`. A format
+        that normalises the momentum ("muonq4") has lost its size: it loads into others between
+        `backward()` and `step()`, where the gradients give it one.
 
         Raises ValueError naming the group or parameter, before anything changes, for a state that
         does not fit: groups, shapes, dtypes, entries, codes or scales out of range, newer version.

@@ -44,16 +44,13 @@ def muon_step_bytes(
     """Most bytes that a step of one parameter holds above weights, gradients and state.
 
     Matrices are stepped one after another, so how many there are does not matter. stack: all but
-    the last two dimensions count matrices (`batch_experts`); then the whole gradient is checked
-    first, by way of its absolute values and two masks of a byte.
+    the last two dimensions count matrices (`batch_experts`).
     """
     rows, columns = (shape[-2], shape[-1]) if stack else (shape[0], math.prod(shape[1:]))
-    matrices = math.prod(shape[:-2]) if stack else 1
     m, n = sorted((rows, columns))
     if not m:
         return 0
-    checked = rows * columns * matrices * (dtype.itemsize + 2) if matrices > 1 else 0
-    return max(checked, FLOAT_BYTES * _matrix_floats(m, n, state_format, dtype))
+    return FLOAT_BYTES * _matrix_floats(m, n, state_format, dtype)
 
 
 def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> int:
