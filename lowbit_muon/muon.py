@@ -413,6 +413,12 @@ class Muon(Optimizer):
         self._check_step(group, [index])
         self._step_parameters(group, [index])
 
+    def is_shared(self) -> bool:
+        """Whether other processes take part in its steps."""
+        return any(
+            self._sharing.takes(group) for group in self.param_groups if group.get("use_muon", True)
+        )
+
     def _shared(self, group: dict[str, Any]) -> list[Shared]:
         return self._sharing.of(group) if group.get("use_muon", True) else []
 

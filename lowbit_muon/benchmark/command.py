@@ -23,10 +23,10 @@ from rich.progress import (
 )
 
 from lowbit_muon.backends import BACKEND_NAMES, get_backend
+from lowbit_muon.benchmark.arguments import plot_path, whole_number
 from lowbit_muon.benchmark.cases import DTYPES, Problem
 from lowbit_muon.benchmark.measure import Result, measure, share_deadline
 from lowbit_muon.benchmark.report import (
-    PLOT_SUFFIXES,
     notes,
     plot_results,
     results_table,
@@ -84,7 +84,7 @@ def add_bench_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     parser.add_argument(
         "--repeats",
-        type=_whole_number,
+        type=whole_number,
         default=REPEATS,
         metavar="N",
         help=f"rounds that count, after {WARMUP} of warm-up (default: {REPEATS})",
@@ -95,10 +95,10 @@ def add_bench_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
         metavar="S",
         help="start no round after about so long, shared by the shapes; one round is always made",
     )
-    parser.add_argument("--threads", type=_whole_number, metavar="N", help="default: torch's")
+    parser.add_argument("--threads", type=whole_number, metavar="N", help="default: torch's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
     parser.add_argument(
-        "--plot", type=_plot_path, metavar="FILE", help="draw the medians: .svg or .png"
+        "--plot", type=plot_path, metavar="FILE", help="draw the medians: .svg or .png"
     )
     parser.set_defaults(run=run_bench)
 
@@ -127,12 +127,6 @@ def parse_formats(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _whole_number(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
-
-
 def _positive_number(text: str) -> float:
     try:
         value = float(text)
@@ -141,15 +135,6 @@ def _positive_number(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
     return value
-
-
-def _plot_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in PLOT_SUFFIXES:
-        raise argparse.ArgumentTypeError(
-            f"expected a file that ends in {' or '.join(PLOT_SUFFIXES)}, got {text!r}"
-        )
-    return path
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

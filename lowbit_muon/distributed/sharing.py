@@ -337,6 +337,10 @@ class Sharing:
         """Whether anything was found so far."""
         return any(shared for _, shared in self._found)
 
+    def takes(self, group: Group) -> bool:
+        """Whether other processes take part in a step of any of a group's parameters."""
+        return self._process_group is not None or any(map(is_dtensor, group["params"]))
+
     def of(self, group: Group) -> list[Shared]:
         """The shared parameters of a Muon group, by process group.
 
@@ -344,7 +348,7 @@ class Sharing:
         group of the optimizer, if it has one. Collective where a group's parameters are new, since
         frameworks put others in the place of those that an optimizer was made with.
         """
-        if self._process_group is None and not any(map(is_dtensor, group["params"])):
+        if not self.takes(group):
             return []
         for params, shared in self._found:
             if _same(params, group["params"]):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from lowbit_muon import __version__
-from lowbit_muon.benchmark.report import PLOT_SUFFIXES
+from lowbit_muon.benchmark.arguments import plot_path, whole_number
 from lowbit_muon.doctor.checkpoints import read_checkpoint
 from lowbit_muon.doctor.errors import DoctorError
 from lowbit_muon.doctor.examine import Examined, diagnose_with_progress
@@ -46,10 +45,13 @@ def add_doctor_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the diagnoses here")
     parser.add_argument(
-        "--plot", type=_plot_path, metavar="FILE", help="draw errors and ranks: .svg or .png"
+        "--plot", type=plot_path, metavar="FILE", help="draw errors and ranks: .svg or .png"
     )
     parser.add_argument(
-        "--worst", type=_count, metavar="K", help="show only the K matrices of the largest errors"
+        "--worst",
+        type=whole_number,
+        metavar="K",
+        help="show only the K matrices of the largest errors",
     )
     parser.add_argument(
         "--weights",
@@ -65,26 +67,11 @@ def add_doctor_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     parser.add_argument(
         "--steps",
-        type=_count,
+        type=whole_number,
         metavar="N",
         help=f"diagnose a script before its N-th step, N >= 2 (default: {STEPS})",
     )
     parser.set_defaults(run=run_doctor, takes_script_arguments=True)
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def _plot_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in PLOT_SUFFIXES:
-        raise argparse.ArgumentTypeError(
-            f"expected a file that ends in {' or '.join(PLOT_SUFFIXES)}, got {text!r}"
-        )
-    return path
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

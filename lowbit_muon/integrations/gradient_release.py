@@ -128,11 +128,16 @@ def attach_gradient_release(
     Raises:
         TypeError: for another optimizer.
         ValueError: max_norm is not positive; a parameter of the optimizer is not of the model; the
-            model is wrapped for distributed training.
+            model is wrapped for distributed training, or the optimizer shared by processes.
     """
     if not isinstance(optimizer, Muon):
         raise TypeError(
             f"optimizer: expected a Muon or MuonWithAuxAdam, got {type(optimizer).__name__}"
+        )
+    if optimizer.is_shared():
+        raise ValueError(
+            "optimizer: expected one that no other process takes part in, got one with a "
+            "process_group or DTensors"
         )
     if max_norm is not None and not (is_real_number(max_norm) and float(max_norm) > 0):
         raise ValueError(f"max_norm: expected a number > 0 or None, got {max_norm!r}")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from several_processes import run
 from test_sharded_step import gradient, start, train, whole
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Shard,
@@ -20,7 +21,7 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 
-from lowbit_muon import Muon, NonFiniteGradientError
+from lowbit_muon import Muon, NonFiniteGradientError, attach_gradient_release
 from lowbit_muon.distributed.agreement import ExchangeError
 
 # --- disagreements and faults ---
@@ -173,3 +174,23 @@ def with_fault_file(file: str) -> str:
 def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match="update_dtype: expected 'float32'"):
         Muon([nn.Parameter(torch.zeros(2, 2))], update_dtype="int4")  # type: ignore[arg-type]
+
+
+def released() -> list[str]:
+    model = nn.Linear(4, 4, bias=False)
+    mesh = init_device_mesh("cpu", (1,))
+    shards = nn.Linear(4, 4, bias=False)
+    fully_shard(shards, mesh=mesh)
+    messages = []
+    for each, group in ((model, dist.group.WORLD), (shards, None)):
+        optimizer = Muon(each.parameters(), process_group=group)
+        with pytest.raises(ValueError, match="expected") as caught:
+            attach_gradient_release(each, optimizer)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_gradient_release_is_for_one_process(tmp_path: Path) -> None:
+    (messages,) = run(1, released, tmp_path)
+    assert "process_group or DTensors" in messages[0]
+    assert all("optimizer" in message or "model" in message for message in messages)

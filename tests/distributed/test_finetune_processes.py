@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from several_processes import run
+from test_finetune import text_file
 from torch import Tensor
 
 from lowbit_muon import cli
@@ -26,20 +27,14 @@ from lowbit_muon.finetune.checkpoint import CheckpointStore, load_checkpoint
 from lowbit_muon.finetune.errors import FinetuneError
 from lowbit_muon.finetune.processes import Processes
 from lowbit_muon.finetune.settings import FinetuneSettings
-from lowbit_muon.finetune.text import read_text
 from lowbit_muon.finetune.training import FinetuneRun, read_result
 from lowbit_muon.muon import DEFAULT_COEFFICIENTS
+
+__all__ = ["text_file"]  # a fixture
 
 STEPS, SEQUENCE = 4, 32
 QUIET = Console(file=io.StringIO())
 EPS = 2.0**-24  # relative rounding of a float32 sum
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "chapters.txt"
-    path.write_text(read_text("")[:60_000])
-    return path
 
 
 @pytest.fixture
