@@ -19,12 +19,13 @@ from lowbit_muon.checkpoint import SavedState
 from lowbit_muon.checkpoint_adam import convert_adam, read_moments
 from lowbit_muon.checks import is_real_number
 from lowbit_muon.diagnosis import Diagnosis
+from lowbit_muon.distributed.agreement import on_every_part
 from lowbit_muon.distributed.exchange import UpdateDtype
-from lowbit_muon.distributed.layout import is_dtensor, local_part, stand_in
 from lowbit_muon.distributed.saved import cut_like, gathered
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import AdjustLr, NsDtype, count_skipped
 from lowbit_muon.muon import DEFAULT_COEFFICIENTS, Muon
+from lowbit_muon.placement import is_dtensor, local_part, stand_in
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -383,17 +384,13 @@ def _usable(params: Sequence[Tensor], kind: str) -> list[bool]:
         # 8-bit moments are computed in float32.
         dtype = param.dtype if kind == "adamw" else torch.float32
         limit = math.sqrt(torch.finfo(dtype).max)
-        # (nan is not below anything)
-        fits = torch.ones((), dtype=torch.bool, device=local_part(param).device)
-        if param.grad.numel():
-            largest = _whole(torch.linalg.vector_norm(param.grad, ord=math.inf))
-            # In a dtype that holds the limit: in another it would be inf.
+        local = local_part(param.grad)
+        fits = torch.ones((), dtype=torch.bool, device=local.device)
+        if local.numel():
+            # In a dtype that holds the limit: in another it would be inf. (nan is below nothing)
+            largest = torch.linalg.vector_norm(local, ord=math.inf)
             fits = largest.to(torch.promote_types(dtype, torch.float32)) <= limit
+        fits = on_every_part(param.grad, fits)
         found.setdefault(fits.device, []).append(fits)
     usable = {device: iter(torch.stack(values).tolist()) for device, values in found.items()}
     return [next(usable[local_part(param).device]) for param in params]
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A number of a DTensor: that of all its parts, on every process."""
-    return value.full_tensor() if is_dtensor(value) else value

@@ -22,7 +22,7 @@ from lowbit_muon.checkpoint import (
 from lowbit_muon.checks import accumulation_dtype, check_tensor, holds_values
 from lowbit_muon.format_choice import choose_format
 from lowbit_muon.formats import Codebook, CodeLayout, StateFormat
-from lowbit_muon.momentum_state import NORM_EPS, frobenius_norm
+from lowbit_muon.momentum_state import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.newton_schulz import resolve_coefficients
 from lowbit_muon.parameter_state import (
     MatrixView,
@@ -42,8 +42,8 @@ _TORCH_MUON_KEYS = (
     "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps",
     "adjust_lr_fn",
 )  # fmt: skip
-# Above it, scales and rotated rows of the next momentum may leave float32.
-_LARGEST_NORM = 1e35
+# Of a state of ours: a step keeps norms below LARGEST_NORM, and codes may decode to somewhat more.
+_LARGEST_OWN = 1e35
 
 
 def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:
@@ -202,11 +202,11 @@ def _check_values(matrix: QuantizedMatrix) -> None:
     _check_size(matrix.dequantize(), "codes and scales")
 
 
-def _check_size(momentum: Tensor, what: str) -> None:
+def _check_size(momentum: Tensor, what: str, largest: float = _LARGEST_OWN) -> None:
     norm = float(torch.linalg.vector_norm(momentum, dtype=accumulation_dtype(momentum.device)))
-    if not norm <= _LARGEST_NORM:
+    if not norm <= largest:
         raise ValueError(
-            f"expected {what} of a finite matrix of norm up to {_LARGEST_NORM:g}, got norm {norm:g}"
+            f"expected {what} of a finite matrix of norm up to {largest:g}, got norm {norm:g}"
         )
 
 
@@ -237,7 +237,7 @@ def _foreign_momentum(param: Tensor, group: Group, saved: SavedState) -> Tensor 
     if not buffer.is_floating_point() or not bool(buffer.isfinite().all()):
         raise ValueError(f"momentum_buffer: expected finite values, got {buffer.dtype} with others")
     momentum = buffer.detach().to(param.device, torch.float32).reshape(flat.shape)
-    _check_size(momentum, "momentum_buffer")
+    _check_size(momentum, "momentum_buffer", LARGEST_NORM)
     return momentum * (1 - group["momentum"]) if saved.convention == "sum" else momentum
 
 

@@ -22,10 +22,11 @@ from lowbit_muon.checkpoint_momentum import (
     export_momentum,
     torch_muon_group,
 )
+from lowbit_muon.compiled_regions import outside_compiled_regions
 from lowbit_muon.device_step import DeviceStep, host_counters
 from lowbit_muon.diagnosis import Diagnosis, diagnose_matrix
+from lowbit_muon.distributed.agreement import is_usable_everywhere, place_gradients
 from lowbit_muon.distributed.exchange import UpdateDtype
-from lowbit_muon.distributed.layout import is_dtensor, local_part, stand_in
 from lowbit_muon.distributed.saved import gathered, own_state, spread_states
 from lowbit_muon.distributed.sharing import ReplicatedParameters, Shared, Sharing
 from lowbit_muon.format_choice import revise_format
@@ -42,6 +43,7 @@ from lowbit_muon.host_offload import finish_copies, keep_on_host
 from lowbit_muon.momentum_state import NonFiniteGradientError, describe, is_usable
 from lowbit_muon.parameter_state import (
     ParameterStep,
+    check_memory,
     flatten,
     matrix_views,
     momentum_format,
@@ -51,6 +53,7 @@ from lowbit_muon.parameter_state import (
     stored_keys,
 )
 from lowbit_muon.parameter_step import prepare_state, update_parameter
+from lowbit_muon.placement import is_dtensor, local_part, stand_in
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,24 +61,6 @@ if TYPE_CHECKING:
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
-
-
-def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method at which a region of torch.compile ends, to go on behind it.
-
-    Kernels are called by pointer, which the compiler cannot follow. `torch.compiler.disable` itself
-    imports the compiler, and Triton with it, so it waits for the first call.
-    """
-
-    @functools.lru_cache(maxsize=1)
-    def disabled() -> Callable[..., Any]:
-        return torch.compiler.disable(method)
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled()(*args, **kwargs)
-
-    return call
 
 
 class Muon(Optimizer):
@@ -217,6 +202,7 @@ class Muon(Optimizer):
         try:
             for param in self.param_groups[-1]["params"]:
                 matrix_views(stand_in(param), self.param_groups[-1])
+                check_memory(param, self.param_groups[-1])
                 if group["stochastic_rounding"] and param.dtype == torch.float16:
                     raise ValueError(
                         "stochastic_rounding: expected bfloat16 (or float32) parameters, got "
@@ -241,10 +227,10 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            place_gradients(group["params"])
             self._check_step(group, self._unshared(group))
-            if group["nonfinite"] == "raise":
-                for part in self._shared(group):
-                    part.usable(group)
+            for part in self._shared(group):
+                part.look_at_gradients(group)
         for group in self.param_groups:
             self._step_group(group)
         return loss
@@ -283,7 +269,7 @@ class Muon(Optimizer):
         return [found for group in self.param_groups for found in self._diagnose_group(group)]
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._sharing:
+        if self.is_shared():
             raise TypeError(
                 "a Muon whose parameters several processes share cannot be copied or pickled; save "
                 "its state_dict"
@@ -340,7 +326,7 @@ class Muon(Optimizer):
             for part in self._shared(group):
                 self._prepare_shared(group, part)
                 spread |= spread_states(part, self.state)
-        if self._sharing:
+        if self.is_shared():
             for group in self.param_groups:
                 self._prepare_unshared(group)
         state_dict = checkpoint.with_version(super().state_dict())
@@ -356,7 +342,7 @@ class Muon(Optimizer):
         another format is quantised to this optimizer's own `state_format`, which stays as it is,
         like `backend`, `ns_input`, `nonfinite`, `batch_experts`, `row_splits` and `seed`. A format
         that normalises the momentum ("muonq4") has lost its size: it loads into others between
-        `backward()` and `step()`, where the gradients give it one.
+        `backward()` and `step()`, where the gradients give it one (but not into DTensors).
 
         Raises ValueError naming the group or parameter, before anything changes, for a state that
         does not fit: groups, shapes, dtypes, entries, codes or scales out of range, newer version.
@@ -373,7 +359,7 @@ class Muon(Optimizer):
         coefficients that torch.optim.Muon does not take, and where momentum lies on several
         processes.
         """
-        if self._sharing:
+        if self.is_shared():
             raise ValueError(
                 "export_full_precision: expected an optimizer of one process; load the state_dict "
                 "of this one into such"
@@ -420,7 +406,10 @@ class Muon(Optimizer):
         )
 
     def _shared(self, group: dict[str, Any]) -> list[Shared]:
-        return self._sharing.of(group) if group.get("use_muon", True) else []
+        if not group.get("use_muon", True):
+            return []
+        place = next(index for index, other in enumerate(self.param_groups) if other is group)
+        return self._sharing.of(place, group)
 
     def _unshared(self, group: dict[str, Any]) -> list[int]:
         """Indices of the parameters that this process steps without any other."""
@@ -453,6 +442,8 @@ class Muon(Optimizer):
                 continue
             grad, views = local_part(check_gradient(param)), matrix_views(stand_in(param), group)
             if isinstance(auto, AutoFormat):
+                if group["offload"]:
+                    finish_copies(grad.device)  # of what is about to be read
                 revise_format(auto, grad, self.state[param], views, group, name)
             state = self.state[param]
             prepare_state(state, param, group, views)
@@ -480,6 +471,8 @@ class Muon(Optimizer):
 
     def _prepare_unshared(self, group: dict[str, Any]) -> None:
         """States of the parameters of a group that are not shared."""
+        if isinstance(resolve_group_format(group), AutoFormat):
+            return  # formats are chosen with the first gradients
         for index in self._unshared(group):
             param = group["params"][index]
             views = matrix_views(stand_in(param), group)
@@ -488,14 +481,14 @@ class Muon(Optimizer):
     def _check_step(self, group: dict[str, Any], indices: Sequence[int]) -> None:
         """Raise what a step of these parameters would raise, before any changes."""
         if group.get("use_muon", True):
-            for device in {local_part(group["params"][index]).device for index in indices}:
+            for device in {local_part(param).device for param in group["params"]}:
                 check_ns_dtype(group, get_backend(group["backend"], device))
         if group["nonfinite"] != "raise":
             return
         names = parameter_names(group)
         for index in indices:
             name, param = names[index], group["params"][index]
-            if param.grad is not None and not bool(is_usable(local_part(param.grad))):
+            if param.grad is not None and not is_usable_everywhere(param.grad):
                 raise NonFiniteGradientError(
                     f"gradient of parameter {name!r} {tuple(param.shape)}: "
                     f"{describe(local_part(param.grad))}"

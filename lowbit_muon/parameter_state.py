@@ -13,6 +13,7 @@ from torch import Tensor
 from lowbit_muon.auto_format import AutoFormat, resolve_format_option
 from lowbit_muon.checks import accumulation_dtype
 from lowbit_muon.formats import StateFormat
+from lowbit_muon.placement import local_part
 from lowbit_muon.quantized_matrix import ROLES, QuantizedMatrix, quantize
 
 
@@ -57,13 +58,8 @@ def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
             "params: expected parameters of 2 or more dimensions, got one of size "
             f"{tuple(param.shape)}; give it to AdamW (MuonWithAuxAdam does)"
         )
-    flat = flatten(param.detach(), group)
-    rows, columns = flat.shape
-    if flat.data_ptr() != param.data_ptr():
-        raise ValueError(
-            f"params: expected a parameter that can be viewed as a matrix, got size "
-            f"{tuple(param.shape)} with strides {param.stride()}"
-        )
+    check_memory(param, group)
+    rows, columns = flatten(param.detach(), group).shape
     if group["row_splits"] is not None:
         sizes = list(group["row_splits"])
     elif group["batch_experts"] and param.ndim > 2:
@@ -80,6 +76,16 @@ def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
         views.append(MatrixView(slice(start, start + size), (size, columns), f"{index}."))
         start += size
     return views
+
+
+def check_memory(param: Tensor, group: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter, or a part of one, that is a matrix only by a copy."""
+    local = local_part(param.detach())
+    if local.numel() and flatten(local, group).data_ptr() != local.data_ptr():
+        raise ValueError(
+            f"params: expected a parameter that can be viewed as a matrix, got size "
+            f"{tuple(local.shape)} with strides {local.stride()}"
+        )
 
 
 def write_matrix(state: dict[str, Any], view: MatrixView, matrix: QuantizedMatrix) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.distributed.layout import is_dtensor, local_part
 from lowbit_muon.group_step import (
     GroupStep,
     compensation,
@@ -27,6 +26,7 @@ from lowbit_muon.parameter_state import (
     stored_keys,
     write_matrix,
 )
+from lowbit_muon.placement import in_parts, local_part
 from lowbit_muon.quantized_matrix import QuantizedMatrix
 from lowbit_muon.weight_rounding import Compensation, StochasticRounding
 
@@ -55,8 +55,8 @@ def prepare_state(
             device=local.device,
         )
         write_matrix(state, view, matrix)
-    # Remainders lie beside the weights: with the owner of whole ones, with every part of DTensors.
-    here = own is None or any(own) or is_dtensor(param)
+    # Remainders lie beside the weights: with the owner of whole ones, and with every part.
+    here = own is None or any(own) or in_parts(param)
     kept = here and group["compensation"] and Compensation.applies_to(param)
     if kept and "remainder" not in state:
         state["remainder"] = torch.zeros_like(local, dtype=torch.int8)

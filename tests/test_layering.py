@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lowbit_muon"
 # A module may import from its own layer's earlier entries and from the layers before it.
 LAYERS = (
     ("formats", "presets"),
-    ("checks", "auto_format"),
+    ("checks", "auto_format", "placement", "compiled_regions"),
     ("backends",),
     ("codec",),
     (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_muon.momentum_state import is_usable
+from lowbit_muon.placement import is_dtensor, local_part
 
 
 class ExchangeError(RuntimeError):
@@ -54,6 +55,37 @@ def check_agreement(descriptions: Sequence[list[dict[str, Any]]]) -> None:
                         f"{ours['name']}: expected the same {key} on all processes, got "
                         f"{ours[key]!r} on process 0 and {theirs.get(key)!r} on process {process}"
                     )
+
+
+def place_gradients(params: Iterable[Tensor]) -> None:
+    """Give gradients that are DTensors the placements of their parameters.
+
+    Collective where they differ: a gradient may come as the terms of a sum.
+    """
+    for param in params:
+        grad = param.grad
+        if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
+            param.grad = grad.redistribute(placements=param.placements)
+
+
+def is_usable_everywhere(grad: Tensor) -> bool:
+    """`is_usable` of a whole gradient; collective for a DTensor, and alike on all processes."""
+    parts = grad.device_mesh.size() if is_dtensor(grad) else 1
+    return bool(on_every_part(grad, is_usable(local_part(grad), parts=parts)))
+
+
+def on_every_part(tensor: Tensor, holds: Tensor) -> Tensor:
+    """Whether something holds, bool, for the parts of a tensor on all processes.
+
+    Collective for a DTensor. Counts are summed: of values with nan, gloo's largest may be any.
+    """
+    if not is_dtensor(tensor):
+        return holds
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = tensor.device_mesh
+    misses = DTensor.from_local((~holds).float(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return misses.full_tensor() == 0
 
 
 def usable_gradients(

@@ -18,17 +18,21 @@ def cost(shape: tuple[int, int]) -> int:
 
 
 def assign_owners(
-    costs: Sequence[int], processes: int, fixed: Sequence[int | None] | None = None
+    costs: Sequence[int],
+    processes: int,
+    fixed: Sequence[int | None] | None = None,
+    load: list[int] | None = None,
 ) -> list[int]:
     """The process that owns each matrix.
 
     Longest processing time first (Graham, 1969): matrices by falling cost, each to the process with
     the least so far. That is within a third of the best balance.
-    fixed: owners that are given, for matrices that one process holds anyway.
+    fixed: owners that are given, for matrices that one process holds anyway. load: what processes
+    own already, to which this is added.
     """
     fixed = fixed or [None] * len(costs)
     owners = [-1] * len(costs)
-    load = [0] * processes
+    load = [0] * processes if load is None else load
     for index, owner in enumerate(fixed):
         if owner is not None:
             owners[index] = owner
@@ -37,8 +41,9 @@ def assign_owners(
     heapq.heapify(queue)
     for index in _falling(costs):
         if owners[index] < 0:
-            so_far, owners[index] = queue[0]
-            heapq.heapreplace(queue, (so_far + costs[index], owners[index]))
+            so_far, owner = queue[0]
+            owners[index], load[owner] = owner, so_far + costs[index]
+            heapq.heapreplace(queue, (load[owner], owner))
     return owners
 
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_muon.distributed.agreement import exchanging, gather_objects
-from lowbit_muon.distributed.layout import is_dtensor
 from lowbit_muon.distributed.sharing import SharedParameters
 from lowbit_muon.parameter_state import MatrixView, stored_keys
+from lowbit_muon.placement import in_parts, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DeviceMesh, Placement
@@ -45,7 +45,7 @@ def spread_states(shared: SharedParameters, states: Mapping[Tensor, State]) -> d
     found: dict[Tensor, State] = {}
     for place, (name, param) in enumerate(zip(names, params, strict=True)):
         state = states[param]
-        result: State = {key: state[key] for key in _COUNTERS}
+        result: State = {key: int(state[key]) for key in _COUNTERS}  # tensors on a device
         holders = {
             key: (process, described)
             for process, of_process in enumerate(gathered)
@@ -61,15 +61,15 @@ def spread_states(shared: SharedParameters, states: Mapping[Tensor, State]) -> d
             if process != shared.exchange.process:
                 full = torch.empty(value, dtype=dtype, device=shared.exchange.device)
             assert isinstance(full, Tensor)
-            full = full.to(shared.exchange.device)
+            full = full.to(shared.exchange.device, copy=True)  # ours goes on changing
             with exchanging([name]):
                 dist.broadcast(full, group=shared.process_group, group_src=process)
             if full.numel() > 1:
                 full = distribute_tensor(full, mesh, placements, src_data_rank=None)
             result[key] = full
-        if _LOCAL in state and is_dtensor(param):
+        if _LOCAL in state and in_parts(param):
             result[_LOCAL] = DTensor.from_local(
-                state[_LOCAL],
+                state[_LOCAL].clone(),
                 param.device_mesh,
                 param.placements,
                 shape=param.shape,
@@ -96,7 +96,7 @@ def own_state(
     own = [view for number, view in enumerate(views) if shared.owns(index, number)]
     dropped = {*stored_keys(state, views)} - {*stored_keys(state, own)}
     kept = {key: value for key, value in state.items() if key not in dropped}
-    if _LOCAL in kept and is_dtensor(param):
+    if _LOCAL in kept and in_parts(param):
         whole = distribute_tensor(
             kept[_LOCAL], param.device_mesh, param.placements, src_data_rank=None
         )
@@ -123,7 +123,7 @@ def cut_like(param: Tensor, state: State) -> State:
 
 def _is_whole(key: str, param: Tensor) -> bool:
     """Whether an entry is kept as a whole by one process."""
-    return key not in _COUNTERS and not (key == _LOCAL and is_dtensor(param))
+    return key not in _COUNTERS and not (key == _LOCAL and in_parts(param))
 
 
 def _described(value: Any) -> tuple[str, Any, Any]:

@@ -18,23 +18,24 @@ from lowbit_muon.distributed.agreement import (
     usable_gradients,
 )
 from lowbit_muon.distributed.exchange import Exchange, Unit, UpdateDtype, step_in_rounds
-from lowbit_muon.distributed.layout import (
-    is_dtensor,
-    local_part,
-    local_piece,
-    sharded_group,
-    stand_in,
-)
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
 from lowbit_muon.formats import StateFormat
 from lowbit_muon.group_step import GroupStep, count_skipped, rounding_seed, seed_of_step
 from lowbit_muon.momentum_state import NonFiniteGradientError
 from lowbit_muon.parameter_state import (
     ParameterStep,
+    check_memory,
     flatten,
     matrix_views,
     parameter_names,
     resolve_group_format,
+)
+from lowbit_muon.placement import (
+    is_dtensor,
+    local_part,
+    local_piece,
+    sharded_group,
+    stand_in,
 )
 from lowbit_muon.quantized_matrix import orient
 from lowbit_muon.weight_rounding import Compensation, StochasticRounding
@@ -67,36 +68,43 @@ class SharedParameters:
         indices: Sequence[int],  # of the parameters in the group
         process_group: dist.ProcessGroup,
         update_dtype: UpdateDtype,
+        load: list[int],  # what each process owns already; what it gets here is added
     ) -> None:
         self.indices = list(indices)
         self.names = [parameter_names(group)[index] for index in indices]
         self.process_group = process_group
         self.params: list[Tensor] = [group["params"][index] for index in indices]
-        if not isinstance(resolve_group_format(group), StateFormat):
-            # A checkpoint is loaded into a state that is there, and this one's sizes may change.
-            raise ValueError(
-                f"{self.names[0]}: expected a fixed state_format for a parameter that several "
-                "processes share, got 'auto'"
-            )
         device = local_part(self.params[0]).device
         self.exchange = Exchange(process_group, device, update_dtype)
+        self._usable: list[bool | None] | None = None
         self._check(group)
 
     def _check(self, group: Group) -> None:
+        """Raise ValueError on all processes for what any of them cannot do."""
         options = {name: group[name] for name in _AGREED_OPTIONS}
+        options["update_dtype"] = self.exchange.update_dtype
         descriptions = [
             {"name": name, "size": tuple(param.shape), "dtype": param.dtype, **options}
             for name, param in zip(self.names, self.params, strict=True)
         ]
-        check_agreement(gather_objects(descriptions, self.process_group, self.names))
+        problems = [_problem(param, group) for param in self.params]
+        gathered = gather_objects((descriptions, problems), self.process_group, self.names)
+        check_agreement([theirs for theirs, _ in gathered])
+        for _, theirs in gathered:
+            for name, problem in zip(self.names, theirs, strict=True):
+                if problem:
+                    raise ValueError(f"{name}: {problem}")
 
     def owns(self, index: int, matrix: int) -> bool:
         """Whether this process keeps the momentum of a matrix of the group's parameter."""
         raise NotImplementedError
 
-    def usable(self, group: Group) -> list[bool | None]:
-        """See `usable_gradients`. Raises NonFiniteGradientError where the group asks for it."""
-        grads = [local_gradient(param) for param in self.params]
+    def look_at_gradients(self, group: Group) -> None:
+        """Find which gradients the next step takes (`usable_gradients`), before anything changes.
+
+        Raises NonFiniteGradientError where the group asks for it.
+        """
+        grads = [None if p.grad is None else local_part(p.grad) for p in self.params]
         found = usable_gradients(grads, self.names, self.exchange.device, self.process_group)
         bad = [name for name, finite in zip(self.names, found, strict=True) if finite is False]
         if bad and group["nonfinite"] == "raise":
@@ -104,11 +112,12 @@ class SharedParameters:
                 f"gradient of parameter {bad[0]!r}: expected finite values on all processes, got "
                 "inf or nan"
             )
-        return found
+        self._usable = found
 
     def _start(self, group: Group, states: States) -> list[int]:
         """Places in `indices` of what is stepped; what is not finite is counted as skipped."""
-        usable = self.usable(group)
+        usable, self._usable = self._usable, None
+        assert usable is not None  # `look_at_gradients` comes first
         for param, finite in zip(self.params, usable, strict=True):
             if finite is False:
                 count_skipped(states[param], param)
@@ -127,13 +136,15 @@ class ReplicatedParameters(SharedParameters):
         indices: Sequence[int],
         process_group: dist.ProcessGroup,
         update_dtype: UpdateDtype,
+        load: list[int],
     ) -> None:
-        super().__init__(group, indices, process_group, update_dtype)
+        super().__init__(group, indices, process_group, update_dtype, load)
         costs = [
-            sum(cost(view.shape) for view in matrix_views(param, group)) for param in self.params
+            sum(cost(view.shape) for view in matrix_views(stand_in(param), group))
+            for param in self.params
         ]
         sizes = [param.numel() for param in self.params]
-        self.owners = assign_owners(costs, self.exchange.processes)
+        self.owners = assign_owners(costs, self.exchange.processes, load=load)
         self.rounds = rounds(costs, sizes, self.owners, ROUND_ELEMENTS)
 
     def owns(self, index: int, matrix: int) -> bool:
@@ -143,7 +154,7 @@ class ReplicatedParameters(SharedParameters):
     def step(self, group: Group, states: States, update: Callable[[list[int]], None]) -> None:
         """One step; `update` steps own parameters by their indices in the group."""
         active = set(self._start(group, states))
-        sending: list[tuple[list[str], Any]] = []
+        sending: list[Callable[[], None]] = []
         for members in self.rounds:
             places = [place for place in members if place in active]
             own = [p for p in places if self.owners[p] == self.exchange.process]
@@ -151,24 +162,30 @@ class ReplicatedParameters(SharedParameters):
             for place in places:
                 if place not in own:
                     states[self.params[place]]["step"] += 1
-            while sending:
-                self._wait(*sending.pop())
-            sending += [([self.names[place]], self._broadcast(place)) for place in places]
-        while sending:
-            self._wait(*sending.pop())
+            for wait in sending:
+                wait()
+            sending = [self._broadcast(place) for place in places]
+        for wait in sending:
+            wait()
 
-    def _broadcast(self, place: int) -> Any:
+    def _broadcast(self, place: int) -> Callable[[], None]:
+        """Start to send weights from their owner; the result waits for them."""
         weight, owner = local_part(self.params[place].detach()), self.owners[place]
-        if owner == self.exchange.process:
+        own = owner == self.exchange.process
+        if own:
             others = self.exchange.processes - 1
             self.exchange.bytes_sent += weight.numel() * weight.dtype.itemsize * others
-        with exchanging([self.names[place]]):
-            return dist.broadcast(weight, group=self.process_group, group_src=owner, async_op=True)
-
-    @staticmethod
-    def _wait(names: list[str], work: Any) -> None:
+        names, sent = [self.names[place]], weight.contiguous()  # gloo takes no notice of strides
         with exchanging(names):
-            work.wait()
+            work = dist.broadcast(sent, group=self.process_group, group_src=owner, async_op=True)
+
+        def wait() -> None:
+            with exchanging(names):
+                work.wait()
+            if not own and sent is not weight:
+                weight.copy_(sent)
+
+        return wait
 
 
 class ShardedParameters(SharedParameters):
@@ -180,8 +197,9 @@ class ShardedParameters(SharedParameters):
         indices: Sequence[int],
         process_group: dist.ProcessGroup,
         update_dtype: UpdateDtype,
+        load: list[int],
     ) -> None:
-        super().__init__(group, indices, process_group, update_dtype)
+        super().__init__(group, indices, process_group, update_dtype, load)
         pieces = gather_objects(
             [local_piece(param, _row_dims(param, group)) for param in self.params],
             process_group,
@@ -204,7 +222,8 @@ class ShardedParameters(SharedParameters):
             self._local_starts.append(held)
         costs = [cost(unit.shape) for unit in units]
         sizes = [unit.shape[0] * unit.shape[1] for unit in units]
-        owners = assign_owners(costs, self.exchange.processes, [_only_holder(u) for u in units])
+        fixed = [_only_holder(unit) for unit in units]
+        owners = assign_owners(costs, self.exchange.processes, fixed, load)
         self.units = [
             dataclasses.replace(unit, owner=owner)
             for unit, owner in zip(units, owners, strict=True)
@@ -237,9 +256,9 @@ class ShardedParameters(SharedParameters):
         )
 
         def part(unit: Unit) -> Tensor:
-            grad = local_gradient(self.params[unit.parameter])
+            grad = self.params[unit.parameter].grad
             assert grad is not None
-            return self._rows(flatten(grad, group), unit)
+            return self._rows(flatten(local_part(grad), group), unit)
 
         def compute(own: list[tuple[Unit, Tensor]]) -> list[tuple[Unit, Tensor]]:
             updates = [
@@ -312,14 +331,17 @@ def _only_holder(unit: Unit) -> int | None:
     return holders[0] if len(holders) == 1 and size else None
 
 
-def local_gradient(param: Tensor) -> Tensor | None:
-    """This process's part of a gradient, placed as its parameter; None without a gradient."""
-    grad = param.grad
-    if grad is None:
-        return None
-    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
-    return local_part(grad)
+def _problem(param: Tensor, group: Group) -> str:
+    """Why a parameter cannot be shared, or nothing."""
+    if not isinstance(resolve_group_format(group), StateFormat):
+        # A checkpoint is loaded into a state that is there, and this one's sizes may change.
+        return "expected a fixed state_format where several processes share, got 'auto'"
+    try:
+        local_piece(param, _row_dims(param, group))
+        check_memory(param, group)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 Shared = ReplicatedParameters | ShardedParameters
@@ -331,35 +353,40 @@ class Sharing:
     def __init__(self, process_group: dist.ProcessGroup | None, update_dtype: UpdateDtype) -> None:
         self._process_group = process_group
         self._update_dtype = update_dtype
-        self._found: list[tuple[list[Tensor], list[Shared]]] = []
-
-    def __bool__(self) -> bool:
-        """Whether anything was found so far."""
-        return any(shared for _, shared in self._found)
+        self._found: dict[int, tuple[list[Tensor], list[Shared]]] = {}  # by the group's place
+        self._loads: dict[dist.ProcessGroup, list[int]] = {}  # what its processes own, in cost
 
     def takes(self, group: Group) -> bool:
         """Whether other processes take part in a step of any of a group's parameters."""
         return self._process_group is not None or any(map(is_dtensor, group["params"]))
 
-    def of(self, group: Group) -> list[Shared]:
+    def of(self, place: int, group: Group) -> list[Shared]:
         """The shared parameters of a Muon group, by process group.
 
         Parameters in parts are shared by the processes that hold the parts, others by the process
         group of the optimizer, if it has one. Collective where a group's parameters are new, since
         frameworks put others in the place of those that an optimizer was made with.
+
+        Raises ValueError where only some of them are others: owners, and with them momentum, would
+        change.
         """
         if not self.takes(group):
             return []
-        for params, shared in self._found:
-            if _same(params, group["params"]):
-                return shared
+        params, shared = self._found.get(place, ([], []))
+        if _same(params, group["params"]):
+            return shared
+        if {id(param) for param in params} & {id(param) for param in group["params"]}:
+            raise ValueError(
+                f"params: expected group {place}, which processes share, to keep its parameters; "
+                "add others with add_param_group"
+            )
         shared = self._share(group)
-        self._found.append((list(group["params"]), shared))
+        self._found[place] = (list(group["params"]), shared)
         return shared
 
     def part_with(self, param: Tensor) -> tuple[Shared, int] | None:
         """The shared parameters that a parameter belongs to, and its index in its group."""
-        for params, shared in self._found:
+        for params, shared in self._found.values():
             for part in shared:
                 for index in part.indices:
                     if params[index] is param:
@@ -376,14 +403,20 @@ class Sharing:
             elif self._process_group is not None:
                 replicated.append(index)
         found: list[Shared] = [
-            ShardedParameters(group, indices, processes, self._update_dtype)
+            ShardedParameters(group, indices, processes, self._update_dtype, self._load(processes))
             for processes, indices in sharded.items()
         ]
         if replicated and self._process_group is not None:
+            load = self._load(self._process_group)
             found.append(
-                ReplicatedParameters(group, replicated, self._process_group, self._update_dtype)
+                ReplicatedParameters(
+                    group, replicated, self._process_group, self._update_dtype, load
+                )
             )
         return found
+
+    def _load(self, processes: dist.ProcessGroup) -> list[int]:
+        return self._loads.setdefault(processes, [0] * processes.size())
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -16,8 +16,8 @@ from lowbit_muon.distributed.exchange import (
     packed_bytes,
     unpack,
 )
-from lowbit_muon.distributed.layout import Piece
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
+from lowbit_muon.placement import Piece
 
 # --- owners and rounds, without processes ---
 

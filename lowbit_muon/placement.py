@@ -51,6 +51,11 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def in_parts(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether processes hold different parts of a tensor."""
+    return is_dtensor(tensor) and any(_is_split(placement) for placement in tensor.placements)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
