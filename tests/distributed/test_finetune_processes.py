@@ -190,19 +190,21 @@ def polynomial_slope() -> float:
     return float(slopes.abs().max())
 
 
+@pytest.mark.parametrize("processes", [2, 4])
 def test_loss_after_a_step_is_within_what_the_order_of_sums_allows(
-    tiny: FinetuneSettings, tmp_path: Path
+    processes: int, tiny: FinetuneSettings, tmp_path: Path
 ) -> None:
     # Of the first step alone: later ones depend on codes, and one that falls the other side of a
     # boundary moves by a whole level. Changes are so small that a loss is linear in them.
     settings = dataclasses.replace(tiny, tokens_per_step=4 * SEQUENCE, steps=2, warmup=0)
-    two = run(2, train, tmp_path / "run", settings, tmp_path / "two")[0]["train_loss"]
+    results = run(processes, train, tmp_path / "run", settings, tmp_path / "several")
+    several = results[0]["train_loss"]
     one = FinetuneRun(settings, tmp_path / "one", QUIET)
     before, _ = sequence_gradients(one)
     first = one.step()
     after, _ = sequence_gradients(one)
     second = one.step()
-    assert two[0] == first
+    assert abs(several[0] - first) <= 3 * EPS * first  # the mean of four, in any order
     matrices = {
         param: group["lr"] for group in one.optimizer.param_groups if group["use_muon"]
         for param in group["params"]
@@ -228,7 +230,7 @@ def test_loss_after_a_step_is_within_what_the_order_of_sums_allows(
             smaller = (grad.abs() - error).clamp_min(0) + 1e-8
             bound += float((slope * settings.aux_lr * (error / smaller).clamp_max(2)).sum())
     assert bound < 1e-4 < 1e-2 < abs(second - first)
-    assert abs(two[1] - second) <= bound
+    assert abs(several[1] - second) <= bound
 
 
 # --- interrupted runs ---
