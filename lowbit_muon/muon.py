@@ -406,7 +406,7 @@ class Muon(Optimizer):
         )
 
     def _shared(self, group: dict[str, Any]) -> list[Shared]:
-        if not group.get("use_muon", True):
+        if not group.get("use_muon", True) or not self._sharing.takes(group):
             return []
         place = next(index for index, other in enumerate(self.param_groups) if other is group)
         return self._sharing.of(place, group)

@@ -370,8 +370,6 @@ class Sharing:
         Raises ValueError where only some of them are others: owners, and with them momentum, would
         change.
         """
-        if not self.takes(group):
-            return []
         params, shared = self._found.get(place, ([], []))
         if _same(params, group["params"]):
             return shared
