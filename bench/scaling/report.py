@@ -88,6 +88,11 @@ def is_exact(row: Row) -> bool:
     )
 
 
+def _quicker(ours: dict[int, Row], other: dict[int, Row]) -> Callable[[int], bool]:
+    """Whether our step takes less than another design's, by the number of processes."""
+    return lambda count: _seconds(ours[count]) < _seconds(other[count])
+
+
 def crossovers(rows: Sequence[Row]) -> dict[str, int | None]:
     """From which number of processes on, of those modelled, something holds; None: nowhere.
 
@@ -111,10 +116,7 @@ def crossovers(rows: Sequence[Row]) -> dict[str, int | None]:
     for name, other in by_design.items():
         if name.startswith("ours"):
             continue
-        found[f"step quicker than {name}"] = _from(
-            ours,
-            lambda p, other=other: _seconds(ours[p]) < _seconds(other[p]),  # type: ignore[misc]
-        )
+        found[f"step quicker than {name}"] = _from(ours, _quicker(ours, other))
     if IN_PARTS in by_design:
         parts = by_design[IN_PARTS]
         found["more state than bfloat16 momentum in equal parts"] = _from(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
@@ -55,7 +56,7 @@ _AGREED_OPTIONS = (
 )  # fmt: skip
 
 
-class SharedParameters:
+class SharedParameters(abc.ABC):
     """Parameters of one group over the processes of one process group.
 
     Each matrix has an owner, which keeps its momentum. Counters are kept everywhere. Making one is
@@ -78,6 +79,11 @@ class SharedParameters:
         self.exchange = Exchange(process_group, device, update_dtype)
         self._usable: list[bool | None] | None = None
         self._check(group)
+        self._assign(group, load)
+
+    @abc.abstractmethod
+    def _assign(self, group: Group, load: list[int]) -> None:
+        """Choose owners and rounds; a collective operation."""
 
     def _check(self, group: Group) -> None:
         """Raise ValueError on all processes for what any of them cannot do."""
@@ -95,9 +101,9 @@ class SharedParameters:
                 if problem:
                     raise ValueError(f"{name}: {problem}")
 
+    @abc.abstractmethod
     def owns(self, index: int, matrix: int) -> bool:
         """Whether this process keeps the momentum of a matrix of the group's parameter."""
-        raise NotImplementedError
 
     def look_at_gradients(self, group: Group) -> None:
         """Find which gradients the next step takes (`usable_gradients`), before anything changes.
@@ -130,15 +136,7 @@ class ReplicatedParameters(SharedParameters):
     As in ZeRO stage 1 (arXiv 1910.02054) a parameter's owner updates it, and sends its weights.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        indices: Sequence[int],
-        process_group: dist.ProcessGroup,
-        update_dtype: UpdateDtype,
-        load: list[int],
-    ) -> None:
-        super().__init__(group, indices, process_group, update_dtype, load)
+    def _assign(self, group: Group, load: list[int]) -> None:
         costs = [
             sum(cost(view.shape) for view in matrix_views(stand_in(param), group))
             for param in self.params
@@ -191,18 +189,10 @@ class ReplicatedParameters(SharedParameters):
 class ShardedParameters(SharedParameters):
     """Parameters of which every process has a part, as FSDP2 and tensor parallelism leave them."""
 
-    def __init__(
-        self,
-        group: Group,
-        indices: Sequence[int],
-        process_group: dist.ProcessGroup,
-        update_dtype: UpdateDtype,
-        load: list[int],
-    ) -> None:
-        super().__init__(group, indices, process_group, update_dtype, load)
+    def _assign(self, group: Group, load: list[int]) -> None:
         pieces = gather_objects(
             [local_piece(param, _row_dims(param, group)) for param in self.params],
-            process_group,
+            self.process_group,
             self.names,
         )
         self._views = [matrix_views(stand_in(param), group) for param in self.params]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lowbit_muon.doctor.errors import DoctorError
 from lowbit_muon.doctor.weights import Shapes, load_tensors, read_shapes, shapes_in
@@ -79,7 +79,7 @@ def _listing(folder: Path) -> str:
 
 def _optimizer_states(content: object, file: Path) -> list[StateDict]:
     if _is_state_dict(content):
-        return [content]  # type: ignore[list-item]
+        return [content]
     values = content if isinstance(content, Mapping) else {}
     for key in _OPTIMIZER_KEYS:
         states = values.get(key)
@@ -93,7 +93,7 @@ def _optimizer_states(content: object, file: Path) -> list[StateDict]:
     )
 
 
-def _is_state_dict(value: object) -> bool:
+def _is_state_dict(value: object) -> TypeGuard[StateDict]:
     """Whether it has the entries that every `Optimizer.state_dict()` has."""
     if not isinstance(value, Mapping):
         return False
