@@ -27,7 +27,7 @@ finetune: venv
 
 # Data parallel on this machine: each process takes its share of a step and of the momentum.
 finetune-distributed: venv
-	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m lowbit_muon.cli finetune $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m lowbit_muon finetune $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
@@ -36,8 +36,8 @@ test: venv
 
 # 10,000 configurations, 1,000 damaged state dicts, 1,000 damaged files, 50 kills: some ten minutes.
 fuzz: venv
-	FUZZ=1 $(BIN)/python -m pytest --numprocesses 2 $(or $(ARGS),tests/test_fuzz_optimizer.py \
-		tests/test_fuzz_checkpoint.py tests/test_finetune_checkpoint.py)
+	FUZZ=1 $(BIN)/python -m pytest --numprocesses 2 $(or $(ARGS),tests/optimizers/test_fuzz_optimizer.py \
+		tests/checkpoint/test_fuzz_checkpoint.py tests/tools/test_finetune_checkpoint.py)
 
 # The guides and the reference, from build/docs/index.html.
 docs: venv

@@ -56,8 +56,8 @@ OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\
 
 
 def cuda_rules() -> ModuleType:
-    """lowbit_muon/backends/cuda_build.py; the package itself cannot be imported without torch."""
-    path = Path("lowbit_muon/backends/cuda_build.py")
+    """lowbit_muon/backends/cuda/build.py; the package itself cannot be imported without torch."""
+    path = Path("lowbit_muon/backends/cuda/build.py")
     spec = importlib.util.spec_from_file_location("cuda_build", path)
     assert spec is not None
     assert spec.loader is not None

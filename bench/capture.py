@@ -17,8 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowbit_muon.finetune.settings import FinetuneSettings
-from lowbit_muon.finetune.training import FinetuneRun
+from lowbit_muon.tools.finetune.settings import FinetuneSettings
+from lowbit_muon.tools.finetune.training import FinetuneRun
 
 SHIPPED = Path(__file__).with_name("data") / "smollm2_momentum.safetensors"
 # One of each kind of shape: key projection, output projection, gate.

@@ -24,13 +24,13 @@ from torch import Tensor
 from bench.harness import Record, Run, add_options, runs
 from bench.machine_peaks import FROM_MEMORY, IN_L2, roofs
 from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.cpu import CpuBackend
+from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.reference import ReferenceBackend
-from lowbit_muon.benchmark.cases import Case, Prepared, UnavailableError
-from lowbit_muon.benchmark.gates import GateError, Passed, allowed_stored_error, expect_close
-from lowbit_muon.benchmark.measure import Result, measure_cases
-from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.presets import PRESETS
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.gates import GateError, Passed, allowed_stored_error, expect_close
+from lowbit_muon.tools.benchmark.measure import Result, measure_cases
+from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 SHAPES = ((576, 1536), (1024, 4096))
 COLD_BYTES = 192 * 2**20  # of fp32 matrices: more than common last-level caches hold

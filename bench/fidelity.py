@@ -35,7 +35,7 @@ from bench.capture import SHIPPED, load
 from bench.harness import write_json
 from bench.peer_formats import grasp
 from lowbit_muon import PRESETS, StateFormat, orthogonalize, quantize
-from lowbit_muon.quantized_matrix import orient
+from lowbit_muon.state.stored import orient
 
 # OCP Microscaling v1.0, E2M1, without its second zero.
 _FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)

@@ -30,11 +30,11 @@ from bench.harness import write_json
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
-from lowbit_muon.finetune.settings import FinetuneSettings
-from lowbit_muon.finetune.training import FinetuneRun
-from lowbit_muon.momentum_state import update_momentum
-from lowbit_muon.quantized_matrix import orient
-from lowbit_muon.row_source import RowSource
+from lowbit_muon.state.momentum_state import update_momentum
+from lowbit_muon.state.rows import RowSource
+from lowbit_muon.state.stored import orient
+from lowbit_muon.tools.finetune.settings import FinetuneSettings
+from lowbit_muon.tools.finetune.training import FinetuneRun
 
 EXACT, BASELINE = "fp32", "muonq4"
 FORMATS = {

@@ -16,8 +16,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.half_precision import orthogonalize_batch, standard_form
-from lowbit_muon.newton_schulz import NS_COEFFICIENTS, composed_polynomial, resolve_coefficients
+from lowbit_muon.linalg.half_precision import orthogonalize_batch, standard_form
+from lowbit_muon.linalg.newton_schulz import (
+    NS_COEFFICIENTS,
+    composed_polynomial,
+    resolve_coefficients,
+)
 
 SHAPE, STEPS = (128, 192), 5
 

@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_muon.backends import cpu
-from lowbit_muon.benchmark.cases import Prepared
-from lowbit_muon.benchmark.measure import Result
-from lowbit_muon.benchmark.report import label, machine, significant, write_results
-from lowbit_muon.benchmark.report import write_document as write_json
-from lowbit_muon.benchmark.timing import interleaved, medians, ratios
+from lowbit_muon.backends.cpu import adapter as cpu
+from lowbit_muon.tools.benchmark.cases import Prepared
+from lowbit_muon.tools.benchmark.measure import Result
+from lowbit_muon.tools.benchmark.report import label, machine, significant, write_results
+from lowbit_muon.tools.benchmark.report import write_document as write_json
+from lowbit_muon.tools.benchmark.timing import interleaved, medians, ratios
 
 __all__ = [
     "Record", "Run", "add_options", "interleaved", "machine", "medians", "product_operations",

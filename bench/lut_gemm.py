@@ -38,12 +38,12 @@ from bench.harness import (
 from bench.machine_peaks import BF16_PRODUCT, best_isa, code_type, roofs
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
-from lowbit_muon.benchmark.cases import Case, Prepared, UnavailableError
-from lowbit_muon.benchmark.gates import allowed_gram_error, expect_close, relative_error
-from lowbit_muon.benchmark.measure import Result, measure_cases
-from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.lut_gemm import Panel, lut_gram, lut_matmul, lut_update
-from lowbit_muon.newton_schulz import NS_COEFFICIENTS, operator_of_gram, resolve_coefficients
+from lowbit_muon.linalg.newton_schulz import NS_COEFFICIENTS, operator_of_gram, resolve_coefficients
+from lowbit_muon.state.coded_products import Panel, lut_gram, lut_matmul, lut_update
+from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.gates import allowed_gram_error, expect_close, relative_error
+from lowbit_muon.tools.benchmark.measure import Result, measure_cases
+from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 SHAPES = ((576, 1536), (1024, 1024), (1024, 4096), (2048, 2048))
 BITS = (2, 3, 4, 8)

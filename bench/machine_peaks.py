@@ -23,10 +23,10 @@ from functools import cache, partial
 import torch
 
 from bench.harness import Record, Run, add_options, product_operations, runs
-from lowbit_muon.backends import cpu
-from lowbit_muon.benchmark.cases import Case, Prepared
-from lowbit_muon.benchmark.gates import GateError
-from lowbit_muon.benchmark.measure import Result, measure_cases
+from lowbit_muon.backends.cpu import adapter as cpu
+from lowbit_muon.tools.benchmark.cases import Case, Prepared
+from lowbit_muon.tools.benchmark.gates import GateError
+from lowbit_muon.tools.benchmark.measure import Result, measure_cases
 
 FROM_MEMORY, IN_L2, BF16_PRODUCT = "copy from memory", "copy in L2", "torch.mm bf16"
 MEMORY_BYTES = 128 * 2**20  # of source and of target: four times a last-level cache of 32 MiB

@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.harness import write_json
-from lowbit_muon.finetune.progress import MIB
-from lowbit_muon.finetune.report import peak_memory_bytes
-from lowbit_muon.finetune.settings import FinetuneSettings
-from lowbit_muon.finetune.training import FinetuneRun
+from lowbit_muon.tools.finetune.progress import MIB
+from lowbit_muon.tools.finetune.report import peak_memory_bytes
+from lowbit_muon.tools.finetune.settings import FinetuneSettings
+from lowbit_muon.tools.finetune.training import FinetuneRun
 
 GIB = 2**30
 UNLIMITED = 0

@@ -6,7 +6,7 @@ For each shape the error against float64 comes first: a method whose error excee
 torch.optim.Muon's bfloat16 function, the peer, is an error and not timed. gram-newton-schulz from
 PyPI (float16, a restart after two steps, torch's products) is another peer, where it is installed.
 Fractions count the operations a method does, triangles where it computes one (`operations`); eigh
-has no such count. `lowbit_muon.newton_schulz` and `lowbit_muon.products` take their thresholds from
+has no such count. `newton_schulz` and `products` in `lowbit_muon.linalg` take their thresholds from
 the results in bench/results/orthogonalize.json. Where other programs keep the cores busy set
 OMP_WAIT_POLICY=passive, or threads that wait in a loop for one that is not running distort what is
 measured.
@@ -31,17 +31,17 @@ from bench.harness import (
     with_work,
 )
 from bench.machine_peaks import BF16_PRODUCT, best_isa, roofs
-from lowbit_muon.benchmark.cases import Case, Prepared, UnavailableError
-from lowbit_muon.benchmark.gates import GateError, Passed, expect_close
-from lowbit_muon.benchmark.measure import measure_cases
-from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.newton_schulz import (
+from lowbit_muon.linalg.newton_schulz import (
     NS_COEFFICIENTS,
     choose_method,
     gram,
     orthogonalize,
     resolve_coefficients,
 )
+from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.gates import GateError, Passed, expect_close
+from lowbit_muon.tools.benchmark.measure import measure_cases
+from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 STEPS, EPS = 5, 1e-7
 BASELINE, PEER, PACKAGE = "plain fp32", "torch.optim.Muon", "gram-newton-schulz fp16"

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_muon.benchmark.cases import UnavailableError
-from lowbit_muon.benchmark.gates import GateError, Passed
-from lowbit_muon.benchmark.momentum import decaying_matrix
+from lowbit_muon.tools.benchmark.cases import UnavailableError
+from lowbit_muon.tools.benchmark.gates import GateError, Passed
+from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 LR, MOMENTUM, STEPS = 1e-3, 0.95, 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's

@@ -19,7 +19,7 @@ from bench.scaling.report import is_exact
 from bench.training.methods import METHODS
 from bench.training.report import bits_of, cells
 from bench.training.report import rows as training_rows
-from lowbit_muon.benchmark.report import significant
+from lowbit_muon.tools.benchmark.report import significant
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -1,4 +1,4 @@
-"""Compute the coefficients of `lowbit_muon.root_iteration`: prints the table pasted there.
+"""Compute the coefficients of `lowbit_muon.linalg.root_iteration`: prints the table pasted there.
 
     python -m bench.root_coefficients                   the table (about 30 s on one core)
     python -m bench.root_coefficients --frontier 0.01   largest defect by number of products
@@ -31,8 +31,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import brentq, least_squares
 
-from lowbit_muon.root_iteration import RootCoefficients
-from lowbit_muon.spectral import companding_gain
+from lowbit_muon.linalg.root_iteration import RootCoefficients
+from lowbit_muon.linalg.spectral import companding_gain
 
 # (shift, steps of the chain, quadratic forms, floor). The floor is three times what rounding of a
 # float32 Gram matrix of trace one was seen to do (-9e-8, rank one). It sets the smallest shift: at

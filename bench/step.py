@@ -15,7 +15,7 @@ parameters, gradients and state: what torch's profiler counts and, added to it, 
 C++ products held at once.
 
 The JSON file is {"machine": ..., "results": {"title", "shapes": [[rows, columns], ...], "repeats",
-"onednn_max_cpu_isa", "rows"}}. Rows are those of `lowbit_muon.benchmark.report.write_results`, with
+"onednn_max_cpu_isa", "rows"}}. Rows are those of `tools.benchmark.report.write_results`, with
 two differences: a row is one step over all of "shapes", so its shape is null unless there is one
 matrix; and the error of a Muon peer is the sine of the angle between its first update and the polar
 factor (`peers.check_direction`). Ours are named "step" or "step, stored codes", with the format.
@@ -45,14 +45,14 @@ from bench.harness import interleaved, write_json
 from bench.peers import GATE_SHAPES, LR, MOMENTUM, PEERS, Peer, check_direction, contained
 from bench.shapes import MODELS
 from lowbit_muon import Muon
-from lowbit_muon.backends import cpu
-from lowbit_muon.backends.cpu import take_most_workspace
-from lowbit_muon.benchmark.cases import Problem, UnavailableError, make_cases
-from lowbit_muon.benchmark.gates import Passed, newton_schulz
-from lowbit_muon.benchmark.measure import DETAIL_CHARACTERS, Result, Status
-from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.benchmark.report import label
-from lowbit_muon.benchmark.timing import spread
+from lowbit_muon.backends.cpu import adapter as cpu
+from lowbit_muon.backends.cpu.adapter import take_most_workspace
+from lowbit_muon.tools.benchmark.cases import Problem, UnavailableError, make_cases
+from lowbit_muon.tools.benchmark.gates import Passed, newton_schulz
+from lowbit_muon.tools.benchmark.measure import DETAIL_CHARACTERS, Result, Status
+from lowbit_muon.tools.benchmark.momentum import decaying_matrix
+from lowbit_muon.tools.benchmark.report import label
+from lowbit_muon.tools.benchmark.timing import spread
 
 SHIPPED, FULL = "torch.optim.Muon", "fp32 Newton-Schulz"
 FORMATS = ("fp32", "mulaw4", "spectral4", "spectral3", "muonq4", "linear8")

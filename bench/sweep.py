@@ -23,11 +23,11 @@ import torch
 
 from bench.harness import Record, Run, read_results
 from bench.step import peak_bytes
-from lowbit_muon.backends import cpu
-from lowbit_muon.benchmark.cases import TORCH_MUON, Case, Prepared, Problem, make_cases
-from lowbit_muon.benchmark.measure import Result, measure_cases
-from lowbit_muon.benchmark.report import label
-from lowbit_muon.presets import PRESETS
+from lowbit_muon.backends.cpu import adapter as cpu
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.tools.benchmark.cases import TORCH_MUON, Case, Prepared, Problem, make_cases
+from lowbit_muon.tools.benchmark.measure import Result, measure_cases
+from lowbit_muon.tools.benchmark.report import label
 
 FORMATS = ("spectral4", "mulaw4", "linear8", "fp32")
 BITS = {2: "spectral2", 3: "spectral3", 4: "spectral4", 8: "spectral8"}

@@ -19,8 +19,8 @@ GUIDES = sorted((ROOT / "lowbit_muon" / "guides").glob("*.md"))
 # What users import from; everything else is described in CONTRIBUTING.md.
 MODULES = (
     "lowbit_muon",
-    "lowbit_muon.lut_gemm",
-    "lowbit_muon.newton_schulz",
+    "lowbit_muon.state.coded_products",
+    "lowbit_muon.linalg.newton_schulz",
     "lowbit_muon.guides",
 )
 _HIDDEN = re.compile(r"```.*?```|`[^`\n]*`", flags=re.DOTALL)  # nothing in code is a link

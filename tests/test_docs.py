@@ -18,10 +18,10 @@ from documentation import GUIDES, MODULES, README, ROOT
 from torch import nn
 
 import lowbit_muon
-from lowbit_muon import cli
-from lowbit_muon.plan.command import DTYPES, gibibytes
-from lowbit_muon.plan.memory import make_plans, route
-from lowbit_muon.plan.model_shapes import read_model
+from lowbit_muon.tools import cli
+from lowbit_muon.tools.plan.command import DTYPES, gibibytes
+from lowbit_muon.tools.plan.memory import make_plans, route
+from lowbit_muon.tools.plan.model_shapes import read_model
 
 ids = [guide.stem for guide in GUIDES]
 # The fields of Llama-3.1-8B's config.json that sizes depend on.

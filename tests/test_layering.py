@@ -1,4 +1,4 @@
-"""The dependency direction that CONTRIBUTING.md describes, and who may know what."""
+"""The house that CONTRIBUTING.md draws: folders are rooms, and imports point down only."""
 
 from __future__ import annotations
 
@@ -10,51 +10,34 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lowbit_muon"
 
-# A module may import from its own layer's earlier entries and from the layers before it.
-LAYERS = (
-    ("formats", "presets"),
-    ("checks", "auto_format", "placement", "compiled_regions"),
-    ("backends",),
-    ("codec",),
-    (
-        "products",
-        "newton_schulz",
-        "half_precision",
-        "power_iteration",
-        "root_iteration",
-        "spectral",
-    ),
-    ("row_source", "quantized_matrix", "momentum_state", "lut_gemm", "parameter_state"),
-    ("update_error", "format_choice"),
-    ("weight_rounding", "matrix_batch", "batched_update"),
-    ("checkpoint",),
-    ("checkpoint_momentum", "checkpoint_adam"),
-    ("group_options", "host_offload", "group_step", "device_step", "diagnosis"),
-    ("distributed",),
-    ("parameter_step",),
-    ("muon",),
-    ("param_groups", "aux_adam"),
-    ("integrations",),
-    ("finetune",),
-    ("plan",),
-    ("benchmark",),
-    ("doctor",),
-    ("cli",),
-    ("guides",),
+# The rooms from the ground up; a room may import from those before it.
+FLOORS = (
+    "formats",
+    "backends",
+    "linalg",
+    "state",
+    "checkpoint",
+    "step",
+    "distributed",
+    "optimizers",
+    "tools",
 )
-ORDER = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+# No code: what users read.
+OTHER_FOLDERS = {"guides"}
+FILES_AT_THE_ROOT = {"__init__", "__main__"}
 
 
 def module_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def top_module(path: Path) -> str:
+def room(path: Path) -> str:
+    """The folder of a module, or its own name at the root."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_modules(path: Path) -> set[str]:
-    """First components below lowbit_muon that the file imports at module level or inside."""
+def imported_rooms(path: Path) -> set[str]:
+    """The first component below lowbit_muon of all that a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -69,18 +52,24 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", module_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downwards(path: Path) -> None:
-    name = top_module(path)
-    if name == "__init__":
+    own = room(path)
+    if own in FILES_AT_THE_ROOT | OTHER_FOLDERS:
         return
-    for imported in imported_modules(path):
-        if imported == name or imported not in ORDER:
-            assert imported == name or imported in ("__version__", "MuonWithAuxAdam"), imported
+    for imported in imported_rooms(path) - {own}:
+        if own == "tools" and imported in ("__version__", "MuonWithAuxAdam"):
             continue
-        assert ORDER[imported] <= ORDER[name], f"{name} imports {imported} from a later layer"
+        assert FLOORS.index(imported) < FLOORS.index(own), f"{own} imports {imported} from above"
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {top_module(path) for path in module_files()} - {"__init__"} <= set(ORDER)
+def test_every_module_has_a_room() -> None:
+    rooms = {room(path) for path in module_files()}
+    assert rooms - FILES_AT_THE_ROOT - OTHER_FOLDERS == set(FLOORS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == FILES_AT_THE_ROOT
+
+
+def test_formats_have_no_tensors() -> None:
+    for path in (PACKAGE / "formats").glob("*.py"):
+        assert "import torch" not in path.read_text(), path
 
 
 def test_kernels_name_no_optimizer_and_optimizers_no_device() -> None:
@@ -90,5 +79,6 @@ def test_kernels_name_no_optimizer_and_optimizers_no_device() -> None:
             # The package's own name ("lowbit_muon") is not the optimizer's.
             text = re.sub("lowbit_?-?muon", "", path.read_text(), flags=re.IGNORECASE)
             assert not re.search(r"\bmuon|newton|nesterov", text, flags=re.IGNORECASE), path
-    for name in ("muon.py", "momentum_state.py", "aux_adam.py"):
-        assert not re.search(r"[\"'](cuda|cpu)[\"']", (PACKAGE / name).read_text()), name
+    for folder in ("step", "optimizers"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            assert not re.search(r"[\"'](cuda|cpu)[\"']", path.read_text()), path

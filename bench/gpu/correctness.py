@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lowbit_muon import PRESETS, Muon
 from lowbit_muon.backends.base import DeviceBackend, PackedCodes, reads_integer_codes
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.formats import StateFormat
+from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 REFERENCE = DeviceReferenceBackend()
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -297,7 +297,7 @@ def check_steps(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> i
         for (expected, start), (found, _) in zip(*trained, strict=True):
             moved_by = float((expected - start).norm())
             # A code that rounding flips is worth up to 4% in a small matrix, where an iteration
-            # (spectral, power) enlarges rounding; half precision: see lowbit_muon.half_precision.
+            # (spectral, power) enlarges rounding; half precision: see `half_precision`.
             iterates = PRESETS[name].spectral or PRESETS[name].has_factors
             bound = 0.1 if iterates or ns_dtype == "float16" else 0.01
             error = float((found.cpu() - expected).norm())

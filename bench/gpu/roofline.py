@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowbit_muon import PRESETS, Muon
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.formats import Codebook, CodeLayout
+from lowbit_muon.formats.state_format import Codebook, CodeLayout
 
 Unit = Literal["int8", "float16", "tf32x3", "float32", "none"]
 
@@ -217,7 +217,7 @@ class _TorchOperations(TorchDispatchMode):
 def on_paper(ledger: Ledger) -> Iterator[None]:
     backend = PaperBackend(ledger)
     with contextlib.ExitStack() as stack:
-        for module in ("muon", "products", "quantized_matrix"):
+        for module in ("optimizers.muon", "linalg.products", "state.stored"):
             name = f"lowbit_muon.{module}.get_backend"
             stack.enter_context(mock.patch(name, return_value=backend))
         yield

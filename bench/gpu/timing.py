@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from bench.gpu.rows import Row
 from lowbit_muon import PRESETS, Muon
 from lowbit_muon.backends.base import DeviceBackend, PackedCodes
-from lowbit_muon.benchmark.momentum import decaying_matrix
-from lowbit_muon.benchmark.timing import interleaved
+from lowbit_muon.tools.benchmark.momentum import decaying_matrix
+from lowbit_muon.tools.benchmark.timing import interleaved
 
 # Decoder layers: q, k, v, o, gate, up, down as [out, in] (config.json of meta-llama/Llama-3.2-1B
 # and of meta-llama/Llama-2-7b-hf).

@@ -37,7 +37,7 @@ from lowbit_muon import PRESETS, QuantizedMatrix
 from lowbit_muon.distributed.exchange import Unit, UpdateDtype, bytes_of_step, packed_bytes
 from lowbit_muon.distributed.ownership import assign_owners, cost
 from lowbit_muon.distributed.sharing import _only_holder
-from lowbit_muon.placement import Piece
+from lowbit_muon.state.placement import Piece
 
 Shape = tuple[int, int]
 Counts = Any  # numpy, int64 [processes]

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit_muon.param_groups import muon_param_groups
-from lowbit_muon.plan.model_shapes import ModelShapes, ParameterShape, read_model
+from lowbit_muon.optimizers.param_groups import muon_param_groups
+from lowbit_muon.tools.plan.model_shapes import ModelShapes, ParameterShape, read_model
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import nn
 
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
-from lowbit_muon.aux_adam import AuxAdam
-from lowbit_muon.finetune.settings import ADAMW_METHODS
+from lowbit_muon.optimizers.muon_adamw import AuxAdam
+from lowbit_muon.tools.finetune.settings import ADAMW_METHODS
 
 BASELINE = "fp32"
 MUONQ_BASELINE = "fp32, MuonQ's rule"

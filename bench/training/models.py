@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit_muon.finetune.llama import Llama, LlamaConfig
+from lowbit_muon.tools.finetune.llama import Llama, LlamaConfig
 
 VOCABULARY = 256  # bytes
 WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 128

@@ -14,7 +14,7 @@ from bench.training.methods import AUX_LR, METHODS, make_optimizer
 from bench.training.models import CONTEXT, GPT, make_model
 from bench.training.text import corpus
 from lowbit_muon import MuonWithAuxAdam
-from lowbit_muon.finetune.llama import Llama
+from lowbit_muon.tools.finetune.llama import Llama
 
 SEQUENCES = 8  # of CONTEXT bytes a step
 WARMUP = 20  # steps

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit_muon.finetune.text import Corpus, make_corpus, read_text
+from lowbit_muon.tools.finetune.text import Corpus, make_corpus, read_text
 
 
 def library_source() -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit_muon.backends import cuda_library, triton
+from lowbit_muon.backends import triton
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.cpu import CpuBackend
-from lowbit_muon.backends.cpu import unavailable_reason as cpu_unavailable_reason
+from lowbit_muon.backends.cpu.adapter import CpuBackend
+from lowbit_muon.backends.cpu.adapter import unavailable_reason as cpu_unavailable_reason
+from lowbit_muon.backends.cuda import library as cuda_library
 from lowbit_muon.backends.reference import ReferenceBackend
 
 
@@ -28,7 +29,7 @@ def _create_triton() -> Backend:
 
 
 def _create_cuda() -> Backend:
-    from lowbit_muon.backends.cuda import CudaBackend
+    from lowbit_muon.backends.cuda.adapter import CudaBackend
 
     return CudaBackend()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes, SumsRows
 from lowbit_muon.backends.reference import ReferenceBackend, add_terms
-from lowbit_muon.checks import accumulation_dtype
+from lowbit_muon.backends.tensors import accumulation_dtype
 
 
 class DeviceReferenceBackend(SumsRows, ReferenceBackend):

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_muon.momentum_state import is_usable
-from lowbit_muon.placement import is_dtensor, local_part
+from lowbit_muon.state.momentum_state import is_usable
+from lowbit_muon.state.placement import is_dtensor, local_part
 
 
 class ExchangeError(RuntimeError):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_muon.distributed.agreement import exchanging
-from lowbit_muon.placement import Piece
+from lowbit_muon.state.placement import Piece
 
 UpdateDtype = Literal["float32", "bfloat16", "int8"]
 _INT8_MAX = 127

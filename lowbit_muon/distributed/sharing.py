@@ -20,10 +20,9 @@ from lowbit_muon.distributed.agreement import (
 )
 from lowbit_muon.distributed.exchange import Exchange, Unit, UpdateDtype, step_in_rounds
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
-from lowbit_muon.formats import StateFormat
-from lowbit_muon.group_step import GroupStep, count_skipped, rounding_seed, seed_of_step
-from lowbit_muon.momentum_state import NonFiniteGradientError
-from lowbit_muon.parameter_state import (
+from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.state.momentum_state import NonFiniteGradientError
+from lowbit_muon.state.parameter import (
     ParameterStep,
     check_memory,
     flatten,
@@ -31,15 +30,16 @@ from lowbit_muon.parameter_state import (
     parameter_names,
     resolve_group_format,
 )
-from lowbit_muon.placement import (
+from lowbit_muon.state.placement import (
     is_dtensor,
     local_part,
     local_piece,
     sharded_group,
     stand_in,
 )
-from lowbit_muon.quantized_matrix import orient
-from lowbit_muon.weight_rounding import Compensation, StochasticRounding
+from lowbit_muon.state.rounding import Compensation, StochasticRounding
+from lowbit_muon.state.stored import orient
+from lowbit_muon.step.group_step import GroupStep, count_skipped, rounding_seed, seed_of_step
 
 Group = dict[str, Any]
 State = dict[str, Any]

@@ -17,7 +17,7 @@ from lowbit_muon.distributed.exchange import (
     unpack,
 )
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
-from lowbit_muon.placement import Piece
+from lowbit_muon.state.placement import Piece
 
 # --- owners and rounds, without processes ---
 

@@ -21,14 +21,14 @@ from several_processes import run
 from test_finetune import text_file
 from torch import Tensor
 
-from lowbit_muon import cli
-from lowbit_muon.finetune import command
-from lowbit_muon.finetune.checkpoint import CheckpointStore, load_checkpoint
-from lowbit_muon.finetune.errors import FinetuneError
-from lowbit_muon.finetune.processes import Processes
-from lowbit_muon.finetune.settings import FinetuneSettings
-from lowbit_muon.finetune.training import FinetuneRun, read_result
-from lowbit_muon.muon import DEFAULT_COEFFICIENTS
+from lowbit_muon.optimizers.muon import DEFAULT_COEFFICIENTS
+from lowbit_muon.tools import cli
+from lowbit_muon.tools.finetune import command
+from lowbit_muon.tools.finetune.checkpoint import CheckpointStore, load_checkpoint
+from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.finetune.processes import Processes
+from lowbit_muon.tools.finetune.settings import FinetuneSettings
+from lowbit_muon.tools.finetune.training import FinetuneRun, read_result
 
 __all__ = ["text_file"]  # a fixture
 
@@ -286,7 +286,7 @@ def test_a_run_of_which_one_was_killed_resumes_under_torchrun(
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    program = ("--nproc-per-node=2", "-m", "lowbit_muon.cli", "finetune")
+    program = ("--nproc-per-node=2", "-m", "lowbit_muon.tools.cli", "finetune")
     return subprocess.run(
         [*launcher, *program, *arguments], capture_output=True, text=True, check=False, timeout=300
     )

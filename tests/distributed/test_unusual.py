@@ -22,8 +22,8 @@ from torch.distributed.tensor import (
 )
 
 from lowbit_muon import Muon, MuonWithAuxAdam, NonFiniteGradientError
-from lowbit_muon import muon as muon_module
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.optimizers import muon as muon_module
 
 
 def shard(tensor: Tensor, dim: int = 0) -> DTensor:

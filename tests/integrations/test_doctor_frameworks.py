@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from processes import TIMEOUT
 
-from lowbit_muon.cli import main
+from lowbit_muon.tools.cli import main
 
 SAVED, STOPPED = 3, 5  # steps: every example saves after the third
 
@@ -39,7 +39,14 @@ def test_a_script_and_its_checkpoint(
     running, saved, output = tmp_path / "running.json", tmp_path / "saved.json", tmp_path / "output"
     output.mkdir()
     # In a process of its own: these libraries warn among themselves.
-    command = [sys.executable, "-m", "lowbit_muon.cli", "doctor", script, f"--steps={STOPPED}"]
+    command = [
+        sys.executable,
+        "-m",
+        "lowbit_muon.tools.cli",
+        "doctor",
+        script,
+        f"--steps={STOPPED}",
+    ]
     done = subprocess.run(
         [*command, f"--json={running}", "--", output],
         capture_output=True,

@@ -7,7 +7,7 @@ import smollm2_llama
 import torch
 from torch import Tensor
 
-from lowbit_muon.finetune.smollm2 import load_model
+from lowbit_muon.tools.finetune.smollm2 import load_model
 
 
 @pytest.mark.parametrize(

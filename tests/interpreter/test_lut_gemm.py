@@ -7,7 +7,7 @@ import torch
 
 from lowbit_muon import quantize
 from lowbit_muon.backends import get_backend
-from lowbit_muon.lut_gemm import lut_gram, lut_matmul, lut_matvec_block, lut_update
+from lowbit_muon.state.coded_products import lut_gram, lut_matmul, lut_matvec_block, lut_update
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparison import REFERENCE, TRITON
 
-from lowbit_muon.backends.cpu import CpuBackend
+from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.triton.kernels import rotation
 
 COLUMNS = (1, 2, 3, 5, 16, 31, 63, 64, 65, 129, 515, 576)

@@ -25,9 +25,9 @@ from comparison import (
 from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.cpu import CpuBackend
-from lowbit_muon.formats import CODE_BITS, CodeLayout
-from lowbit_muon.presets import PRESETS
+from lowbit_muon.backends.cpu.adapter import CpuBackend
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.formats.state_format import CODE_BITS, CodeLayout
 
 COLUMNS = (1, 2, 63, 64, 65, 127, 129, 200, 515)
 BLOCKS = (0, 3, 64, 100)

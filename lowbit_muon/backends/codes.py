@@ -1,0 +1,89 @@
+"""What kernels are given: packed codes, and the terms of a sum of matrices.
+
+Matrices are oriented: the short side is rows (m), the long side columns (n).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowbit_muon.formats.codebook import Codebook, CodeLayout
+
+# int32 holds that many products of 127 with 127 (a Gram matrix) or 128 (a limb, see code_product).
+MAX_INTEGER_TERMS = (2**31 - 1) // (127 * 128)
+# The largest whole number whose limbs 256*h + l, l in [-128, 127], have |h| <= 127.
+LIMB_LIMIT = 127 * 256 + 127
+# Blocks of scales are summed in integers over so many columns at most.
+INTEGER_SEGMENT = 512
+
+
+@dataclass(frozen=True)
+class PackedCodes:
+    """Codes of a matrix [m, n], or of a batch [b, m, n], with all that is needed to decode them."""
+
+    packed: Tensor  # uint8 [.., m, layout.row_bytes(columns)]
+    scales: Tensor  # float32 [.., m, layout.blocks(columns)]
+    codebook: Codebook
+    layout: CodeLayout
+    columns: int  # n
+
+    def row_slice(self, rows: slice) -> PackedCodes:
+        """The codes of these rows, of each matrix."""
+        return dataclasses.replace(
+            self, packed=self.packed[..., rows, :], scales=self.scales[..., rows, :]
+        )
+
+    def flat(self) -> PackedCodes:
+        """A batch as one matrix of b*m rows; a matrix as it is."""
+        return dataclasses.replace(
+            self, packed=self.packed.flatten(0, -2), scales=self.scales.flatten(0, -2)
+        )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """buffer_weight * buffer + code_weight * decode(codes) + grad_weight * grad.
+
+    Absent terms are left out; with buffer_weight 0 the buffer is not read. codes and grad are of
+    the buffer's shape; grad is float32, bfloat16 or float16, with any strides.
+    """
+
+    buffer_weight: float = 0.0
+    codes: PackedCodes | None = None
+    code_weight: float = 1.0
+    grad: Tensor | None = None
+    grad_weight: float = 1.0
+
+
+def reads_integer_codes(codes: PackedCodes) -> bool:
+    """Whether `code_gram` and `code_product` take these codes."""
+    try:
+        check_integer_codes(codes)
+    except ValueError:
+        return False
+    return True
+
+
+def check_integer_codes(codes: PackedCodes, *, blocks: bool = False) -> None:
+    """Raise ValueError unless integer products can read the codes.
+
+    They need levels that are whole numbers of at most 127, sums that stay within int32, and one
+    scale a row or, where `blocks` are taken, blocks of a multiple of four columns that divides
+    INTEGER_SEGMENT or is a multiple of it.
+    """
+    levels, columns = codes.codebook.levels, codes.columns
+    if any(level != int(level) or abs(level) > 127 for level in levels):
+        raise ValueError(f"codes: expected whole levels of at most 127, got {levels}")
+    block = codes.layout.effective_block(columns)
+    aligned = INTEGER_SEGMENT % block == 0 or block % INTEGER_SEGMENT == 0
+    if block < columns and not (blocks and block % 4 == 0 and aligned):
+        expected = "one scale a row"
+        if blocks:
+            expected += f" or blocks of a multiple of 4 that goes with {INTEGER_SEGMENT}"
+        raise ValueError(f"codes: expected {expected}, got one for {block} of {columns} columns")
+    terms = max(columns, codes.packed.shape[-2])
+    if terms > MAX_INTEGER_TERMS:
+        raise ValueError(f"codes: expected at most {MAX_INTEGER_TERMS} terms a sum, got {terms}")

@@ -1,0 +1,58 @@
+"""Argument checks. Each raises with the parameter's name, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.formats.state_format import is_finite_number
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Metal has no float64.
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """What sums over a matrix are kept in: float64, or float32 where the device has nothing wider.
+
+    Statistics then have float32's rounding, and codes may differ from those of other devices.
+    """
+    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
+
+
+def holds_values(value: object) -> TypeGuard[Tensor]:
+    """True for a tensor whose elements can be read: dense, and not on the meta device."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def is_real_number(value: object) -> TypeGuard[float]:
+    """True for a finite int or float (not bool) or a one-element floating point tensor."""
+    if isinstance(value, Tensor):
+        usable = value.numel() == 1 and value.is_floating_point() and holds_values(value)
+        return usable and bool(value.isfinite())
+    return is_finite_number(value)
+
+
+def check_matrix(name: str, matrix: object) -> Tensor:
+    """`matrix` if it is a 2-D floating point tensor, else TypeError or ValueError."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
+    if matrix.ndim != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(matrix.shape)}")
+    if matrix.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected a floating point dtype, got {matrix.dtype}")
+    return matrix
+
+
+def check_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """`value` if it is a dense tensor of this dtype and shape, else ValueError."""
+    if not holds_values(value) or value.dtype != dtype or tuple(value.shape) != shape:
+        got = (
+            f"{value.dtype} {tuple(value.shape)}, {value.layout} on {value.device}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise ValueError(f"{name}: expected {dtype} {shape}, got {got}")
+    return value

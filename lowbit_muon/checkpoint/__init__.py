@@ -1,0 +1,1 @@
+"""Saved states: checked and converted before anything changes."""

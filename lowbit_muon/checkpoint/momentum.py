@@ -1,0 +1,248 @@
+"""A Muon parameter's state: checked, copied, or converted from another layout or format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.reference import unpack
+from lowbit_muon.backends.tensors import accumulation_dtype, check_tensor, holds_values
+from lowbit_muon.checkpoint.dicts import (
+    LAYOUT_OPTIONS,
+    Group,
+    SavedState,
+    State,
+    blaming,
+    own_copy,
+    whole_number,
+)
+from lowbit_muon.formats.auto import AutoFormat
+from lowbit_muon.formats.state_format import Codebook, CodeLayout, StateFormat
+from lowbit_muon.linalg.newton_schulz import resolve_coefficients
+from lowbit_muon.state.format_choice import choose_format
+from lowbit_muon.state.momentum_state import LARGEST_NORM, NORM_EPS, frobenius_norm
+from lowbit_muon.state.parameter import (
+    MatrixView,
+    assemble,
+    flatten,
+    matrix_views,
+    momentum_format,
+    quantized_state,
+    resolve_group_format,
+    write_matrix,
+)
+from lowbit_muon.state.rounding import Compensation
+from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.state.update_error import turned
+
+_TORCH_MUON_KEYS = (
+    "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps",
+    "adjust_lr_fn",
+)  # fmt: skip
+# Of a state of ours: a step keeps norms below LARGEST_NORM, and codes may decode to somewhat more.
+_LARGEST_OWN = 1e35
+
+
+def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:
+    """A Muon parameter's state in the group's own format, from any layout; {} if it has none."""
+    views = matrix_views(param, group)
+    if saved.convention == "ours":
+        entries = dict(saved.entries)
+        kept = _remainder(param, group, entries.pop("remainder", None))
+        return _converted(param, group, views, entries, saved.group) | kept
+    momentum = _foreign_momentum(param, group, saved)
+    if momentum is None:
+        return {}
+    state_format, choice = _own_format(group, views, momentum)
+    entries = quantized_state(momentum, state_format, views, group)
+    return {"step": 0, "skipped": 0} | choice | entries | _remainder(param, group, None)
+
+
+def _remainder(param: Tensor, group: Group, saved: object) -> State:
+    """What the group's weights are compensated with, from a state that may have none."""
+    if not (group["compensation"] and Compensation.applies_to(param)):
+        return {}
+    if saved is None:
+        return {"remainder": torch.zeros_like(param, dtype=torch.int8)}
+    found = check_tensor("remainder", saved, torch.int8, tuple(param.shape))
+    return {"remainder": own_copy(found, param.device)}
+
+
+def _converted(
+    param: Tensor, group: Group, views: list[MatrixView], entries: State, saved_group: Group
+) -> State:
+    """Of a state in our layout: a copy, or quantised again for another format or other matrices."""
+    missing = [name for name in LAYOUT_OPTIONS if name not in saved_group]
+    if missing:
+        raise ValueError(f"expected the options {missing} in the saved group, got none")
+    _check_layout(saved_group)
+    source, source_views = momentum_format(saved_group, entries), matrix_views(param, saved_group)
+    asked = 0
+    if isinstance(resolve_group_format(saved_group), AutoFormat):
+        asked = whole_number("asked", entries.pop("asked", None))
+        del entries["state_format"]
+    state = _checked_copy(param, entries, source, source_views)
+    target = resolve_group_format(group)
+    keeps = source in target.formats if isinstance(target, AutoFormat) else source == target
+    if keeps and source_views == views:
+        return state | _choice(target, source, asked)
+    momentum = assemble(param, source_views, source, state)
+    if source.normalize and (isinstance(target, AutoFormat) or not target.normalize):
+        if param.grad is None or not bool(param.grad.isfinite().all()):
+            name = "auto" if isinstance(target, AutoFormat) else target.name
+            raise ValueError(
+                f"{_unknown_size(source)}; '{name}' needs it: expected a finite gradient to take "
+                "it from, so load between backward() and step()"
+            )
+        _give_size(momentum, flatten(param.grad, saved_group), source_views, group["momentum"])
+    momentum = momentum.reshape(flatten(param.detach(), group).shape)
+    state_format, choice = _own_format(group, views, momentum)
+    counts = {name: state[name] for name in ("step", "skipped")}
+    return counts | choice | quantized_state(momentum, state_format, views, group)
+
+
+def _give_size(
+    momentum: Tensor,  # [rows, columns], norm one in every view
+    grad: Tensor,  # [rows, columns]
+    views: list[MatrixView],
+    decay: float,
+) -> None:
+    """Multiply a momentum without size so that an average goes on where the normalised sum was.
+
+    That would take decay * M + G/||G|| next, an average takes decay * M' + (1 - decay) * G: with
+    M' = (1 - decay) * ||G|| * M they are parallel, and so are both updates.
+    """
+    for view in views:
+        norm = float(frobenius_norm(grad[view.rows])) + NORM_EPS
+        momentum[view.rows] *= (1 - decay) * norm
+
+
+def _check_layout(saved_group: Group) -> None:
+    """Raise ValueError unless the options say how parameters are cut into matrices."""
+    experts, splits = saved_group["batch_experts"], saved_group["row_splits"]
+    if not isinstance(experts, bool):
+        raise ValueError(f"batch_experts: expected a bool, got {experts!r}")
+    if splits is not None and not (
+        isinstance(splits, (list, tuple)) and all(type(n) is int and n >= 0 for n in splits)
+    ):
+        raise ValueError(f"row_splits: expected None or a sequence of row counts, got {splits!r}")
+
+
+def _own_format(
+    group: Group, views: list[MatrixView], momentum: Tensor
+) -> tuple[StateFormat, State]:
+    """The format that a momentum [rows, columns] gets in a group, and what the state says of it."""
+    target = resolve_group_format(group)
+    if isinstance(target, StateFormat):
+        return target, {}
+    samples = [turned(momentum[view.rows]) for view in views]
+    coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    chosen, _ = choose_format(target, samples, coefficients)
+    return chosen, _choice(target, chosen, 0)
+
+
+def _choice(target: StateFormat | AutoFormat, chosen: StateFormat, asked: int) -> State:
+    if isinstance(target, StateFormat):
+        return {}
+    return {"state_format": chosen.to_dict(), "asked": asked}
+
+
+def torch_muon_group(group: Group) -> Group:
+    """The options of a group that torch.optim.Muon has. Raises ValueError for its one limit."""
+    coefficients = group["ns_coefficients"]
+    if isinstance(coefficients, str) or any(isinstance(c, Sequence) for c in coefficients):
+        raise ValueError(
+            "ns_coefficients: expected one triple (a, b, c), which is all that torch.optim.Muon "
+            f"takes, got {coefficients!r}"
+        )
+    return {name: group[name] for name in _TORCH_MUON_KEYS}
+
+
+def export_momentum(param: Tensor, group: Group, state: State) -> State:
+    """`momentum_buffer`: float32, the parameter's shape, M <- momentum*M + (1 - momentum)*G."""
+    state_format = momentum_format(group, state)
+    if state_format.normalize:
+        raise ValueError(f"state_format: {_unknown_size(state_format)}; it cannot be exported")
+    momentum = assemble(param, matrix_views(param, group), state_format, state)
+    return {"momentum_buffer": momentum.view(param.shape)}
+
+
+def _checked_copy(
+    param: Tensor, entries: Mapping[str, Any], state_format: StateFormat, views: list[MatrixView]
+) -> State:
+    """A state in our own layout, copied to the parameter's device after checking all of it."""
+    rest = dict(entries)
+    state: State = {name: whole_number(name, rest.pop(name, None)) for name in ("step", "skipped")}
+    for view in views:
+        found = [key for key in rest if isinstance(key, str) and key.startswith(view.prefix)]
+        tensors = {key.removeprefix(view.prefix): rest.pop(key) for key in found}
+        with blaming(f"matrix {view.prefix}{list(view.shape)}"):
+            matrix = QuantizedMatrix.from_tensors(view.shape, state_format, tensors)
+            matrix.tensors = {
+                role: own_copy(value, param.device) for role, value in matrix.tensors.items()
+            }
+            _check_values(matrix)
+        write_matrix(state, view, matrix)
+    if rest:
+        raise ValueError(f"expected nothing else in the state, got {sorted(map(repr, rest))}")
+    return state
+
+
+def _check_values(matrix: QuantizedMatrix) -> None:
+    """Raise ValueError unless every code stands for a level and the decoded matrix is finite."""
+    f = matrix.state_format
+    if not f.is_dense and matrix.shape[0] * matrix.shape[1]:
+        _check_codes(matrix, "codes", max(matrix.shape), f.code_book(), f.code_layout())
+        if f.has_factors:
+            for role, length in zip(("left_codes", "right_codes"), matrix.shape, strict=True):
+                _check_codes(matrix, role, length, f.factor_code_book(), f.factor_layout())
+    _check_size(matrix.dequantize(), "codes and scales")
+
+
+def _check_size(momentum: Tensor, what: str, largest: float = _LARGEST_OWN) -> None:
+    norm = float(torch.linalg.vector_norm(momentum, dtype=accumulation_dtype(momentum.device)))
+    if not norm <= largest:
+        raise ValueError(
+            f"expected {what} of a finite matrix of norm up to {largest:g}, got norm {norm:g}"
+        )
+
+
+def _check_codes(
+    matrix: QuantizedMatrix, role: str, columns: int, book: Codebook, layout: CodeLayout
+) -> None:
+    if len(book.levels) < 2**layout.bits:
+        largest = int(unpack(matrix.tensors[role], layout, columns).max())
+        if largest >= len(book.levels):
+            raise ValueError(f"{role}: expected codes below {len(book.levels)}, got {largest}")
+
+
+def _foreign_momentum(param: Tensor, group: Group, saved: SavedState) -> Tensor | None:
+    """momentum_buffer as an EMA, float32 [rows, columns]; None if there is none yet."""
+    entries = dict(saved.entries)
+    if entries.pop("use_muon", True) is not True:
+        raise ValueError("use_muon: expected True, got False")
+    if not entries:
+        return None
+    if set(entries) != {"momentum_buffer"}:
+        raise ValueError(f"expected 'momentum_buffer', got {sorted(map(repr, entries))}")
+    buffer = entries["momentum_buffer"]
+    flat = flatten(param.detach(), group)
+    shapes = (param.shape, param.detach().flatten(1).shape)
+    if not holds_values(buffer) or buffer.shape not in shapes:
+        got = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
+        raise ValueError(f"momentum_buffer: expected shape {tuple(param.shape)}, got {got}")
+    if not buffer.is_floating_point() or not bool(buffer.isfinite().all()):
+        raise ValueError(f"momentum_buffer: expected finite values, got {buffer.dtype} with others")
+    momentum = buffer.detach().to(param.device, torch.float32).reshape(flat.shape)
+    _check_size(momentum, "momentum_buffer", LARGEST_NORM)
+    return momentum * (1 - group["momentum"]) if saved.convention == "sum" else momentum
+
+
+def _unknown_size(state_format: StateFormat) -> str:
+    return (
+        f"'{state_format.name}' divides the momentum by its norm in every step, so the size of the "
+        "momentum is not known"
+    )

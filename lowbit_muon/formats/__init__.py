@@ -1,0 +1,1 @@
+"""What a stored momentum looks like; no tensors."""

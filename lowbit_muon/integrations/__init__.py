@@ -1,1 +1,0 @@
-"""How the optimizers fit into what people train with."""

@@ -1,0 +1,1 @@
+"""Orthogonalisation, spectra and their iterations, from matrix products alone."""

@@ -1,0 +1,1 @@
+"""The optimizers, the routing of parameters to them, and hooks around them."""

@@ -1,0 +1,495 @@
+"""Muon with low-bit momentum: a drop-in for `torch.optim.Muon`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import is_device_backend
+from lowbit_muon.checkpoint import dicts as checkpoint
+from lowbit_muon.checkpoint.momentum import (
+    convert_momentum,
+    export_momentum,
+    torch_muon_group,
+)
+from lowbit_muon.distributed.agreement import is_usable_everywhere, place_gradients
+from lowbit_muon.distributed.exchange import UpdateDtype
+from lowbit_muon.distributed.sharing import ReplicatedParameters, Shared, Sharing
+from lowbit_muon.distributed.state_dicts import gathered, own_state, spread_states
+from lowbit_muon.formats.auto import AutoFormat
+from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.optimizers.compiled_regions import outside_compiled_regions
+from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
+from lowbit_muon.state.format_choice import revise_format
+from lowbit_muon.state.momentum_state import NonFiniteGradientError, describe, is_usable
+from lowbit_muon.state.offload import finish_copies, keep_on_host
+from lowbit_muon.state.parameter import (
+    ParameterStep,
+    check_memory,
+    flatten,
+    matrix_views,
+    momentum_format,
+    parameter_names,
+    read_matrix,
+    resolve_group_format,
+    stored_keys,
+)
+from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
+from lowbit_muon.step.device_step import DeviceStep, host_counters
+from lowbit_muon.step.group_step import (
+    AdjustLr,
+    GroupStep,
+    NsDtype,
+    check_gradient,
+    check_ns_dtype,
+)
+from lowbit_muon.step.options import check_group
+from lowbit_muon.step.parameter_step import prepare_state, update_parameter
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
+DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+DEFAULT_EPS = 1e-7
+
+
+class Muon(Optimizer):
+    """Muon (MomentUm Orthogonalized by Newton-Schulz) with its momentum in 4 bits or fewer.
+
+    All positional arguments, their defaults and the update rule are those of `torch.optim.Muon`
+    (M <- momentum*M + (1 - momentum)*G; Nesterov; decoupled weight decay); the arithmetic is
+    float32 where torch uses bfloat16.
+
+    Args:
+        params: parameters, named parameters or groups. Two or more dimensions each: a convolution
+            kernel [out, in, ...] is taken as the matrix [out, in*...].
+        lr: learning rate; may be a one-element tensor.
+        weight_decay: decoupled weight decay.
+        momentum: decay of the momentum, in [0, 1).
+        nesterov: orthogonalise momentum*M + (1 - momentum)*G instead of M.
+        ns_coefficients: (a, b, c) of the Newton-Schulz polynomial, a sequence of such triples, one
+            for each step, or a name known to `lowbit_muon.linalg.newton_schulz`.
+        eps: smallest norm that the matrix is divided by before Newton-Schulz.
+        ns_steps: Newton-Schulz steps.
+        adjust_lr_fn: "original" (or None): lr * sqrt(max(1, rows/columns)), KellerJordan's;
+            "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's.
+        state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`), a
+            `StateFormat`, or "auto" or an `AutoFormat`, which choose for each parameter the fewest
+            bits that keep the error of its update below a target, and look again every so often.
+        ns_input: "exact" orthogonalises the fresh momentum, before it was quantised; "stored" what
+            the codes hold, without Nesterov's look-ahead: less work, and quantisation noise in the
+            update. Of spectral formats it takes the codes' own matrix, whose polar factor is the
+            momentum's, in integer products and without the first Newton-Schulz steps, as far as its
+            larger singular values make up for them (two of five with the presets); formats with
+            levels that are not whole numbers or with block scales are decoded instead. On a GPU all
+            are decoded and take all steps: no work is saved there.
+        ns_dtype: dtype of the Newton-Schulz products: "auto" is float32 on CPUs and wherever there
+            is no backend for the device, and float16 on GPUs (`linalg.half_precision`, which
+            is closer to float32 than torch's bfloat16).
+        stochastic_rounding: round bfloat16 weights stochastically, with bits that depend on `seed`,
+            the parameter's number and its step alone. Makes no difference to float32 weights.
+        backend: "auto", or a backend by name, which then must be there.
+        compensation: keep what rounding leaves over of bfloat16 and float16 weights in 8 bits, one
+            more byte of state an element, and add it before the next update: as if the weights had
+            8 more bits. Not together with `stochastic_rounding`, which takes no memory. Makes no
+            difference to float32 weights.
+        nonfinite: what to do with a gradient that holds inf or nan, or is so large (a norm above
+            1e32) that the momentum might leave float32: "skip" leaves the parameter and its state
+            as they are (counted in its state as "skipped", with one warning; on a GPU,
+            where the host does not look, without), "raise" raises NonFiniteGradientError before any
+            parameter changes.
+        batch_experts: take a parameter [experts, rows, columns] as that many matrices.
+        row_splits: row counts of the matrices that are fused in one parameter (query, key and
+            value, or heads), each orthogonalised for itself.
+        seed: start of the power iteration of formats with low-rank factors.
+        offload: on a GPU, keep the stored momentum in pinned host memory. A step brings it to the
+            GPU and back in batches, each while the one before is being computed: two batches are on
+            the GPU at a time. Its updates are the same. On CPUs it makes no difference.
+        process_group: processes of torch.distributed that have the same parameters and gradients,
+            as under DistributedDataParallel: each parameter is stepped by one of them, which keeps
+            its momentum and sends its weights to the others. Parameters that are DTensors (FSDP2,
+            tensor parallelism) are shared by the processes that hold their parts, with or without
+            it. `step`, `state_dict` and `load_state_dict` are to be called on all of them.
+        update_dtype: of updates on their way to the parts of DTensors: "float32", "bfloat16" or
+            "int8", with a scale for each row.
+
+    A group may override any of these. `state_bytes()` counts what the state really takes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] | Sequence[Sequence[float]] | str = (
+            DEFAULT_COEFFICIENTS
+        ),
+        eps: float = DEFAULT_EPS,
+        ns_steps: int = 5,
+        adjust_lr_fn: AdjustLr | None = None,
+        *,
+        state_format: str | StateFormat | AutoFormat = "spectral4",
+        ns_input: Literal["exact", "stored"] = "exact",
+        ns_dtype: NsDtype = "auto",
+        stochastic_rounding: bool = False,
+        compensation: bool = False,
+        backend: str = "auto",
+        nonfinite: Literal["skip", "raise"] = "skip",
+        batch_experts: bool = False,
+        row_splits: Sequence[int] | None = None,
+        seed: int = 0,
+        offload: bool = False,
+        process_group: ProcessGroup | None = None,
+        update_dtype: UpdateDtype = "float32",
+    ) -> None:
+        if update_dtype not in ("float32", "bfloat16", "int8"):
+            raise ValueError(
+                f"update_dtype: expected 'float32', 'bfloat16' or 'int8', got {update_dtype!r}"
+            )
+        self._sharing = Sharing(process_group, update_dtype)
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "state_format": state_format,
+            "ns_input": ns_input,
+            "ns_dtype": ns_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "compensation": compensation,
+            "backend": backend,
+            "nonfinite": nonfinite,
+            "batch_experts": batch_experts,
+            "row_splits": row_splits,
+            "seed": seed,
+            "offload": offload,
+        }
+        check_group(defaults)
+        defaults["state_format"] = resolve_group_format(defaults).to_dict()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises ValueError or TypeError, with nothing added, for a bad option or a parameter with
+        fewer than two dimensions.
+        """
+        group = {**self.defaults, **param_group}
+        check_group(group)
+        if "state_format" in param_group:
+            # Plain values only, so that a state_dict loads under weights_only=True.
+            param_group["state_format"] = resolve_group_format(group).to_dict()
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                matrix_views(stand_in(param), self.param_groups[-1])
+                check_memory(param, self.param_groups[-1])
+                if group["stochastic_rounding"] and param.dtype == torch.float16:
+                    raise ValueError(
+                        "stochastic_rounding: expected bfloat16 (or float32) parameters, got "
+                        f"float16 of size {tuple(param.shape)}"
+                    )
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @outside_compiled_regions
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimisation step. `closure` reevaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            place_gradients(group["params"])
+            self._check_step(group, self._unshared(group))
+            for part in self._shared(group):
+                part.look_at_gradients(group)
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def state_bytes(self) -> int:
+        """Bytes that the optimizer's state really takes here (storage, not elements times bits)."""
+        tensors = (
+            local_part(value)
+            for state in self.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def state_formats(self) -> dict[str, StateFormat]:
+        """The format of each momentum by its parameter's name, or number in its group, so far."""
+        return {
+            name: momentum_format(group, self.state[param])
+            for group in self.param_groups
+            if group.get("use_muon", True)
+            for name, param in zip(parameter_names(group), group["params"], strict=True)
+            if stored_keys(self.state.get(param, {}), matrix_views(stand_in(param), group))
+        }
+
+    @torch.no_grad()
+    def diagnose(self) -> list[Diagnosis]:
+        """What storing the momentum does to each matrix's update (`lowbit_muon.Diagnosis`).
+
+        After the backward pass, while gradients are there, it is exact for the next step; at other
+        times it is an estimate from the stored spectrum. Takes a singular value decomposition and
+        two orthogonalisations a matrix, and changes nothing. Parameters without a state, and those
+        that AdamW takes, are left out.
+        """
+        self._finish_copies()
+        return [found for group in self.param_groups for found in self._diagnose_group(group)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.is_shared():
+            raise TypeError(
+                "a Muon whose parameters several processes share cannot be copied or pickled; save "
+                "its state_dict"
+            )
+        self._finish_copies()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_sharing", Sharing(None, "float32"))
+
+    def _finish_copies(self) -> None:
+        """Before the state is read on the host: wait for what is still being brought back there."""
+        groups = [group for group in self.param_groups if group.get("offload")]
+        for device in {param.device for group in groups for param in group["params"]}:
+            finish_copies(device)
+
+    def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
+        step = GroupStep.from_group(group)
+        for name, param in zip(parameter_names(group), group["params"], strict=True):
+            state = host_counters(self.state[param]) if param in self.state else {}
+            if not state:
+                continue
+            whole = param.grad is not None and not is_dtensor(param)
+            grad = flatten(param.grad, group) if whole else None
+            if grad is not None and not bool(is_usable(grad)):
+                grad = None
+            views = matrix_views(stand_in(param), group)
+            for index, view in enumerate(views):
+                if not stored_keys(state, [view]):
+                    continue
+                yield diagnose_matrix(
+                    read_matrix(
+                        state, view, momentum_format(group, state), local_part(param).device
+                    ),
+                    None if grad is None else grad[view.rows],
+                    name=name if len(views) == 1 else f"{name}[{index}]",
+                    steps=int(state["step"]),
+                    skipped=int(state["skipped"]),
+                    decay=step.momentum,
+                    coefficients=tuple(step.coefficients),
+                )
+
+    def state_dict(self) -> StateDict:
+        """As torch's, with our format version in each group; tensors and plain values only.
+
+        Of parameters shared between processes the states are made before the first step, so that
+        all processes have the same keys, and their tensors are DTensors, in parts: save them with
+        torch.distributed.checkpoint, which loads them on any number of processes.
+        """
+        self._finish_copies()
+        spread: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            for part in self._shared(group):
+                self._prepare_shared(group, part)
+                spread |= spread_states(part, self.state)
+        if self.is_shared():
+            for group in self.param_groups:
+                self._prepare_unshared(group)
+        state_dict = checkpoint.with_version(super().state_dict())
+        state = {key: host_counters(value) for key, value in state_dict["state"].items()}
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        state |= {key: spread[param] for key, param in enumerate(params) if param in spread}
+        return {**state_dict, "state": state}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of this class, or of torch.optim.Muon, KellerJordan's or Moonlight's Muon.
+
+        Every dtype is kept; the tensors are copies on the parameters' devices. A momentum stored in
+        another format is quantised to this optimizer's own `state_format`, which stays as it is,
+        like `backend`, `ns_input`, `nonfinite`, `batch_experts`, `row_splits` and `seed`. A format
+        that normalises the momentum ("muonq4") has lost its size: it loads into others between
+        `backward()` and `step()`, where the gradients give it one (but not into DTensors).
+
+        Raises ValueError naming the group or parameter, before anything changes, for a state that
+        does not fit: groups, shapes, dtypes, entries, codes or scales out of range, newer version.
+        """
+        for group in self.param_groups:
+            self._shared(group)  # found before, since it takes all processes
+        with checkpoint.converting(self):
+            super().load_state_dict(state_dict)
+
+    def export_full_precision(self) -> StateDict:
+        """A state dict that torch.optim.Muon loads and continues from.
+
+        Raises ValueError for formats that lose the momentum's size (`normalize`), for Newton-Schulz
+        coefficients that torch.optim.Muon does not take, and where momentum lies on several
+        processes.
+        """
+        if self.is_shared():
+            raise ValueError(
+                "export_full_precision: expected an optimizer of one process; load the state_dict "
+                "of this one into such"
+            )
+        self._finish_copies()
+        return checkpoint.export(self)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group)
+
+    def _convert_state(
+        self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState
+    ) -> dict[str, Any]:
+        entries, whole = gathered(saved.entries), stand_in(param)
+        state = convert_momentum(whole, group, dataclasses.replace(saved, entries=entries))
+        views, found = matrix_views(whole, group), self._sharing.part_with(param)
+        if found is not None:
+            state = own_state(state, param, views, *found)
+        if group["offload"]:
+            keep_on_host(state, views)
+        return state
+
+    def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        return torch_muon_group(group)
+
+    def _export_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return export_momentum(param, group, self.state[param])
+
+    @outside_compiled_regions
+    @torch.no_grad()
+    def step_parameter(self, group_index: int, index: int) -> None:
+        """Step `param_groups[group_index]["params"][index]` alone, as `step` would.
+
+        For hooks that run in the backward pass (`attach_gradient_release`).
+        """
+        group = self.param_groups[group_index]
+        self._check_step(group, [index])
+        self._step_parameters(group, [index])
+
+    def is_shared(self) -> bool:
+        """Whether other processes take part in its steps."""
+        return any(
+            self._sharing.takes(group) for group in self.param_groups if group.get("use_muon", True)
+        )
+
+    def _shared(self, group: dict[str, Any]) -> list[Shared]:
+        if not group.get("use_muon", True) or not self._sharing.takes(group):
+            return []
+        place = next(index for index, other in enumerate(self.param_groups) if other is group)
+        return self._sharing.of(place, group)
+
+    def _unshared(self, group: dict[str, Any]) -> list[int]:
+        """Indices of the parameters that this process steps without any other."""
+        taken = {index for part in self._shared(group) for index in part.indices}
+        return [index for index in range(len(group["params"])) if index not in taken]
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        self._step_parameters(group, self._unshared(group))
+        for part in self._shared(group):
+            self._prepare_shared(group, part)
+            if isinstance(part, ReplicatedParameters):
+                part.step(group, self.state, functools.partial(self._step_parameters, group))
+            else:
+                run = functools.partial(self._run, group)
+                part.step(group, self.state, run, self._number_of_first(group))
+
+    def _number_of_first(self, group: dict[str, Any]) -> int:
+        """The place in the optimizer of a group's first parameter."""
+        earlier = itertools.takewhile(lambda other: other is not group, self.param_groups)
+        return sum(len(other["params"]) for other in earlier)
+
+    def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
+        """Step the parameters of a group with these indices, if they have a gradient."""
+        first, names = self._number_of_first(group), parameter_names(group)
+        auto = resolve_group_format(group)
+        steps = []
+        for index in indices:
+            param, name = group["params"][index], names[index]
+            if param.grad is None:
+                continue
+            grad, views = local_part(check_gradient(param)), matrix_views(stand_in(param), group)
+            if isinstance(auto, AutoFormat):
+                if group["offload"]:
+                    finish_copies(grad.device)  # of what is about to be read
+                revise_format(auto, grad, self.state[param], views, group, name)
+            state = self.state[param]
+            prepare_state(state, param, group, views)
+            steps.append(ParameterStep(local_part(param), grad, state, views, first + index))
+        self._run(group, GroupStep.from_group(group), steps)
+
+    def _run(self, group: dict[str, Any], step: GroupStep, steps: Iterable[ParameterStep]) -> None:
+        """Step parameters: on a host one after the other, on a device in batches."""
+        on_device = DeviceStep(step, group)
+        for one in steps:
+            backend = get_backend(step.backend_name, one.param.device)
+            if is_device_backend(backend):
+                on_device.add(one, backend)
+            else:
+                update_parameter(one, step, group)
+        on_device.run()
+
+    def _prepare_shared(self, group: dict[str, Any], part: Shared) -> None:
+        """States on every process: of its own matrices, and counters of the others."""
+        for index in part.indices:
+            param = group["params"][index]
+            views = matrix_views(stand_in(param), group)
+            own = [part.owns(index, matrix) for matrix in range(len(views))]
+            prepare_state(self.state[param], param, group, views, own)
+
+    def _prepare_unshared(self, group: dict[str, Any]) -> None:
+        """States of the parameters of a group that are not shared."""
+        if isinstance(resolve_group_format(group), AutoFormat):
+            return  # formats are chosen with the first gradients
+        for index in self._unshared(group):
+            param = group["params"][index]
+            views = matrix_views(stand_in(param), group)
+            prepare_state(self.state[param], param, group, views)
+
+    def _check_step(self, group: dict[str, Any], indices: Sequence[int]) -> None:
+        """Raise what a step of these parameters would raise, before any changes."""
+        if group.get("use_muon", True):
+            for device in {local_part(param).device for param in group["params"]}:
+                check_ns_dtype(group, get_backend(group["backend"], device))
+        if group["nonfinite"] != "raise":
+            return
+        names = parameter_names(group)
+        for index in indices:
+            name, param = names[index], group["params"][index]
+            if param.grad is not None and not is_usable_everywhere(param.grad):
+                raise NonFiniteGradientError(
+                    f"gradient of parameter {name!r} {tuple(param.shape)}: "
+                    f"{describe(local_part(param.grad))}"
+                )

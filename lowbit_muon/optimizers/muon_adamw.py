@@ -1,0 +1,396 @@
+"""Muon and AdamW as one optimizer, with the parameter groups of KellerJordan's MuonWithAuxAdam."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowbit_muon.backends.tensors import is_real_number
+from lowbit_muon.checkpoint.adam import convert_adam, read_moments
+from lowbit_muon.checkpoint.dicts import SavedState
+from lowbit_muon.distributed.agreement import on_every_part
+from lowbit_muon.distributed.exchange import UpdateDtype
+from lowbit_muon.distributed.state_dicts import cut_like, gathered
+from lowbit_muon.formats.auto import AutoFormat
+from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.optimizers.muon import DEFAULT_COEFFICIENTS, Muon
+from lowbit_muon.state.diagnosis import Diagnosis
+from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
+from lowbit_muon.step.group_step import AdjustLr, NsDtype, count_skipped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+AuxAdam = Literal["auto", "adamw", "adamw8bit"]
+
+# KellerJordan/Muon, muon.py, MuonWithAuxAdam.
+MUON_DEFAULTS: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
+AUX_DEFAULTS: dict[str, Any] = {
+    "lr": 3e-4,
+    "betas": (0.9, 0.95),
+    "eps": 1e-10,
+    "weight_decay": 0.0,
+}
+_8BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_FLOAT16 = 2.0**-24
+_PROBE_ELEMENTS = 4096  # the smallest tensor whose state bitsandbytes keeps in 8 bits
+
+
+class MuonWithAuxAdam(Muon):
+    """Muon for some parameter groups and AdamW for the others, stepped and saved as one.
+
+    Takes the groups of KellerJordan's MuonWithAuxAdam as they are: dicts with `use_muon` True
+    (defaults lr=0.02, momentum=0.95, weight_decay=0) or False (lr=3e-4, betas=(0.9, 0.95),
+    eps=1e-10, weight_decay=0). `muon_param_groups` makes them from a model. Like there, Muon scales
+    its update by sqrt(max(1, rows/columns)) and uses Nesterov momentum; unlike there, parameters
+    of three dimensions are flattened like convolutions unless the group says `batch_experts`.
+
+    Args:
+        param_groups: groups as above. A group with `use_muon` may also set any option of `Muon`,
+            the others `nonfinite` and `aux_adam`. The dicts are copied.
+        aux_adam: "adamw8bit": bitsandbytes' AdamW8bit, about 2 bytes an element (it keeps tensors
+            of fewer than 4096 elements in float32, 8 bytes); "adamw": torch.optim.AdamW; "auto":
+            8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
+            else torch.optim.AdamW, with one warning that says why. For float16 parameters
+            torch.optim.AdamW has an eps of 6e-8 at least, since a smaller one is zero there.
+        nesterov, ns_coefficients, ns_steps, adjust_lr_fn, state_format, ns_input, ns_dtype,
+            stochastic_rounding, compensation, backend, seed, offload: as for `Muon`, for the groups
+            that do not set them.
+        process_group, update_dtype: as for `Muon`; AdamW's state is not shared.
+        nonfinite: as for `Muon`, for both kinds of parameters.
+
+    Raises:
+        ValueError, TypeError: naming the option or group, what was expected and what came.
+        RuntimeError: aux_adam="adamw8bit" where bitsandbytes does not work.
+    """
+
+    def __init__(
+        self,
+        param_groups: Iterable[dict[str, Any]],
+        *,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] | Sequence[Sequence[float]] | str = (
+            DEFAULT_COEFFICIENTS
+        ),
+        ns_steps: int = 5,
+        adjust_lr_fn: AdjustLr | None = None,
+        state_format: str | StateFormat | AutoFormat = "spectral4",
+        aux_adam: AuxAdam = "auto",
+        ns_input: Literal["exact", "stored"] = "exact",
+        ns_dtype: NsDtype = "auto",
+        stochastic_rounding: bool = False,
+        compensation: bool = False,
+        backend: str = "auto",
+        nonfinite: Literal["skip", "raise"] = "skip",
+        seed: int = 0,
+        offload: bool = False,
+        process_group: ProcessGroup | None = None,
+        update_dtype: UpdateDtype = "float32",
+    ) -> None:
+        _check_kind(aux_adam)
+        self.aux_adam = aux_adam
+        self._engines: dict[str, Optimizer] = {}
+        super().__init__(
+            param_groups,
+            **MUON_DEFAULTS,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            state_format=state_format,
+            ns_input=ns_input,
+            ns_dtype=ns_dtype,
+            stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            backend=backend,
+            nonfinite=nonfinite,
+            seed=seed,
+            offload=offload,
+            process_group=process_group,
+            update_dtype=update_dtype,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "aux_adam": self.aux_adam}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_engines", {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which must say `use_muon`; see the class.
+
+        Raises ValueError, TypeError or RuntimeError, with nothing added, for a bad option.
+        """
+        uses_muon = param_group.get("use_muon") if isinstance(param_group, dict) else None
+        if not isinstance(uses_muon, bool):
+            raise ValueError(
+                "param_groups: expected dicts with use_muon True or False (muon_param_groups makes "
+                f"them from a model), got use_muon={uses_muon!r}"
+            )
+        if uses_muon:
+            super().add_param_group(dict(param_group))
+            return
+        own = {"nonfinite": self.defaults["nonfinite"], "aux_adam": self.aux_adam}
+        group = {**AUX_DEFAULTS, **own, **param_group}
+        check_aux_group(group)
+        options = set(group)
+        Optimizer.add_param_group(self, group)
+        for name in set(group) - options - {"param_names"}:
+            del group[name]  # torch fills in the defaults, which are those of Muon's groups
+        try:
+            group["aux_adam"] = _resolve_kind(group["aux_adam"], group["params"])
+        except (RuntimeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
+        if group["use_muon"]:
+            super()._step_parameters(group, indices)
+            return
+        params = [group["params"][index] for index in indices]
+        params = [param for param in params if param.grad is not None]
+        self._leave_8bit_if_sharded(group)
+        for param in params:
+            if param.grad.is_sparse:
+                raise RuntimeError("AdamW does not support sparse gradients")
+            if not self.state[param]:
+                self.state[param].update(self._fresh_state(param, group), skipped=0)
+        finite = []
+        for param, is_usable in zip(params, _usable(params, group["aux_adam"]), strict=True):
+            if is_usable:
+                finite.append(param)
+            else:
+                count_skipped(self.state[param], param)
+        # torch's AdamW keeps moments of float16 in float16, where smaller an eps is zero.
+        narrow = [p for p in finite if p.dtype == torch.float16 and group["aux_adam"] == "adamw"]
+        wide = [param for param in finite if all(param is not other for other in narrow)]
+        self._step_engine(group, wide, group["eps"])
+        self._step_engine(group, narrow, max(group["eps"], SMALLEST_FLOAT16))
+
+    def _step_engine(self, group: dict[str, Any], params: list[Tensor], eps: float) -> None:
+        if params:
+            engine = self._engine(group["aux_adam"], params)
+            engine.param_groups = [{**_engine_group(engine, group, params), "eps": eps}]
+            engine.step()
+
+    def _prepare_unshared(self, group: dict[str, Any]) -> None:
+        if group["use_muon"]:
+            super()._prepare_unshared(group)
+            return
+        self._leave_8bit_if_sharded(group)
+        for param in group["params"]:
+            if not self.state[param]:
+                self.state[param].update(self._fresh_state(param, group), skipped=0)
+
+    def _leave_8bit_if_sharded(self, group: dict[str, Any]) -> None:
+        """Use torch's AdamW where a framework has made DTensors of parameters.
+
+        Raises ValueError where 8 bits were asked for.
+        """
+        if group["aux_adam"] == "adamw8bit" and any(map(is_dtensor, group["params"])):
+            _resolve_kind(self.aux_adam, group["params"])
+            group["aux_adam"] = "adamw"
+
+    def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
+        return super()._diagnose_group(group) if group["use_muon"] else iter(())
+
+    def _engine(self, kind: str, params: list[Tensor]) -> Optimizer:
+        """An optimizer that works on our state. It has none of its own but bitsandbytes' tables."""
+        if kind not in self._engines:
+            self._engines[kind] = _create_engine(kind, params)
+        engine = self._engines[kind]
+        engine.state = self.state
+        return engine
+
+    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter before its first step, as the engine lays it out."""
+        if group["aux_adam"] == "adamw":
+            return {
+                "step": torch.tensor(0.0, dtype=torch.float32),
+                "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+            }
+        engine = cast(Any, self._engine(group["aux_adam"], [param]))
+        engine.state = {param: {}}
+        engine.param_groups = [_engine_group(engine, group, [param])]
+        engine.init_state(engine.param_groups[0], param, 0, 0)
+        return dict(engine.state[param])
+
+    def export_full_precision(self) -> dict[str, Any]:
+        """A state dict in the layout of KellerJordan's SingleDeviceMuonWithAuxAdam, in float32.
+
+        Its groups have no place for other options than theirs (Nesterov, scaling, steps).
+        Raises ValueError for formats that lose the momentum's size (`normalize`).
+        """
+        return super().export_full_precision()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group["use_muon"]:
+            super()._check_group(group)
+        else:
+            check_aux_group(group)
+
+    def _convert_state(
+        self, param: Tensor, group: dict[str, Any], saved: SavedState
+    ) -> dict[str, Any]:
+        if group["use_muon"]:
+            return super()._convert_state(param, group, saved)
+        entries, whole = gathered(saved.entries), stand_in(param)
+        saved = dataclasses.replace(saved, entries=entries)
+        return cut_like(param, convert_adam(whole, saved, self._fresh_state(whole, group)))
+
+    def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        names = MUON_DEFAULTS if group["use_muon"] else AUX_DEFAULTS
+        return {name: group[name] for name in (*names, "use_muon")}
+
+    def _export_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        if group["use_muon"]:
+            return super()._export_state(param, group)
+        moments = read_moments(param, self.state[param])
+        return {
+            "step": moments.step,
+            "exp_avg": moments.first.clone(),
+            "exp_avg_sq": moments.second.clone(),
+        }
+
+
+def check_aux_group(group: dict[str, Any]) -> None:
+    """Raise ValueError naming the first bad option of an AdamW group."""
+
+    def expect(condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}: expected {expected}, got {group[name]!r}")
+
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        expect(is_real_number(value) and float(value) >= 0, name, "a number >= 0")
+    betas = group["betas"]
+    expect(
+        isinstance(betas, (tuple, list))
+        and len(betas) == 2
+        and all(is_real_number(beta) and 0 <= float(beta) < 1 for beta in betas),
+        "betas",
+        "two numbers in [0, 1)",
+    )
+    expect(group["nonfinite"] in ("skip", "raise"), "nonfinite", "'skip' or 'raise'")
+    _check_kind(group["aux_adam"])
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in ("auto", "adamw", "adamw8bit"):
+        raise ValueError(f"aux_adam: expected 'auto', 'adamw' or 'adamw8bit', got {kind!r}")
+
+
+def _resolve_kind(kind: AuxAdam, params: Sequence[Tensor]) -> str:
+    """ "adamw" or "adamw8bit". Raises if 8 bits were asked for and do not work."""
+    for param in params:
+        if not param.is_floating_point():
+            raise ValueError(f"params: expected floating point parameters, got {param.dtype}")
+    if kind == "adamw":
+        return kind
+    strange = [param.dtype for param in params if param.dtype not in _8BIT_DTYPES]
+    if any(map(is_dtensor, params)):
+        if kind == "auto":
+            return "adamw"
+        raise ValueError(
+            "aux_adam: 'adamw8bit' keeps blocks of 256 elements, which shards cut apart; expected "
+            "'adamw' or 'auto' for DTensors"
+        )
+    if kind == "auto":
+        devices = {param.device.type for param in params}
+        return "adamw8bit" if not strange and all(map(_works_or_warn, devices)) else "adamw"
+    if strange:
+        raise ValueError(
+            f"aux_adam: 'adamw8bit' takes float32, bfloat16 and float16, got {strange[0]}"
+        )
+    for param in params:
+        reason = _8bit_problem(param.device.type)
+        if reason is not None:
+            raise RuntimeError(f"aux_adam: 'adamw8bit' is not available: {reason}")
+    return kind
+
+
+@functools.cache
+def _works_or_warn(device_type: str) -> bool:
+    reason = _8bit_problem(device_type)
+    if reason is not None:
+        warnings.warn(
+            "lowbit_muon uses torch.optim.AdamW (8 bytes of state for a float32 element) instead "
+            f"of 8-bit AdamW: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+@functools.cache
+def _8bit_problem(device_type: str) -> str | None:
+    """Why bitsandbytes cannot step a parameter on a device, or None if it just did."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    # Its import may report on 4-bit kernels, which are not used here.
+    logger.setLevel(logging.ERROR)
+    try:
+        param = torch.zeros(_PROBE_ELEMENTS, device=device_type, requires_grad=True)
+        param.grad = torch.ones_like(param)
+        _create_engine("adamw8bit", [param], lr=1.0).step()
+        moved = float(param.detach().mean())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        logger.setLevel(level)
+    # The first step of Adam is lr * sign(gradient), here -1.
+    return None if abs(moved + 1) < 0.1 else f"its first step went {moved} instead of -1"
+
+
+def _create_engine(kind: str, params: list[Tensor], lr: float = 0.0) -> Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(params, lr=lr)
+    import bitsandbytes
+
+    return cast(Optimizer, bitsandbytes.optim.AdamW8bit(params, lr=lr))
+
+
+def _engine_group(engine: Optimizer, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+    """The options of a group as plain numbers, with what else the engine expects in a group."""
+    return {
+        **engine.defaults,
+        "params": params,
+        "lr": float(group["lr"]),
+        "betas": tuple(float(beta) for beta in group["betas"]),
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+    }
+
+
+def _usable(params: Sequence[Tensor], kind: str) -> list[bool]:
+    """Whether each gradient and its squares are finite in the dtype of the moments.
+
+    A device is asked once for all of its gradients.
+    """
+    found: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        assert param.grad is not None
+        # 8-bit moments are computed in float32.
+        dtype = param.dtype if kind == "adamw" else torch.float32
+        limit = math.sqrt(torch.finfo(dtype).max)
+        local = local_part(param.grad)
+        fits = torch.ones((), dtype=torch.bool, device=local.device)
+        if local.numel():
+            # In a dtype that holds the limit: in another it would be inf. (nan is below nothing)
+            largest = torch.linalg.vector_norm(local, ord=math.inf)
+            fits = largest.to(torch.promote_types(dtype, torch.float32)) <= limit
+        fits = on_every_part(param.grad, fits)
+        found.setdefault(fits.device, []).append(fits)
+    usable = {device: iter(torch.stack(values).tolist()) for device, values in found.items()}
+    return [next(usable[local_part(param).device]) for param in params]

@@ -1,0 +1,333 @@
+"""Which parameters of a model Muon takes and which AdamW, read off the model's structure."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_muon.formats.auto import AutoFormat
+from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.optimizers.muon import Muon
+from lowbit_muon.step.group_step import AdjustLr
+from lowbit_muon.step.options import check_group
+
+Group = dict[str, Any]
+Override = str | StateFormat | AutoFormat | Mapping[str, Any]
+Overrides = Mapping[str, Override] | Callable[[str, Tensor], Override | None]
+
+# What an override may set; how a parameter is cut into matrices follows from the model.
+_MUON_OPTIONS = set(inspect.signature(Muon.__init__).parameters) - {
+    "self",
+    "params",
+    "batch_experts",
+    "row_splits",
+}
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm
+)  # fmt: skip
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+# What models call an output head that is not tied to an embedding.
+_HEAD_NAMES = ("lm_head", "embed_out", "unembed", "unembedding")
+# A module of unknown class tells by the name of its own parameter what its shape does not.
+_NOT_A_WEIGHT = re.compile(r"bias|emb|token|position|norm", re.IGNORECASE)
+
+
+@dataclass
+class _Use:
+    """One parameter object and every place in the model that holds it."""
+
+    param: Tensor
+    name: str  # in the model, of the first place
+    owners: list[tuple[str, nn.Module, str]] = field(default_factory=list)  # path, module, own name
+
+
+def muon_param_groups(
+    model: nn.Module,
+    *,
+    lr: float | Tensor = 0.02,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    adjust_lr_fn: AdjustLr | None = None,
+    aux_lr: float | Tensor = 3e-4,
+    aux_betas: tuple[float, float] = (0.9, 0.95),
+    aux_eps: float = 1e-10,
+    aux_weight_decay: float = 0.0,
+    aux_patterns: Sequence[str] = (),
+    split_heads: Mapping[str, int] | None = None,
+    split_fused: Mapping[str, int | Sequence[int]] | None = None,
+    overrides: Overrides | None = None,
+) -> list[Group]:
+    """Parameter groups for `MuonWithAuxAdam`: every trainable parameter once, with its name.
+
+    Muon takes the matrices: weights of linear layers and convolutions, and parameters of two and
+    more dimensions that modules of unknown classes own. Those of three and more dimensions outside
+    a convolution are taken as a stack of matrices (`batch_experts`), as mixture-of-experts layers
+    keep them. AdamW takes the rest: embeddings; heads, tied or not (what `get_output_embeddings`
+    returns, a linear layer called lm_head or the like, and the last linear layer outside a
+    ModuleList if it has as many outputs as an embedding has rows); norms; biases, vectors, scalars
+    and matrices with one row or column; and what an unknown module calls bias, emb*, token*,
+    position* or norm*.
+
+    Frozen parameters are left out. A parameter that several modules share is listed once, and goes
+    to AdamW if any of its places says so. Heads of classifiers and the first convolution are not
+    recognised: name them in `aux_patterns`.
+
+    Args:
+        lr, momentum, nesterov, weight_decay, adjust_lr_fn: of the Muon groups.
+        aux_lr, aux_betas, aux_eps, aux_weight_decay: of the AdamW group.
+        aux_patterns: regular expressions; parameters whose name contains a match go to AdamW.
+        split_heads: {regular expression: rows of a head}. The matrices of matching modules are cut
+            into heads of that many rows, each orthogonalised for itself.
+        split_fused: {regular expression: parts}. The matrices of matching modules hold several
+            matrices one below the other: as many equal parts, or parts of the given row counts.
+        overrides: options of single matrices: {glob pattern of parameter names: a state format, by
+            name (or "auto") or as a `StateFormat` (which has bits and rank), or a dict of `Muon`'s
+            options};
+            the first pattern that matches counts, and `*` matches dots too. Or a function of
+            (name, parameter) that returns such a value or None.
+
+    Regular expressions are searched in a module's path ("h.0.attn.c_attn") and in its parameter's
+    name ("h.0.attn.c_attn.weight").
+
+    Raises ValueError if nothing goes to Muon, a pattern matches no matrix, a split does not fit, or
+    an override is not an option of `Muon`; TypeError for an override of another type.
+    """
+    uses = _trainable(model)
+    heads = _output_heads(model)
+    patterns = [re.compile(pattern) for pattern in aux_patterns]
+    splits = _Splits(split_heads or {}, split_fused or {})
+    rules = _Overrides(overrides)
+    aux: list[_Use] = []
+    muon: dict[tuple[bool, tuple[int, ...] | None, str], list[_Use]] = {}
+    own_options: dict[str, Group] = {}
+    for use in uses:
+        if any(pattern.search(use.name) for pattern in patterns) or _is_aux(use, heads):
+            aux.append(use)
+        else:
+            own = rules.options(use)
+            own_key = repr(sorted(own.items()))
+            own_options[own_key] = own
+            key = (_is_stack(use), splits.row_splits(use), own_key)
+            muon.setdefault(key, []).append(use)
+    splits.check_all_matched()
+    rules.check_all_matched()
+    if not muon:
+        raise ValueError(
+            f"model: expected matrices for Muon, got none among {len(uses)} trainable parameters "
+            f"of {type(model).__name__}; use AdamW alone"
+        )
+    options = {
+        "use_muon": True,
+        "lr": lr,
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "weight_decay": weight_decay,
+        "adjust_lr_fn": adjust_lr_fn,
+    }
+    groups = [
+        {
+            **_members(members),
+            **options,
+            "batch_experts": stack,
+            "row_splits": row_splits,
+            **own_options[own_key],
+        }
+        for (stack, row_splits, own_key), members in muon.items()
+    ]
+    if aux:
+        groups.append(
+            {
+                **_members(aux),
+                "use_muon": False,
+                "lr": aux_lr,
+                "betas": aux_betas,
+                "eps": aux_eps,
+                "weight_decay": aux_weight_decay,
+            }
+        )
+    return groups
+
+
+def _members(uses: list[_Use]) -> Group:
+    return {"params": [use.param for use in uses], "param_names": [use.name for use in uses]}
+
+
+def _trainable(model: nn.Module) -> list[_Use]:
+    """Every trainable parameter once, in the model's order, with all its places."""
+    uses: dict[Tensor, _Use] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own_name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            if param.requires_grad:
+                name = f"{path}.{own_name}" if path else own_name
+                use = uses.setdefault(param, _Use(param, name))
+                if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+                    own_name = path.rpartition(".")[2]  # its entries have keys for names
+                use.owners.append((path, module, own_name))
+    return list(uses.values())
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """Modules that map to the vocabulary."""
+    modules = list(model.named_modules())
+    rows = {module.num_embeddings for _, module in modules if isinstance(module, _EMBEDDINGS)}
+    # Layers of a repeated stack are no heads, whatever their size.
+    repeated = {
+        inner for _, module in modules if isinstance(module, nn.ModuleList)
+        for inner in module.modules()
+    }  # fmt: skip
+    heads: set[nn.Module] = set()
+    last = None
+    for path, module in modules:
+        # The convention of Hugging Face's models.
+        find: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
+        found = find() if callable(find) else None
+        if isinstance(found, nn.Module):
+            heads.update(found.modules())  # PEFT wraps a head: what trains is inside
+        if isinstance(module, nn.Linear):
+            if path.rpartition(".")[2] in _HEAD_NAMES:
+                heads.add(module)
+            last = module
+    if last is not None and last not in repeated and last.out_features in rows:
+        heads.add(last)
+    return heads
+
+
+def _is_aux(use: _Use, heads: set[nn.Module]) -> bool:
+    if use.param.ndim < 2 or 1 in _matrix_shape(use):
+        return True
+    return any(_owner_is_aux(module, name, heads) for _, module, name in use.owners)
+
+
+def _owner_is_aux(module: nn.Module, name: str, heads: set[nn.Module]) -> bool:
+    if isinstance(module, (*_EMBEDDINGS, *_NORMS)) or module in heads:
+        return True
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        return False
+    kind = type(module).__name__.lower()
+    return "norm" in kind or "embedding" in kind or bool(_NOT_A_WEIGHT.search(name))
+
+
+def _is_stack(use: _Use) -> bool:
+    """True if all but the last two dimensions count matrices."""
+    inside = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)
+    return use.param.ndim > 2 and not any(isinstance(m, inside) for _, m, _ in use.owners)
+
+
+def _matrix_shape(use: _Use) -> tuple[int, int]:
+    """Rows and columns of the (or one) matrix that Muon would make of the parameter."""
+    param = use.param
+    if _is_stack(use):
+        return param.shape[-2], param.shape[-1]
+    return param.shape[0], param[0].numel() if param.shape[0] else 0
+
+
+class _Overrides:
+    """Options of single matrices; remembers which patterns matched."""
+
+    def __init__(self, overrides: Overrides | None) -> None:
+        self._find = overrides if callable(overrides) else None
+        rules: Mapping[str, Override] = {}
+        if overrides is not None and not callable(overrides):
+            rules = overrides
+        self._rules = {pattern: _muon_options(pattern, value) for pattern, value in rules.items()}
+        self._matched: set[str] = set()
+
+    def options(self, use: _Use) -> Group:
+        """Options of the parameter's own, for its group."""
+        if self._find is not None:
+            found = self._find(use.name, use.param)
+            return {} if found is None else _muon_options(use.name, found)
+        matching = [p for p in self._rules if fnmatch.fnmatchcase(use.name, p)]
+        self._matched.update(matching)
+        return self._rules[matching[0]] if matching else {}
+
+    def check_all_matched(self) -> None:
+        for pattern in self._rules.keys() - self._matched:
+            raise ValueError(f"overrides: {pattern!r} matches no matrix that Muon takes")
+
+
+def _muon_options(name: str, value: Override) -> Group:
+    """An override as options of a group."""
+    if isinstance(value, (str, StateFormat, AutoFormat)):
+        value = {"state_format": value}
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"overrides[{name!r}]: expected a state format or a dict of options, "
+            f"got {type(value).__name__}"
+        )
+    unknown = set(value) - _MUON_OPTIONS
+    if unknown:
+        raise ValueError(
+            f"overrides[{name!r}]: expected options of Muon ({', '.join(sorted(_MUON_OPTIONS))}), "
+            f"got {', '.join(sorted(unknown))}"
+        )
+    try:
+        check_group({**Muon([torch.zeros(1, 1)]).defaults, **value})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"overrides[{name!r}]: {error}") from None
+    return dict(value)
+
+
+class _Splits:
+    """The row splits a user asked for, by pattern; remembers which patterns matched."""
+
+    def __init__(self, heads: Mapping[str, int], fused: Mapping[str, int | Sequence[int]]) -> None:
+        self._rules = [
+            *(("split_heads", pattern, size) for pattern, size in heads.items()),
+            *(("split_fused", pattern, parts) for pattern, parts in fused.items()),
+        ]
+        self._matched: set[tuple[str, str]] = set()
+
+    def row_splits(self, use: _Use) -> tuple[int, ...] | None:
+        """Row counts of the parts of a parameter, or None for one matrix."""
+        found = list(self._matching(use))
+        if not found:
+            return None
+        if len(found) > 1:
+            patterns = [f"{option} {pattern!r}" for option, pattern, _ in found]
+            raise ValueError(f"{use.name}: expected one split, got {' and '.join(patterns)}")
+        option, pattern, parts = found[0]
+        self._matched.add((option, pattern))
+        rows = use.param.shape[0]
+        if use.param.ndim != 2 or any(type(m).__name__ == "Conv1D" for _, m, _ in use.owners):
+            raise ValueError(
+                f"{option} {pattern!r}: expected matrices with outputs in rows, got {use.name} "
+                f"{tuple(use.param.shape)} of {type(use.owners[0][1]).__name__}"
+            )
+        sizes = _part_sizes(option, parts, rows)
+        if sum(sizes) != rows or min(sizes) < 1:
+            raise ValueError(
+                f"{option} {pattern!r}: expected parts that add up to the {rows} rows of "
+                f"{use.name}, got {parts!r}"
+            )
+        return sizes
+
+    def check_all_matched(self) -> None:
+        for option, pattern, _ in self._rules:
+            if (option, pattern) not in self._matched:
+                raise ValueError(f"{option}: {pattern!r} matches no matrix that Muon takes")
+
+    def _matching(self, use: _Use) -> Iterator[tuple[str, str, int | Sequence[int]]]:
+        names = [use.name, *(path for path, _, _ in use.owners)]
+        for rule in self._rules:
+            if any(re.search(rule[1], name) for name in names):
+                yield rule
+
+
+def _part_sizes(option: str, parts: int | Sequence[int], rows: int) -> tuple[int, ...]:
+    """Row counts; they do not add up to `rows` if a single number does not divide it."""
+    if not isinstance(parts, int):
+        return tuple(parts)
+    if parts < 1:
+        return (0,)
+    size, count = (parts, rows // parts) if option == "split_heads" else (rows // parts, parts)
+    return (size,) * max(1, count)

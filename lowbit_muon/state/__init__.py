@@ -1,0 +1,1 @@
+"""What is kept between steps, and how it is stored."""

@@ -1,0 +1,163 @@
+"""The matrices of one parameter and where their stored momentum lies in its state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.tensors import accumulation_dtype
+from lowbit_muon.formats.auto import AutoFormat, resolve_format_option
+from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.state.placement import local_part
+from lowbit_muon.state.stored import ROLES, QuantizedMatrix, quantize
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """One matrix of a parameter: rows `rows` of its 2-D view [all rows, columns]."""
+
+    rows: slice
+    shape: tuple[int, int]
+    prefix: str  # of its keys in the parameter's state
+
+
+@dataclass(frozen=True)
+class ParameterStep:
+    """A parameter that is to be stepped, or anything that is stepped like one."""
+
+    param: Tensor
+    grad: Tensor  # of the parameter's shape
+    state: dict[str, Any]
+    views: list[MatrixView]
+    number: int  # its place in the optimizer
+
+
+def parameter_names(group: dict[str, Any]) -> list[str]:
+    """Names of a group's parameters, or their numbers in it."""
+    return group.get("param_names") or [str(index) for index in range(len(group["params"]))]
+
+
+def flatten(tensor: Tensor, group: dict[str, Any]) -> Tensor:
+    """The parameter (or its gradient) as one matrix, a view: [out, in*...] or [experts*out, in]."""
+    if tensor.ndim == 2:
+        return tensor
+    if group["batch_experts"]:
+        return tensor.flatten(0, -2)
+    return tensor.flatten(1)
+
+
+def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
+    """The matrices of a parameter. Raises ValueError for a shape the group's options do not fit."""
+    if param.ndim < 2:
+        raise ValueError(
+            "params: expected parameters of 2 or more dimensions, got one of size "
+            f"{tuple(param.shape)}; give it to AdamW (MuonWithAuxAdam does)"
+        )
+    check_memory(param, group)
+    rows, columns = flatten(param.detach(), group).shape
+    if group["row_splits"] is not None:
+        sizes = list(group["row_splits"])
+    elif group["batch_experts"] and param.ndim > 2:
+        sizes = [param.shape[-2]] * math.prod(param.shape[:-2])
+    else:
+        return [MatrixView(slice(0, rows), (rows, columns), "")]
+    if sum(sizes) != rows:
+        raise ValueError(
+            f"row_splits: expected sizes that add up to {rows} rows, got {tuple(sizes)} "
+            f"for a parameter of size {tuple(param.shape)}"
+        )
+    views, start = [], 0
+    for index, size in enumerate(sizes):
+        views.append(MatrixView(slice(start, start + size), (size, columns), f"{index}."))
+        start += size
+    return views
+
+
+def check_memory(param: Tensor, group: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter, or a part of one, that is a matrix only by a copy."""
+    local = local_part(param.detach())
+    if local.numel() and flatten(local, group).data_ptr() != local.data_ptr():
+        raise ValueError(
+            f"params: expected a parameter that can be viewed as a matrix, got size "
+            f"{tuple(local.shape)} with strides {local.stride()}"
+        )
+
+
+def write_matrix(state: dict[str, Any], view: MatrixView, matrix: QuantizedMatrix) -> None:
+    """Put a stored matrix into a parameter's state, one key for each of its tensors."""
+    state.update({view.prefix + role: tensor for role, tensor in matrix.tensors.items()})
+
+
+def read_matrix(
+    state: Mapping[str, Any],
+    view: MatrixView,
+    state_format: StateFormat,
+    device: torch.device | None = None,
+) -> QuantizedMatrix:
+    """The stored matrix of a view; its tensors are those of the state, or copies on `device`."""
+    keys = ((role, view.prefix + role) for role in ROLES)
+    tensors = {role: state[key].to(device) for role, key in keys if key in state}
+    return QuantizedMatrix(state_format, view.shape, tensors)
+
+
+def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[str]:
+    """The keys of all tensors of stored matrices in a parameter's state."""
+    keys = (view.prefix + role for view in views for role in ROLES)
+    return [key for key in keys if key in state]
+
+
+def resolve_group_format(group: dict[str, Any]) -> StateFormat | AutoFormat:
+    """The format of a group, which may be a name, an object or its plain dict."""
+    value = group["state_format"]
+    if not isinstance(value, dict):
+        return resolve_format_option(value)
+    return (AutoFormat if "candidates" in value else StateFormat).from_dict(value)
+
+
+def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFormat:
+    """The format of a parameter's momentum: its group's, or what was chosen for it.
+
+    Raises ValueError if nothing was chosen yet.
+    """
+    found = resolve_group_format(group)
+    if isinstance(found, StateFormat):
+        return found
+    chosen = state.get("state_format")
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f"state_format: expected what was chosen for the parameter, got {chosen}")
+    return StateFormat.from_dict(chosen)
+
+
+def assemble(
+    param: Tensor, views: list[MatrixView], state_format: StateFormat, state: Mapping[str, Any]
+) -> Tensor:
+    """The stored momentum of a parameter, decoded: float32 [rows, columns]."""
+    shape = (sum(view.shape[0] for view in views), views[0].shape[1])
+    momentum = torch.empty(shape, dtype=torch.float32, device=param.device)
+    for view in views:
+        matrix = read_matrix(state, view, state_format, param.device)
+        momentum[view.rows] = matrix.dequantize()
+    return momentum
+
+
+def quantized_state(
+    momentum: Tensor,  # [rows, columns]
+    state_format: StateFormat,
+    views: list[MatrixView],
+    group: dict[str, Any],
+) -> dict[str, Any]:
+    """A momentum as entries of a parameter's state."""
+    state: dict[str, Any] = {}
+    for index, view in enumerate(views):
+        part = momentum[view.rows]
+        if state_format.normalize:
+            norm = float(torch.linalg.vector_norm(part, dtype=accumulation_dtype(part.device)))
+            part = part / norm if norm > 0 else part
+        matrix = quantize(part, state_format, seed=group["seed"] + index, backend=group["backend"])
+        write_matrix(state, view, matrix)
+    return state

@@ -1,0 +1,224 @@
+"""The `bench` command: its arguments, and what it shows while it works."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from lowbit_muon.backends import BACKEND_NAMES, get_backend
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.tools.benchmark.arguments import plot_path, whole_number
+from lowbit_muon.tools.benchmark.cases import DTYPES, Problem
+from lowbit_muon.tools.benchmark.measure import Result, measure, share_deadline
+from lowbit_muon.tools.benchmark.report import (
+    notes,
+    plot_results,
+    results_table,
+    write_results,
+)
+from lowbit_muon.tools.finetune.progress import plain_console
+
+DESCRIPTION = """Time one optimizer step and its parts (quantize, dequantize, the Gram matrix from
+the codes, orthogonalize) on one matrix at a time, in turn with torch's copy, torch.mm,
+torch.optim.Muon and AdamW. Everything of ours is held to its definition first; what fails is a row
+with the reason, and exit status 1. Formats with low-rank factors quantize with eight power
+iterations, a step with one. Caches are warm. Only ratios are worth quoting."""
+EPILOG = "example: lowbit-muon bench --shapes 1024x4096 --dtype bf16 --format spectral4,mulaw4"
+SHAPES = "576x1536,1024x4096"
+FORMATS = "spectral4,mulaw4,linear8,fp32"
+REPEATS, WARMUP = 9, 1
+
+
+class _UsageError(Exception):
+    """Something the user can mend; the message says what and how, in one sentence."""
+
+
+def add_bench_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bench` to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="time a step and its parts against torch's optimizers",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "--shapes",
+        type=parse_shapes,
+        default=SHAPES,
+        metavar="MxN,...",
+        help=f"rows x columns, with commas between (default: {SHAPES})",
+    )
+    parser.add_argument(
+        "--format",
+        type=parse_formats,
+        default=FORMATS,
+        metavar="NAME,...",
+        dest="formats",
+        help=f"state formats out of {', '.join(PRESETS)} (default: {FORMATS})",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of weights and gradients (default: fp32)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: cuda where there is one, else cpu"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKEND_NAMES, default="auto", help="of our kernels (default: auto)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=whole_number,
+        default=REPEATS,
+        metavar="N",
+        help=f"rounds that count, after {WARMUP} of warm-up (default: {REPEATS})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive_number,
+        metavar="S",
+        help="start no round after about so long, shared by the shapes; one round is always made",
+    )
+    parser.add_argument("--threads", type=whole_number, metavar="N", help="default: torch's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
+    parser.add_argument(
+        "--plot", type=plot_path, metavar="FILE", help="draw the medians: .svg or .png"
+    )
+    parser.set_defaults(run=run_bench)
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """ "16x24,8x8" as [(16, 24), (8, 8)], each once."""
+    shapes: dict[tuple[int, int], None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"expected ROWSxCOLUMNS, whole numbers >= 1, with commas between, got {part!r}"
+            )
+        shapes[int(match[1]), int(match[2])] = None
+    return list(shapes)
+
+
+def parse_formats(text: str) -> list[str]:
+    """Names of presets, each once."""
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in PRESETS:
+            raise argparse.ArgumentTypeError(
+                f"expected names out of {', '.join(PRESETS)}, with commas between, got {name!r}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
+    return value
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status: 1 if a row is an error, 2 for a wrong argument."""
+    try:
+        device = _checked_device(arguments)
+    except _UsageError as error:
+        print(f"lowbit-muon: {error}", file=sys.stderr)
+        return 2
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    console = plain_console()
+    kernels = get_backend(arguments.backend, device)
+    console.print(f"backend '{kernels.name}', {torch.get_num_threads()} threads")
+    results = _measure_all(arguments, device, console)
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None:
+            console.print(f"{option}: wrote {path}")
+    return 1 if any(result.status == "error" for result in results) else 0
+
+
+def _checked_device(arguments: argparse.Namespace) -> torch.device:
+    """The device; raises _UsageError for whatever would stop the run after it was timed, too."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise _UsageError("--device: expected 'cpu', since torch finds no GPU here, got 'cuda'")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise _UsageError("--plot: matplotlib is not installed (pip install matplotlib)")
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None:
+            _check_writable(option, path)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        get_backend(arguments.backend, device)
+    except (ValueError, RuntimeError) as error:
+        raise _UsageError(f"--{error}") from None
+    return device
+
+
+def _check_writable(option: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _UsageError(f"{option}: cannot write {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _UsageError(f"{option}: expected a file that can be written, got {path}")
+
+
+def _measure_all(
+    arguments: argparse.Namespace, device: torch.device, console: Console
+) -> list[Result]:
+    """Measures, shows and saves shape by shape: an interruption loses one at most."""
+    shapes, results = arguments.shapes, []
+    end = None if arguments.seconds is None else time.perf_counter() + arguments.seconds
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        for index, shape in enumerate(shapes):
+            task = bar.add_task(f"{shape[0]}x{shape[1]}", total=WARMUP + arguments.repeats)
+            rows = measure(
+                Problem(shape, arguments.dtype, device, arguments.backend),
+                arguments.formats,
+                arguments.repeats,
+                warmup=WARMUP,
+                deadline=share_deadline(end, len(shapes) - index),
+                on_round=_advance(bar, task),
+            )
+            bar.remove_task(task)
+            results += rows
+            console.print(results_table(rows))
+            for line in notes(rows):
+                console.print(line)
+            if arguments.json is not None:
+                write_results(arguments.json, results)
+            if arguments.plot is not None:
+                plot_results(arguments.plot, results)
+    return results
+
+
+def _advance(bar: Progress, task: TaskID) -> Callable[[], None]:
+    return lambda: bar.advance(task)

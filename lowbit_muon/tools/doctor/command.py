@@ -1,0 +1,156 @@
+"""The `doctor` command: what storing the momentum did, in a checkpoint or a running script."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from lowbit_muon import __version__
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.tools.benchmark.arguments import plot_path, whole_number
+from lowbit_muon.tools.doctor.checkpoints import read_checkpoint
+from lowbit_muon.tools.doctor.errors import DoctorError
+from lowbit_muon.tools.doctor.examine import Examined, diagnose_with_progress
+from lowbit_muon.tools.doctor.report import plot_diagnoses, show, write_diagnoses
+from lowbit_muon.tools.doctor.saved_state import describe, is_muon_state, rebuild
+from lowbit_muon.tools.doctor.script import examine_script
+from lowbit_muon.tools.finetune.progress import plain_console
+
+DESCRIPTION = """Show, matrix by matrix, what storing Muon's momentum in few bits does to the
+updates. TARGET is a checkpoint: of lowbit-muon finetune, a file of torch.save with an optimizer's
+state_dict (bare, or as 'optimizer', 'optimizer_state_dict' or Lightning's 'optimizer_states'), a
+checkpoint folder of transformers' Trainer or of Accelerate; states of torch.optim.Muon,
+KellerJordan's and Moonlight's Muon are shown as our Muon would store them. Or it is a training
+script, NAME.py, which is run until its optimizer is about to take a step, when errors are exact,
+and stopped there."""
+EPILOG = "example: lowbit-muon doctor train.py --steps 50 -- --batch-size 8"
+STEPS = 10
+
+
+def add_doctor_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `doctor` to the command line."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what storing the momentum does to each matrix's update",
+        usage="lowbit-muon doctor TARGET [options] [-- ARGUMENT ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="TARGET", help="a checkpoint's file or folder, or a .py script"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the diagnoses here")
+    parser.add_argument(
+        "--plot", type=plot_path, metavar="FILE", help="draw errors and ranks: .svg or .png"
+    )
+    parser.add_argument(
+        "--worst",
+        type=whole_number,
+        metavar="K",
+        help="show only the K matrices of the largest errors",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help="the model's weights, for their shapes, where a checkpoint lacks them",
+    )
+    parser.add_argument(
+        "--format",
+        choices=tuple(PRESETS),
+        dest="state_format",
+        help="show a checkpoint's momentum as it would be stored in this format",
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole_number,
+        metavar="N",
+        help=f"diagnose a script before its N-th step, N >= 2 (default: {STEPS})",
+    )
+    parser.set_defaults(run=run_doctor, takes_script_arguments=True)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    try:
+        _doctor(arguments)
+    except DoctorError as error:
+        print(f"lowbit-muon: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    console = plain_console()
+    if _is_script(arguments.target):
+        step = arguments.steps or STEPS
+        found = examine_script(arguments.target, arguments.script_arguments, step, console)
+    else:
+        found = _examine_checkpoint(arguments, console)
+    if not any(examined.rows for examined in found):
+        raise DoctorError("TARGET: expected a matrix with a momentum, got none")
+    for examined in found:
+        show(examined, arguments.worst, console)
+    _write(arguments, found, console)
+
+
+def _is_script(target: Path) -> bool:
+    return target.suffix == ".py"
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise DoctorError for whatever would stop the command after its work was done, too."""
+    target: Path = arguments.target
+    if _is_script(target):
+        if not target.is_file():
+            raise DoctorError(f"TARGET: expected a script that exists, got {target}")
+        if arguments.steps == 1:
+            raise DoctorError("--steps: expected 2 or more: there is no momentum before step 1")
+        unused = {"--weights": arguments.weights, "--format": arguments.state_format}
+        kind = "a checkpoint"
+    else:
+        unused = {"--steps": arguments.steps, "arguments after --": arguments.script_arguments}
+        kind = "a script (NAME.py)"
+    for option, value in unused.items():
+        if value:
+            raise DoctorError(f"{option}: expected with {kind} only, got {target}")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise DoctorError("--plot: matplotlib is not installed (pip install matplotlib)")
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None and path.is_dir():
+            raise DoctorError(f"{option}: expected a file to write, got the folder {path}")
+
+
+def _examine_checkpoint(arguments: argparse.Namespace, console: Console) -> list[Examined]:
+    """The Muons of a checkpoint; other optimizers beside them are passed over."""
+    checkpoint = read_checkpoint(arguments.target, arguments.weights)
+    states = [state for state in checkpoint.optimizers if is_muon_state(state)]
+    if not states:
+        got = describe(checkpoint.optimizers[0]) if checkpoint.optimizers else "no optimizer"
+        raise DoctorError(f"{checkpoint.file}: expected the state of a Muon, got {got}")
+    found = []
+    for state in states:
+        try:
+            saved = rebuild(state, checkpoint.find_shapes, arguments.state_format)
+        except DoctorError as error:
+            raise DoctorError(f"{checkpoint.file}: {error}") from None
+        rows = diagnose_with_progress(saved.muon, console)
+        found.append(Examined(saved.name, rows, saved.aux, saved.remarks))
+    return found
+
+
+def _write(arguments: argparse.Namespace, found: list[Examined], console: Console) -> None:
+    try:
+        if arguments.json is not None:
+            write_diagnoses(arguments.json, str(arguments.target), __version__, found)
+            console.print(f"--json: wrote {arguments.json}")
+        if arguments.plot is not None:
+            plot_diagnoses(arguments.plot, [row for examined in found for row in examined.rows])
+            console.print(f"--plot: wrote {arguments.plot}")
+    except OSError as error:
+        raise DoctorError(f"cannot write the results: {error}") from None

@@ -1,0 +1,196 @@
+"""A Muon without weights, with the momentum of a saved state, so that it can be diagnosed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.checkpoint.dicts import LAYOUT_OPTIONS, VERSION_KEY
+from lowbit_muon.optimizers.muon import Muon
+from lowbit_muon.tools.doctor.errors import DoctorError
+from lowbit_muon.tools.doctor.weights import Shapes, match_shapes
+
+Group = dict[str, Any]
+
+FULL_PRECISION_FORMAT = "spectral4"  # what Muon's default would make of another Muon's momentum
+# Entries of an AdamW's state: torch's, bitsandbytes', Moonlight's.
+_ADAM_ENTRIES = {"exp_avg", "state1", "moment1"}
+
+
+@dataclass(frozen=True)
+class AuxState:
+    """The state of the parameters that AdamW takes, in numbers."""
+
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """A saved optimizer: its matrices in a Muon, the rest counted, and what to know of both."""
+
+    name: str
+    muon: Muon
+    aux: AuxState
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _MuonPart:
+    """What Muon takes of one saved group: keys of the parameters that have a momentum."""
+
+    group: Group
+    keys: list[Any]
+    names: list[str]
+    is_ours: bool
+
+
+def is_muon_state(state_dict: Mapping[str, Any]) -> bool:
+    """Whether it is the state of a Muon, ours or another that keeps a `momentum_buffer`."""
+    states = state_dict["state"]
+    return any(
+        (VERSION_KEY in group and group.get("use_muon", True))
+        or any(_is_foreign(states.get(key) or {}, group) for key in group.get("params", ()))
+        for group in state_dict["param_groups"]
+    )
+
+
+def _is_foreign(entries: Mapping[str, Any], group: Group) -> bool:
+    return "momentum_buffer" in entries and "dampening" not in group  # which SGD's groups have
+
+
+def describe(state_dict: Mapping[str, Any]) -> str:
+    """What a state is that is not Muon's, for a message."""
+    entries = {str(name) for state in state_dict["state"].values() for name in state}
+    return f"entries {', '.join(sorted(entries))}" if entries else "no state of any parameter"
+
+
+def rebuild(
+    state_dict: Mapping[str, Any], find_shapes: Callable[[], Shapes], state_format: str | None
+) -> SavedOptimizer:
+    """A Muon that has loaded the momentum of a saved state.
+
+    Its parameters have the right shapes and no values. state_format: stored in this one, instead of
+    the one that it was saved in. Raises DoctorError.
+    """
+    try:
+        return _rebuild(state_dict, find_shapes, state_format)
+    except (TypeError, ValueError) as error:
+        raise DoctorError(str(error)) from None
+
+
+def _rebuild(
+    state_dict: Mapping[str, Any], find_shapes: Callable[[], Shapes], state_format: str | None
+) -> SavedOptimizer:
+    states = state_dict["state"]
+    parts = [_muon_part(i, group, states) for i, group in enumerate(state_dict["param_groups"])]
+    parts = [part for part in parts if part.keys]
+    if not parts:
+        raise DoctorError(
+            "state: expected a momentum, got none: it was saved before the first step"
+        )
+    named = {name for part in parts if part.is_ours for name in part.names}
+    shapes = match_shapes(sorted(named), find_shapes()) if named else {}
+    muon = Muon([_new_group(part, states, shapes, state_format) for part in parts])
+    muon.load_state_dict(
+        {
+            "state": {key: states[key] for part in parts for key in part.keys},
+            "param_groups": [
+                {**part.group, "params": part.keys, "param_names": part.names} for part in parts
+            ],
+        }
+    )
+    aux = _aux_state(state for state in states.values() if _is_aux(state))
+    is_ours = all(part.is_ours for part in parts)
+    name = _name(is_ours, state_dict)
+    return SavedOptimizer(name, muon, aux, tuple(_remarks(is_ours, state_format)))
+
+
+def _muon_part(index: int, group: Group, states: Mapping[Any, Any]) -> _MuonPart:
+    is_ours = VERSION_KEY in group
+    keys = group["params"]
+    names = group.get("param_names") or [f"group {index}, #{i}" for i in range(len(keys))]
+    uses_muon = group.get("use_muon", True)
+    chosen = [
+        (key, name)
+        for key, name in zip(keys, names, strict=True)
+        if uses_muon and states.get(key) and not _is_aux(states[key])
+    ]
+    if chosen and is_ours and "param_names" not in group:
+        raise DoctorError(
+            f"parameter group {index}: expected param_names, by which shapes are found, got none; "
+            "make the optimizer from model.named_parameters() or muon_param_groups(model)"
+        )
+    return _MuonPart(group, [key for key, _ in chosen], [name for _, name in chosen], is_ours)
+
+
+def _is_aux(entries: Mapping[str, Any]) -> bool:
+    return not _ADAM_ENTRIES.isdisjoint(entries)
+
+
+def _new_group(
+    part: _MuonPart, states: Mapping[Any, Any], shapes: Shapes, state_format: str | None
+) -> Group:
+    params = [
+        # Never written, so that no memory is taken for it.
+        torch.empty(shapes[name] if part.is_ours else _buffer_shape(states[key], name))
+        for key, name in zip(part.keys, part.names, strict=True)
+    ]
+    # How a parameter is cut into matrices and stored stays as an optimizer is constructed; all
+    # other options come with the saved group.
+    options = {option: part.group[option] for option in LAYOUT_OPTIONS if option in part.group}
+    if not part.is_ours:
+        options = {"state_format": FULL_PRECISION_FORMAT}
+    if state_format is not None:
+        options["state_format"] = state_format
+    return {"params": params, "param_names": part.names, **options}
+
+
+def _buffer_shape(entries: Mapping[str, Any], name: str) -> torch.Size:
+    buffer = entries.get("momentum_buffer")
+    if not isinstance(buffer, Tensor):
+        raise DoctorError(
+            f"state of {name}: expected a momentum_buffer, got {', '.join(map(str, entries))}"
+        )
+    return buffer.shape
+
+
+def aux_state_of(muon: Muon) -> AuxState:
+    """Of a living optimizer."""
+    aux = [group for group in muon.param_groups if not group.get("use_muon", True)]
+    states = (muon.state.get(param) for group in aux for param in group["params"])
+    return _aux_state(state for state in states if state)
+
+
+def _aux_state(states: Iterable[Mapping[str, Any]]) -> AuxState:
+    found = list(states)
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in found
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    return AuxState(len(found), sum(storages.values()))
+
+
+def _name(is_ours: bool, state_dict: Mapping[str, Any]) -> str:
+    if not is_ours:
+        return "another Muon"
+    mixed = any("use_muon" in group for group in state_dict["param_groups"])
+    return "MuonWithAuxAdam" if mixed else "Muon"
+
+
+def _remarks(is_ours: bool, state_format: str | None) -> list[str]:
+    chosen = state_format or FULL_PRECISION_FORMAT
+    if not is_ours:
+        return [
+            "The saved momentum is in full precision: the rows say what storing it in "
+            f"{chosen} would do."
+        ]
+    if state_format is not None:
+        return [f"The saved momentum was decoded and stored again in {state_format}."]
+    return []

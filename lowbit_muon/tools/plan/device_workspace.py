@@ -1,0 +1,232 @@
+"""Memory of a Muon step on a GPU, found by running the step itself on tensors without data.
+
+Nothing is computed: parameters, gradients and state lie on torch's "meta" device, where operations
+only allocate, and the kernels are replaced by `SizingBackend`, which allocates what the Triton
+adapters allocate (results, int8 limbs, decoded columns). A dispatch mode adds up the storages that
+are alive. What it cannot see: workspaces inside cuBLAS and cuSOLVER, and the allocator's rounding
+and fragmentation. So this is an estimate; no GPU has confirmed it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.formats.state_format import Codebook, CodeLayout, StateFormat
+from lowbit_muon.optimizers.muon import Muon
+from lowbit_muon.state.parameter import ParameterStep, matrix_views, write_matrix
+from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.step.batched_update import BATCH_ELEMENTS
+from lowbit_muon.step.device_step import DeviceStep
+from lowbit_muon.step.group_step import GroupStep
+
+META = torch.device("meta")
+# Of the Triton kernels of integer products (backends/triton/kernels/{gram,limbs,levels}.py, which a
+# machine without Triton cannot import; a test compares them): columns of a chunk that is read as
+# codes, by bits, and what limbs and decoded columns are rounded up to.
+CHUNK_COLUMNS = {2: 256, 3: 512, 4: 128}
+LIMB_COLUMNS, LEVEL_COLUMNS = 64, 128
+_REDUCTIONS = (torch.ops.aten.sum, torch.ops.aten.linalg_vector_norm)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the "meta" storages that operations create while they are alive.
+
+    live, peak: bytes now, and the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """Do not count storages that existed before."""
+        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                self._count(leaf.untyped_storage())
+        self.peak = max(self.peak, self.live + _hidden_bytes(func, args, kwargs))
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _hidden_bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """The converted copy that a reduction to another dtype makes of its argument.
+
+    ATen/native/ReduceOpsUtils.h, make_reduction: on a GPU all pairs of dtypes but half precision to
+    float32 go through `self.to(dtype)`.
+    """
+    dtype = kwargs.get("dtype")
+    if dtype is None or func.overloadpacket not in _REDUCTIONS or args[0].dtype == dtype:
+        return 0
+    if args[0].dtype in _HALF and dtype == torch.float32:
+        return 0
+    return args[0].numel() * dtype.itemsize
+
+
+class SizingBackend(DeviceReferenceBackend):
+    """A `DeviceBackend` that allocates like the Triton adapters and computes nothing."""
+
+    name = "sizing"
+
+    def quantize(
+        self, x: Tensor, codebook: Codebook, layout: CodeLayout, *, packed: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `Backend.quantize`."""
+        if scales is None:
+            scales = x.new_empty(x.shape[0], layout.blocks(x.shape[1]))
+        return self.encode(x, scales, codebook, layout, packed=packed), scales
+
+    def encode(
+        self, x: Tensor, scales: Tensor, codebook: Codebook, layout: CodeLayout, *,
+        packed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `Backend.encode`."""
+        size = (x.shape[0], layout.row_bytes(x.shape[1]))
+        return x.new_empty(size, dtype=torch.uint8) if packed is None else packed
+
+    def accumulate_rows(
+        self, buffer: Tensor, *, buffer_weight: float = 0.0, codes: PackedCodes | None = None,
+        code_weight: float = 1.0, grad: Tensor | None = None, grad_weight: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """See `DeviceBackend.accumulate_rows`."""
+        return buffer.new_empty(buffer.shape[0], dtype=torch.float64)
+
+    def update_codes(
+        self, codes: PackedCodes, grad: Tensor, *, code_weight: float, grad_weight: float,
+        packed: Tensor, scales: Tensor, out: Tensor | None = None, out_value_weight: float = 1.0,
+        out_grad_weight: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """See `DeviceBackend.update_codes`."""
+        return grad.new_empty(2, grad.shape[0], dtype=torch.float64)
+
+    def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
+        """See `Backend.rotate`."""
+
+    def code_gram(self, codes: PackedCodes) -> Tensor:
+        """See `Backend.code_gram`."""
+        one_scale = codes.layout.effective_block(codes.columns) == codes.columns
+        out = codes.scales.new_empty(*codes.packed.shape[:-1], codes.packed.shape[-2])
+        _decoded_levels(codes, _packed_columns(codes) if one_scale else 0)
+        return out
+
+    def code_product(
+        self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
+    ) -> Tensor:
+        """See `Backend.code_product`."""
+        if out is None:
+            out = a.new_empty(*a.shape[:-1], codes.columns)
+        padded = -(-a.shape[-1] // LIMB_COLUMNS) * LIMB_COLUMNS
+        limbs = a.new_empty(2, *a.shape[:-1], padded, dtype=torch.int8)
+        _decoded_levels(codes, _packed_columns(codes))
+        del limbs
+        return out
+
+    def product(
+        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, alpha: float = 1.0,
+        beta: float = 0.0, active: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `DeviceBackend.product`."""
+        return a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
+
+    def symmetric_product(
+        self, a: Tensor, b: Tensor | None = None, *, addend: Tensor | None = None,
+        alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `DeviceBackend.symmetric_product`."""
+        return a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
+
+    def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
+        """See `DeviceBackend.scaled`."""
+        return out
+
+    def update_weight(
+        self, weight: Tensor, update: Tensor, *, decay: Tensor, step_size: Tensor,
+        seed: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """See `DeviceBackend.update_weight`."""
+
+
+def _packed_columns(codes: PackedCodes) -> int:
+    """Columns that the kernels read as codes; the others are decoded to int8 first."""
+    chunk = CHUNK_COLUMNS.get(codes.layout.bits)
+    return 0 if chunk is None else codes.columns // chunk * chunk
+
+
+def _decoded_levels(codes: PackedCodes, first: int) -> Tensor:
+    """int8 [.., m, n'] for the columns from `first` on."""
+    padded = -(-(codes.columns - first) // LEVEL_COLUMNS) * LEVEL_COLUMNS
+    return codes.packed.new_empty(*codes.packed.shape[:-1], padded, dtype=torch.int8)
+
+
+def muon_step_bytes(
+    shape: Sequence[int],
+    count: int,
+    state_format: StateFormat,
+    dtype: torch.dtype,
+    *,
+    stack: bool = False,
+) -> int:
+    """Most bytes that a step of `count` parameters of one shape holds above weights, gradients and
+    state.
+
+    stack: all but the last two dimensions count matrices (`batch_experts`).
+    """
+    matrices = math.prod(shape[:-2]) if stack else 1
+    elements = max(1, math.prod(shape) // matrices)
+    # No batch is larger, so parameters beyond these only repeat it (`DeviceStep.run`).
+    count = min(count, math.ceil(max(1, BATCH_ELEMENTS // elements) / matrices))
+    params = [nn.Parameter(torch.empty(*shape, dtype=dtype, device=META)) for _ in range(count)]
+    optimizer = Muon(
+        [{"params": params, "batch_experts": stack}],
+        state_format=state_format,
+        nesterov=not state_format.normalize,
+    )
+    group = optimizer.param_groups[0]
+    step = GroupStep.from_group(group)
+    batches, backend = DeviceStep(step, group), SizingBackend()
+    added: list[ParameterStep] = []
+    existing: list[Tensor] = []
+    for number, param in enumerate(params):
+        views = matrix_views(param, group)
+        state: dict[str, Any] = {"step": 0, "skipped": 0}
+        for view in views:
+            write_matrix(
+                state, view, QuantizedMatrix.zeros(view.shape, state_format, seed=0, device=META)
+            )
+        grad = torch.empty_like(param)
+        added.append(ParameterStep(param, grad, state, views, number))
+        existing += [param, grad, *(v for v in state.values() if isinstance(v, Tensor))]
+    with torch.no_grad(), LiveBytes() as memory:
+        memory.ignore(existing)
+        for one in added:
+            batches.add(one, backend)
+        batches.run()
+    return memory.peak

@@ -1,0 +1,200 @@
+"""The reference backend against brute force, element by element in Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.reference import ReferenceBackend, pack, unpack
+from lowbit_muon.formats.state_format import (
+    CODE_BITS,
+    CodeLayout,
+    StateFormat,
+    nearest_codebook,
+    rotation_signs,
+)
+
+BACKEND = ReferenceBackend()
+COLUMNS = [1, 2, 3, 5, 63, 64, 65, 127, 128, 129, 200, 255, 257, 511, 512, 513]
+
+
+def layout(
+    bits: int, block_size: int = 0, statistic: str = "rms", clip: float = 0.02
+) -> CodeLayout:
+    return CodeLayout(bits, block_size, statistic, clip)  # type: ignore[arg-type]
+
+
+def brute_force_row(codes: list[int], bits: int) -> bytes:
+    """The layout of `CodeLayout`, bit by bit."""
+    out = b""
+    shift = 0
+    for plane in layout(bits).planes:
+        fields = 8 // plane
+        for start in range(0, len(codes), 64 * fields):
+            chunk = [(c >> shift) & (2**plane - 1) for c in codes[start : start + 64 * fields]]
+            width = math.ceil(len(chunk) / fields)
+            row = [0] * width
+            for index, code in enumerate(chunk):
+                row[index % width] |= code << (plane * (index // width))
+            out += bytes(row)
+        shift += plane
+    return out
+
+
+@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_packing_is_the_documented_layout(bits: int, columns: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, columns), dtype=torch.uint8)
+    packed = pack(codes, layout(bits))
+    assert packed.shape == (3, layout(bits).row_bytes(columns))
+    for row, packed_row in zip(codes.tolist(), packed, strict=True):
+        assert bytes(packed_row.tolist()) == brute_force_row(row, bits)
+    assert torch.equal(unpack(packed, layout(bits), columns), codes)
+
+
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_every_code_decodes_to_its_level(bits: int) -> None:
+    book = StateFormat("x", bits, snap_levels=False).code_book()
+    codes = torch.arange(2**bits, dtype=torch.uint8).repeat(2, 1)
+    scales = torch.tensor([[0.5], [3.0]])
+    packed = PackedCodes(pack(codes, layout(bits)), scales, book, layout(bits), 2**bits)
+    buffer = torch.empty(2, 2**bits)
+    BACKEND.accumulate(buffer, codes=packed)
+    for row, scale in zip(buffer, (0.5, 3.0), strict=True):
+        expected = [np.float32(level) * np.float32(scale) for level in book.levels]
+        assert row.tolist() == [float(v) for v in expected]
+
+
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_codes_at_and_beside_every_threshold(bits: int) -> None:
+    book = StateFormat("x", bits, snap_levels=False).code_book()
+    thresholds = torch.tensor(book.thresholds)
+    infinity = torch.tensor(math.inf)
+    points = torch.cat(
+        [thresholds, thresholds.nextafter(infinity), thresholds.nextafter(-infinity)]
+    )
+    x = points.view(1, -1)
+    packed = BACKEND.encode(x, torch.ones(1, 1), book, layout(bits))
+    codes = unpack(packed, layout(bits), x.shape[1])[0].tolist()
+    exact = [np.float32(t) for t in book.thresholds]
+    assert codes == [sum(np.float32(p) > t for t in exact) for p in points.tolist()]
+
+
+@pytest.mark.parametrize("statistic", ["rms", "absmax"])
+@pytest.mark.parametrize("block_size", [0, 1, 3, 32, 100, 2048])
+def test_scales_by_brute_force(statistic: str, block_size: int) -> None:
+    x = torch.randn(4, 130)
+    used = layout(4, block_size, statistic, 0.3)
+    book = StateFormat("x", 4).code_book()
+    _, scales = BACKEND.quantize(x, book, used)
+    size = block_size if 0 < block_size < 130 else 130
+    for i, row in enumerate(x.tolist()):
+        for b, start in enumerate(range(0, 130, size)):
+            block = row[start : start + size]
+            value = (
+                max(abs(v) for v in block)
+                if statistic == "absmax"
+                else math.sqrt(math.fsum(v * v for v in block) / len(block))
+            )
+            # One rounding of the statistic and one of the product: two float32 ulps.
+            assert scales[i, b].item() == pytest.approx(value * np.float32(0.3), rel=2**-22)
+
+
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_quantise_picks_the_nearest_level(bits: int) -> None:
+    f = StateFormat("x", bits, snap_levels=False)
+    x = torch.randn(5, 257)
+    packed, scales = BACKEND.quantize(x, f.code_book(), f.code_layout())
+    codes = PackedCodes(packed, scales, f.code_book(), f.code_layout(), 257)
+    decoded = torch.empty(5, 257)
+    BACKEND.accumulate(decoded, codes=codes)
+    levels = torch.tensor(f.code_book().levels)
+    distances = (x[:, :, None] - levels * scales[:, :, None]).abs()
+    # A value within rounding of a threshold may go either way: three float32 roundings.
+    slack = 3 * 2**-24 * x.abs().max()
+    assert bool(((x - decoded).abs() <= distances.amin(dim=2) + slack).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, -1e-39])
+def test_rows_too_small_for_a_scale_are_zero(value: float) -> None:
+    f = StateFormat("x", 4)
+    x = torch.full((2, 70), value)
+    packed, scales = BACKEND.quantize(x, f.code_book(), f.code_layout())
+    assert not scales.any()
+    decoded = torch.empty(2, 70)
+    squares = BACKEND.accumulate(
+        decoded, codes=PackedCodes(packed, scales, f.code_book(), f.code_layout(), 70)
+    )
+    assert squares == 0
+    assert not decoded.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accumulate_is_what_it_says(dtype: torch.dtype) -> None:
+    f = StateFormat("x", 4)
+    m, n = 6, 131
+    packed, scales = BACKEND.quantize(torch.randn(m, n), f.code_book(), f.code_layout())
+    codes = PackedCodes(packed, scales, f.code_book(), f.code_layout(), n)
+    grad = torch.randn(n, m, dtype=dtype).mT
+    buffer = torch.randn(m, n)
+    decoded = torch.empty(m, n)
+    BACKEND.accumulate(decoded, codes=codes)
+    expected = 0.5 * buffer.double() + 0.25 * decoded.double() + 0.125 * grad.double()
+    squares = BACKEND.accumulate(
+        buffer, buffer_weight=0.5, codes=codes, code_weight=0.25, grad=grad, grad_weight=0.125
+    )
+    # The weights are powers of two, so only the two sums round: two float32 half-ulps.
+    bound = 2 * 2**-24 * (expected.abs() + 1)
+    assert bool(((buffer.double() - expected).abs() <= bound).all())
+    assert squares == pytest.approx(float(buffer.double().square().sum()), rel=1e-12)
+
+
+def test_accumulate_does_not_read_a_buffer_of_weight_zero() -> None:
+    buffer = torch.full((2, 3), math.nan)
+    assert BACKEND.accumulate(buffer, grad=torch.ones(2, 3)) == 6.0
+    assert torch.equal(buffer, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_elements_show_in_the_sum(bad: float) -> None:
+    grad = torch.zeros(3, 5)
+    grad[1, 4] = bad
+    assert not math.isfinite(BACKEND.accumulate(torch.zeros(3, 5), grad=grad))
+
+
+def test_a_short_codebook_leaves_codes_unused() -> None:
+    book = nearest_codebook([-1.0, 0.0, 1.0])
+    x = torch.linspace(-5, 5, 31).view(1, -1)
+    packed = BACKEND.encode(x, torch.ones(1, 1), book, layout(2))
+    assert unpack(packed, layout(2), 31).max() == 2
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 64, 96, 127, 577])
+def test_rotation_is_orthogonal_flat_and_inverted(columns: int) -> None:
+    matrix = torch.eye(columns)
+    BACKEND.rotate(matrix)
+    # log2(columns) + 1 roundings of float32 for each of two transforms, on entries of at most one
+    tolerance = 2 * (columns.bit_length() + 1) * 2**-24 * math.sqrt(columns)
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(columns), rtol=0, atol=tolerance)
+    # A single column is spread: no entry keeps more than a few times the flat share.
+    assert matrix.abs().max() <= min(1.0, 6 / math.sqrt(columns)) + tolerance
+    BACKEND.rotate(matrix, inverse=True)
+    torch.testing.assert_close(matrix, torch.eye(columns), rtol=0, atol=tolerance)
+
+
+def test_rotation_is_the_documented_product() -> None:
+    columns, size = 6, 4
+    hadamard = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    first, second = (torch.tensor(signs) for signs in rotation_signs(columns))
+    assert set(first.tolist()) <= {-1.0, 1.0}
+    a, b = torch.eye(columns), torch.eye(columns)
+    a[:size, :size] = hadamard
+    b[-size:, -size:] = hadamard
+    x = torch.randn(3, columns)
+    expected = x @ torch.diag(first) @ a @ torch.diag(second) @ b
+    BACKEND.rotate(x)
+    torch.testing.assert_close(x, expected)

@@ -1,0 +1,258 @@
+"""The momentum update by panels, without a float32 copy of the momentum, and from stored codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from lowbit_muon import Muon, orthogonalize
+from lowbit_muon.backends import get_backend
+from lowbit_muon.linalg.newton_schulz import resolve_coefficients
+from lowbit_muon.state import momentum_state as state_module
+from lowbit_muon.state import rows as source_module
+from lowbit_muon.state.momentum_state import StoredSpectrum
+from lowbit_muon.state.parameter import matrix_views, read_matrix, resolve_group_format
+from lowbit_muon.state.stored import QuantizedMatrix, orient
+from lowbit_muon.step.group_step import steps_after_lift
+
+BY_PANELS = ("mulaw4", "muonq4", "linear8", "nf4", "bf16", "fp32")
+CPU = get_backend("auto", torch.device("cpu"))
+
+
+@pytest.fixture
+def panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two panels of about ten rows of the matrices here."""
+    for module in (state_module, source_module):
+        monkeypatch.setattr(module, "SCRATCH_FLOATS", 2 * 10 * 90)
+
+
+def grads(shape: tuple[int, int], steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients with a falling spectrum and a common part, as training has."""
+    torch.manual_seed(5)
+    left, right = torch.randn(shape[0], 6), torch.randn(6, shape[1])
+    return [
+        ((left / torch.arange(1, 7)) @ right + 0.3 * torch.randn(shape)).to(dtype)
+        for _ in range(steps)
+    ]
+
+
+def run(shape: tuple[int, int], dtype: torch.dtype = torch.float32, **options: Any) -> Muon:
+    """Three steps from the same weight and gradients."""
+    torch.manual_seed(0)
+    param = torch.nn.Parameter((0.1 * torch.randn(shape)).to(dtype))
+    optimizer = Muon([param], lr=0.02, **options)
+    for grad in grads(shape, 3, dtype):
+        param.grad = grad
+        optimizer.step()
+    return optimizer
+
+
+def momentum_of(optimizer: Muon) -> QuantizedMatrix:
+    (group,) = optimizer.param_groups
+    (param,) = group["params"]
+    (view,) = matrix_views(param, group)
+    return read_matrix(optimizer.state[param], view, resolve_group_format(group))
+
+
+def weight_of(optimizer: Muon) -> Tensor:
+    return optimizer.param_groups[0]["params"][0].detach().float()
+
+
+def difference(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)], ids=str)
+@pytest.mark.parametrize("name", BY_PANELS)
+def test_panels_change_nothing(
+    name: str, shape: tuple[int, int], nesterov: bool, request: pytest.FixtureRequest
+) -> None:
+    options = {"state_format": name, "nesterov": nesterov}
+    whole = run(shape, **options)
+    request.getfixturevalue("panels")
+    parts = run(shape, **options)
+    # Sums in another order differ by 1e-6, which moves one code in ten thousand to its neighbour.
+    assert difference(momentum_of(parts).dequantize(), momentum_of(whole).dequantize()) < 5e-3
+    assert difference(weight_of(parts), weight_of(whole)) < 5e-3
+
+
+@pytest.mark.usefixtures("panels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_rounded_like_whole_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = run((40, 90), dtype, state_format="mulaw4")
+    monkeypatch.undo()
+    whole = run((40, 90), dtype, state_format="mulaw4")
+    # Three steps, each of two roundings that may fall on the other side.
+    bound = 6 * torch.finfo(dtype).eps * (weight_of(whole).abs() + 0.1)
+    assert bool(((weight_of(parts) - weight_of(whole)).abs() <= bound).all())
+
+
+@pytest.mark.usefixtures("panels")
+@pytest.mark.parametrize("name", BY_PANELS)
+def test_non_finite_gradient_leaves_all_as_it_was(name: str) -> None:
+    optimizer = run((40, 90), state_format=name)
+    param = optimizer.param_groups[0]["params"][0]
+    before = [param.detach().clone(), momentum_of(optimizer).dequantize()]
+    param.grad = grads((40, 90), 1, torch.float32)[0]
+    param.grad[39, 89] = torch.nan
+    with pytest.warns(RuntimeWarning, match="inf or nan"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before[0])
+    assert torch.equal(momentum_of(optimizer).dequantize(), before[1])
+
+
+@pytest.mark.usefixtures("panels")
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("from_stored", ["exact", "stored"])
+def test_extreme_gradients_by_panels(size: float, from_stored: str) -> None:
+    updates = []
+    for scale in (1.0, size):
+        param = torch.nn.Parameter(torch.zeros(40, 90))
+        optimizer = Muon([param], lr=1.0, state_format="mulaw4", ns_input=from_stored, eps=1e-30)
+        param.grad = grads((40, 90), 1, torch.float32)[0] * scale
+        optimizer.step()
+        updates.append(param.detach())
+    assert difference(updates[1], updates[0]) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)], ids=str)
+@pytest.mark.parametrize("name", ["spectral4", "spectral2", "mulaw4", "fp32"])
+def test_stored_input_is_what_the_codes_hold(name: str, shape: tuple[int, int]) -> None:
+    """W moves by the orthogonalised stored matrix, without a look-ahead; spectral formats take
+    their own matrix Y, whose polar factor is the same, with fewer steps."""
+    optimizer = run(shape, state_format=name, ns_input="stored")
+    param = optimizer.param_groups[0]["params"][0]
+    before = param.detach().clone()
+    param.grad = grads(shape, 4, torch.float32)[-1]
+    optimizer.step()
+    stored = momentum_of(optimizer)
+    if stored.state_format.spectral:
+        oriented, steps = StoredSpectrum(stored, CPU).dense(), 3
+    else:
+        oriented, steps = orient(stored.dequantize()), 5
+    update = orthogonalize(oriented, steps)
+    update = update if shape[0] <= shape[1] else update.mT
+    ratio = max(1.0, shape[0] / shape[1]) ** 0.5
+    exact = before * (1 - 0.02 * 0.1) - 0.02 * ratio * update
+    # Two limbs of A: see test_coded_products.py; five steps lift rounding of the Gram matrix.
+    assert difference(param.detach() - before, exact - before) < 2e-3
+
+
+def test_stored_spectrum_takes_the_direction_of_the_momentum() -> None:
+    """Fewer steps on Y come as close to the exact update as all steps on the decoded momentum."""
+    optimizer = run((64, 200), state_format="spectral4")
+    stored = momentum_of(optimizer)
+    exact = orthogonalize(orient(stored.dequantize()), 5)
+    few = orthogonalize(StoredSpectrum(stored, CPU).dense(), 3)
+    cosine = float((exact * few).sum() / (exact.norm() * few.norm()))
+    assert cosine > 0.95
+
+
+def test_steps_saved_follow_the_lift() -> None:
+    steps = resolve_coefficients("muon", 5)
+    assert [len(steps_after_lift(steps, lift)) for lift in (0.5, 1, 3.4, 3.5, 12, 1e9)] == [
+        *(5, 5, 5, 4, 3, 1),
+    ]
+
+
+def test_stored_spectrum_respects_eps() -> None:
+    """A gradient far below eps moves the weight by about norm / eps, as in torch.optim.Muon."""
+    moves = []
+    for ns_input in ("exact", "stored"):
+        param = torch.nn.Parameter(torch.zeros(40, 90))
+        optimizer = Muon([param], lr=1.0, weight_decay=0.0, ns_input=ns_input)
+        param.grad = grads((40, 90), 1, torch.float32)[0] * 1e-14
+        optimizer.step()
+        moves.append(float(param.detach().norm()))
+    assert moves[0] < 1e-3
+    # (the small directions of Y are lifted: as many times as the first steps would)
+    assert moves[1] < 20 * moves[0]
+
+
+@pytest.mark.parametrize("name", ["mulaw4", "muonq4", "spectral4"])
+@pytest.mark.parametrize("shape", [(1100, 400), (300, 700)], ids=str)
+def test_threads_do_not_change_the_state(name: str, shape: tuple[int, int]) -> None:
+    before = torch.get_num_threads()
+    states = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            states.append(momentum_of(run(shape, state_format=name)).tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(states[0][role], states[1][role]) for role in states[0])
+
+
+@pytest.mark.parametrize("ns_input", ["exact", "stored"])
+@pytest.mark.parametrize("name", [*BY_PANELS, "spectral4"])
+def test_default_dtype_of_torch_does_not_matter(name: str, ns_input: str) -> None:
+    expected = weight_of(run((40, 90), state_format=name, ns_input=ns_input))
+    inputs = grads((40, 90), 3, torch.float32)
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(0.1 * torch.randn(40, 90))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = Muon([param], lr=0.02, state_format=name, ns_input=ns_input)
+        for grad in inputs:
+            param.grad = grad
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(param.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["fp32", "mulaw4", "spectral4"])
+def test_autograd_sees_that_a_weight_changed(name: str) -> None:
+    """A graph made before the step must not be used after it, as with torch.optim.Muon."""
+    param = torch.nn.Parameter(torch.randn(20, 30))
+    optimizer = Muon([param], state_format=name)
+    loss = (torch.randn(5, 20, requires_grad=True) @ param).sum()
+    param.grad = torch.randn(20, 30)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_gradients_with_muonq4(dtype: torch.dtype) -> None:
+    updates = []
+    for scale in (1.0, 1e25):
+        param = torch.nn.Parameter(torch.zeros(40, 90))
+        optimizer = Muon([param], lr=1.0, state_format="muonq4", nesterov=False)
+        param.grad = grads((40, 90), 1, torch.float32)[0] * scale
+        optimizer.step()
+        updates.append(param.detach())
+    assert difference(updates[1], updates[0]) < 1e-3
+
+
+def peak_bytes(optimizer: Muon, trace: Path) -> float:
+    """The most tensor memory alive at once during a step, above what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    memory = [event["args"] for event in events if event["name"] == "[memory]"]
+    before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
+    return max(event["Total Allocated"] for event in memory) - before
+
+
+@pytest.mark.parametrize(("name", "buffers"), [("mulaw4", 0), ("spectral4", 1)])
+def test_no_float32_copy_of_the_momentum(name: str, buffers: int, tmp_path: Path) -> None:
+    m, n = 256, 12000
+    param = torch.nn.Parameter(torch.randn(n, m))
+    optimizer = Muon([param], state_format=name)
+    param.grad = torch.randn(n, m)
+    optimizer.step()
+    # Thin factors of rank m/16 in both orientations, decoded and being replaced, are under m n / 2.
+    allowed = 4 * (buffers * m * n + 5 * m * m + source_module.SCRATCH_FLOATS + m * n // 2)
+    assert allowed < 4 * (buffers + 1.5) * m * n
+    assert peak_bytes(optimizer, tmp_path / "trace.json") <= allowed

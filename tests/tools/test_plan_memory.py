@@ -1,0 +1,249 @@
+"""Planned bytes against the optimizers' real states and measured peaks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.step import peak_bytes
+from lowbit_muon import Muon, MuonWithAuxAdam, muon_param_groups
+from lowbit_muon.backends.cpu import adapter as cpu
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.step.batched_update import BATCH_ELEMENTS
+from lowbit_muon.tools.plan import device_workspace, host_workspace
+from lowbit_muon.tools.plan.memory import (
+    ADAMW,
+    ADAMW8BIT,
+    EXACTNESS,
+    TORCH_MUON,
+    AdamKind,
+    Routing,
+    adam_state_bytes,
+    adam_step_bytes,
+    make_plans,
+    muon_state_bytes,
+    route,
+    torch_muon_step_bytes,
+)
+
+Shape = tuple[int, ...]
+
+HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
+needs_8bit = pytest.mark.skipif(not HAS_8BIT, reason="bitsandbytes is not installed")
+needs_extension = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason="the formulas are of the C++ backend"
+)
+
+
+@pytest.fixture(autouse=True)
+def without_poison() -> None:
+    """Filling what torch.empty returns takes memory in some of torch's operations."""
+    torch.use_deterministic_algorithms(False)
+
+
+def small_model() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(500, 96),
+            "layers": nn.ModuleList([nn.Linear(96, 160), nn.Linear(160, 96, bias=False)]),
+            "norm": nn.LayerNorm(96),
+        }
+    )
+
+
+def with_gradients(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    model.to(dtype)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    return model
+
+
+def parameter(shape: Shape, dtype: torch.dtype) -> nn.Parameter:
+    param = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    param.grad = torch.randn_like(param)
+    return param
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("aux", ["adamw", pytest.param("adamw8bit", marks=needs_8bit)])
+def test_state_is_what_the_optimizer_allocates(name: str, aux: AdamKind) -> None:
+    model = with_gradients(small_model(), torch.bfloat16)
+    optimizer = MuonWithAuxAdam(
+        muon_param_groups(model), state_format=name, aux_adam=aux, nesterov=name != "muonq4"
+    )
+    optimizer.step()
+    routing = route(model)
+    planned = muon_state_bytes(routing, PRESETS[name])
+    planned += adam_state_bytes(routing.aux, torch.bfloat16, aux)
+    # torch.optim.AdamW counts its steps in a float32 on the host for each parameter
+    steps = 4 * routing.aux.total() if aux == "adamw" else 0
+    assert optimizer.state_bytes() == planned + steps
+
+
+def torch_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name != "step"
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw8bit", marks=needs_8bit)])
+def test_adamw_state_and_step(kind: AdamKind, dtype: torch.dtype) -> None:
+    shapes: Counter[Shape] = Counter({(512, 300): 1, (300, 257): 2, (4095,): 1, (1,): 1})
+    params = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes.elements()]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    if kind == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(params)
+    else:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(params)
+    optimizer.step()
+    assert torch_state_bytes(optimizer) == adam_state_bytes(shapes, dtype, kind)
+    measured = peak_bytes(optimizer.step)
+    assert measured == pytest.approx(adam_step_bytes(shapes, dtype, kind, "cpu"), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_on_a_gpu_takes_the_roots_of_all_moments(dtype: torch.dtype) -> None:
+    shapes: Counter[Shape] = Counter({(512, 300): 1, (300, 257): 2, (4095,): 1})
+    params = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes.elements()]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = torch.optim.AdamW(params, foreach=True)  # the default on GPUs
+    optimizer.step()
+    planned = adam_step_bytes(shapes, dtype, "adamw", "cuda")
+    assert peak_bytes(optimizer.step) == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(256, 384), (384, 256), (256, 256)])
+def test_torch_muon(shape: Shape, dtype: torch.dtype) -> None:
+    optimizer = torch.optim.Muon([parameter(shape, dtype)])
+    optimizer.step()
+    # Half-precision sums in torch's products take some float32 memory a thread on a CPU.
+    measured = peak_bytes(optimizer.step)
+    assert measured == pytest.approx(torch_muon_step_bytes(shape, dtype), rel=0.25)
+    assert torch_state_bytes(optimizer) == dtype.itemsize * shape[0] * shape[1]
+
+
+# In memory, square and not; taken by panels, with one panel and with two for a Gram matrix.
+HOST_SHAPES = ((64, 64), (192, 576), (576, 192), (320, 4096), (64, 20000))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("shape", HOST_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_on_a_cpu(name: str, shape: Shape, dtype: torch.dtype) -> None:
+    optimizer = Muon([parameter(shape, dtype)], state_format=name, nesterov=name != "muonq4")
+    optimizer.step()
+    planned = host_workspace.muon_step_bytes(shape, PRESETS[name], dtype)
+    assert planned == pytest.approx(peak_bytes(optimizer.step), rel=0.25)
+
+
+@needs_extension
+def test_step_of_a_stack_on_a_cpu() -> None:
+    param = nn.Parameter(torch.zeros(40, 64, 96))
+    param.grad = torch.randn_like(param)
+    optimizer = Muon([{"params": [param], "batch_experts": True}], state_format="linear8")
+    optimizer.step()
+    planned = host_workspace.muon_step_bytes(
+        param.shape, PRESETS["linear8"], torch.float32, stack=True
+    )
+    assert planned == pytest.approx(peak_bytes(optimizer.step), rel=0.25)
+
+
+def test_live_bytes_are_those_of_storages() -> None:
+    with device_workspace.LiveBytes() as memory:
+        a = torch.empty(10, 100, device="meta")
+        b = a @ a.mT
+        assert memory.live == 4000 + 400
+        part = b[:1]
+        del a, b
+        assert memory.live == 400
+        del part
+        assert (memory.live, memory.peak) == (0, 4400)
+        half = torch.empty(100, dtype=torch.bfloat16, device="meta")
+        half.sum(dtype=torch.float32)
+        assert memory.peak == 4400
+        big = torch.empty(2000, device="meta")
+        big.sum(dtype=torch.float64)  # converts its argument first
+        assert memory.peak == 200 + 8000 + 16000 + 8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_step_on_a_device_allocates_what_is_planned(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same step with data, on the CPU, under torch's profiler.
+
+    There torch converts half precision to float32 before it takes a norm, which GPUs do not: one
+    float32 copy of the batch, less than the float32 matrices that are alive at other times.
+    """
+    shape, count, dtype = (64, 192), 3, torch.bfloat16
+    planned = device_workspace.muon_step_bytes(shape, count, PRESETS[name], dtype)
+    monkeypatch.setattr(device_workspace, "META", torch.device("cpu"))
+
+    class Profiled(device_workspace.LiveBytes):
+        def __enter__(self) -> Profiled:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            return None
+
+    monkeypatch.setattr(device_workspace, "LiveBytes", Profiled)
+    run = functools.partial(device_workspace.muon_step_bytes, shape, count, PRESETS[name], dtype)
+    run()  # tables that are made once
+    before = count * shape[0] * shape[1] * 2 * dtype.itemsize  # weights and gradients
+    before += muon_state_bytes(Routing(Counter({(shape, False): count}), Counter()), PRESETS[name])
+    measured = peak_bytes(run) - before
+    assert planned == pytest.approx(measured, rel=0.25)
+
+
+def test_a_batch_is_planned_once() -> None:
+    def planned(count: int) -> int:
+        return device_workspace.muon_step_bytes(
+            (1024, 2048), count, PRESETS["linear8"], torch.bfloat16
+        )
+
+    full = BATCH_ELEMENTS // (1024 * 2048)
+    assert planned(1) < planned(full) == planned(10 * full)
+
+
+def test_chunks_of_the_triton_kernels() -> None:
+    pytest.importorskip("triton")
+    from lowbit_muon.backends.triton.kernels import gram, levels, limbs
+
+    assert device_workspace.CHUNK_COLUMNS == gram.CHUNK_COLUMNS
+    assert device_workspace.LIMB_COLUMNS == limbs.PRODUCT_BLOCK_K
+    assert device_workspace.LEVEL_COLUMNS == levels.BLOCK_N
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plans_cover_every_format_and_are_sorted(device: Any) -> None:
+    routing = route(small_model())
+    plans = make_plans(routing, torch.bfloat16, device, "adamw8bit", activations=10**9)
+    by_name = {plan.name: plan for plan in plans}
+    assert set(by_name) == {*PRESETS, ADAMW, ADAMW8BIT, f"{TORCH_MUON} + AdamW"}
+    assert [plan.total for plan in plans] == sorted(plan.total for plan in plans)
+    weights = 2 * sum(p.numel() for p in small_model().parameters())
+    for plan in plans:
+        assert plan.weights == plan.gradients == weights
+        # activations are gone before the step
+        assert plan.total == 2 * weights + plan.state + 10**9
+    assert by_name["fp32"].momentum_bits == 32
+    assert by_name[ADAMW].momentum_bits == 32  # two moments of 16 bits
+    assert 4 < by_name["spectral4"].momentum_bits < 5
+    assert set(EXACTNESS) <= set(PRESETS)
