@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowbit_muon import PRESETS, Muon
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.formats.state_format import Codebook, CodeLayout
+from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 Unit = Literal["int8", "float16", "tf32x3", "float32", "none"]
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
 
-from lowbit_muon.formats.state_format import Codebook, CodeLayout
+from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lowbit_muon.backends.base import (
     check_integer_codes,
 )
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.formats.state_format import CHUNK_BYTES, Codebook, CodeLayout, rotation_signs
+from lowbit_muon.formats.codebook import CHUNK_BYTES, Codebook, CodeLayout, rotation_signs
 
 # Scales below the smallest normal float32 are stored as zero: their reciprocal would overflow.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny

@@ -20,7 +20,8 @@ from lowbit_muon.checkpoint.dicts import (
     whole_number,
 )
 from lowbit_muon.formats.auto import AutoFormat
-from lowbit_muon.formats.state_format import Codebook, CodeLayout, StateFormat
+from lowbit_muon.formats.codebook import Codebook, CodeLayout
+from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.newton_schulz import resolve_coefficients
 from lowbit_muon.state.format_choice import choose_format
 from lowbit_muon.state.momentum_state import LARGEST_NORM, NORM_EPS, frobenius_norm

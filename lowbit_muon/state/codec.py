@@ -14,7 +14,8 @@ from torch import Tensor
 from lowbit_muon.backends.base import Backend, PackedCodes
 from lowbit_muon.backends.reference import SMALLEST_SCALE
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.formats.state_format import Codebook, CodeLayout, StateFormat
+from lowbit_muon.formats.codebook import Codebook, CodeLayout
+from lowbit_muon.formats.state_format import StateFormat
 
 # (rows, values): a function that yields the matrix in panels of rows, as often as it is called.
 Panels = Callable[[], Iterable[tuple[slice, Tensor]]]

@@ -20,13 +20,8 @@ from lowbit_muon.backends.base import LIMB_LIMIT, MAX_INTEGER_TERMS, Backend, Pa
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.reference import ReferenceBackend, pack, unpack
-from lowbit_muon.formats.state_format import (
-    CODE_BITS,
-    Codebook,
-    CodeLayout,
-    StateFormat,
-    nearest_codebook,
-)
+from lowbit_muon.formats.codebook import CODE_BITS, Codebook, CodeLayout, nearest_codebook
+from lowbit_muon.formats.state_format import StateFormat
 
 CPU, REFERENCE = CpuBackend(), ReferenceBackend()
 LEVELS = cpu.supported_isas()

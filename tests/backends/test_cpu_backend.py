@@ -18,13 +18,8 @@ from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.reference import ReferenceBackend
-from lowbit_muon.formats.state_format import (
-    CODE_BITS,
-    Codebook,
-    CodeLayout,
-    StateFormat,
-    nearest_codebook,
-)
+from lowbit_muon.formats.codebook import CODE_BITS, Codebook, CodeLayout, nearest_codebook
+from lowbit_muon.formats.state_format import StateFormat
 
 if cpu.unavailable_reason() is not None:
     pytest.skip(str(cpu.unavailable_reason()), allow_module_level=True)

@@ -33,8 +33,8 @@ from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cuda.adapter import CudaBackend
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.formats.state_format import CODE_BITS, CodeLayout
 
 if COMPILER is None and GIVEN_LIBRARY is None:
     pytest.skip("no C++ compiler", allow_module_level=True)

@@ -16,7 +16,7 @@ from test_integer_gram import block_codes
 from lowbit_muon.backends.base import LIMB_LIMIT, MAX_INTEGER_TERMS, PackedCodes
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cuda.adapter import CudaBackend
-from lowbit_muon.formats.state_format import CODE_BITS
+from lowbit_muon.formats.codebook import CODE_BITS
 
 if COMPILER is None and GIVEN_LIBRARY is None:
     pytest.skip("no C++ compiler", allow_module_level=True)

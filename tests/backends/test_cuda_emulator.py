@@ -24,7 +24,7 @@ from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cuda.adapter import CudaBackend
 from lowbit_muon.backends.cuda.library import CudaLibrary
-from lowbit_muon.formats.state_format import CodeLayout
+from lowbit_muon.formats.codebook import CodeLayout
 
 if COMPILER is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -143,7 +143,7 @@ import torch
 from pathlib import Path
 from cuda_emulation import emulated_library
 from lowbit_muon.backends.cuda.adapter import CudaBackend
-from lowbit_muon.formats.state_format import CodeLayout, nearest_codebook
+from lowbit_muon.formats.codebook import CodeLayout, nearest_codebook
 backend = CudaBackend(emulated_library(Path()))
 backend.quantize(torch.ones(1, 33), nearest_codebook([-1.0, 1.0]), CodeLayout(4, 0, "rms", 1.0))
 backend.rotate(torch.ones(1, 65))

@@ -17,7 +17,8 @@ from lowbit_muon.backends.base import (
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.reference import ReferenceBackend, decode, pack
-from lowbit_muon.formats.state_format import CodeLayout, StateFormat
+from lowbit_muon.formats.codebook import CodeLayout
+from lowbit_muon.formats.state_format import StateFormat
 
 CPU, REFERENCE = CpuBackend(), ReferenceBackend()
 SHAPES = [(1, 1), (5, 7), (17, 511), (49, 513), (130, 1030), (33, 2100)]

@@ -10,13 +10,8 @@ import torch
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference import ReferenceBackend, pack, unpack
-from lowbit_muon.formats.state_format import (
-    CODE_BITS,
-    CodeLayout,
-    StateFormat,
-    nearest_codebook,
-    rotation_signs,
-)
+from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout, nearest_codebook, rotation_signs
+from lowbit_muon.formats.state_format import StateFormat
 
 BACKEND = ReferenceBackend()
 COLUMNS = [1, 2, 3, 5, 63, 64, 65, 127, 128, 129, 200, 255, 257, 511, 512, 513]

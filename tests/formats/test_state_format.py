@@ -8,15 +8,15 @@ import math
 
 import pytest
 
-from lowbit_muon.formats.presets import PRESETS, resolve_format
-from lowbit_muon.formats.state_format import (
+from lowbit_muon.formats.codebook import (
     CODE_BITS,
     Codebook,
     CodeLayout,
-    StateFormat,
     mu_law_compress,
     mu_law_expand,
 )
+from lowbit_muon.formats.presets import PRESETS, resolve_format
+from lowbit_muon.formats.state_format import StateFormat
 
 
 @pytest.mark.parametrize("name", PRESETS)

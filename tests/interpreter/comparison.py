@@ -11,8 +11,9 @@ from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference import pack
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from lowbit_muon.backends.triton import TritonBackend
+from lowbit_muon.formats.codebook import Codebook, CodeLayout, nearest_codebook
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.formats.state_format import Codebook, CodeLayout, StateFormat, nearest_codebook
+from lowbit_muon.formats.state_format import StateFormat
 
 TRITON, REFERENCE = TritonBackend(), DeviceReferenceBackend()
 GRAD_TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.reference import pack
 from lowbit_muon.backends.triton import integer_products
 from lowbit_muon.backends.triton.checks import Target
-from lowbit_muon.formats.state_format import CODE_BITS, nearest_codebook
+from lowbit_muon.formats.codebook import CODE_BITS, nearest_codebook
 
 CPU = CpuBackend()
 COLUMNS = (1, 3, 64, 65, 128, 200, 515, 1030)

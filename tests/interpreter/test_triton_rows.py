@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cpu.adapter import CpuBackend
+from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.formats.state_format import CODE_BITS, CodeLayout
 
 COLUMNS = (1, 2, 63, 64, 65, 127, 129, 200, 515)
 BLOCKS = (0, 3, 64, 100)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cpu.memory import check, check_writable, output, readable
 from lowbit_muon.backends.cpu.products import CpuProducts
-from lowbit_muon.formats.state_format import Codebook, CodeLayout, rotation_signs
+from lowbit_muon.formats.codebook import Codebook, CodeLayout, rotation_signs
 
 ISA_VARIABLE = "LOWBIT_MUON_ISA"
 _GRAD_TYPES = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes, check_integer_codes
 from lowbit_muon.backends.cpu.memory import check, readable
-from lowbit_muon.formats.state_format import Codebook
+from lowbit_muon.formats.codebook import Codebook
 
 
 class CpuProducts:

@@ -22,7 +22,7 @@ from lowbit_muon.backends.cuda.memory import (
     strided_arguments,
 )
 from lowbit_muon.backends.cuda.products import CudaProducts
-from lowbit_muon.formats.state_format import Codebook, CodeLayout
+from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 # The longest row that the rotation holds in shared memory (csrc/cuda/rotation.cu).
 ROTATED_COLUMNS = 24 * 1024

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cuda.library import NUMBER_TYPES
-from lowbit_muon.formats.state_format import Codebook
+from lowbit_muon.formats.codebook import Codebook
 
 
 class Checks:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.triton import interpreted
-from lowbit_muon.formats.state_format import CODE_BITS, Codebook, CodeLayout
+from lowbit_muon.formats.codebook import CODE_BITS, Codebook, CodeLayout
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

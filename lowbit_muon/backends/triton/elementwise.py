@@ -23,7 +23,7 @@ from lowbit_muon.backends.triton.checks import (
     tables,
 )
 from lowbit_muon.backends.triton.kernels import rotation, rows, weights
-from lowbit_muon.formats.state_format import Codebook, CodeLayout, rotation_signs
+from lowbit_muon.formats.codebook import Codebook, CodeLayout, rotation_signs
 
 
 class Elementwise(SumsRows):

@@ -25,7 +25,7 @@ from lowbit_muon.backends.triton.checks import (
     target,
 )
 from lowbit_muon.backends.triton.kernels import gram, levels, limbs
-from lowbit_muon.formats.state_format import Codebook
+from lowbit_muon.formats.codebook import Codebook
 
 
 class IntegerProducts:

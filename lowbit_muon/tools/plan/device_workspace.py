@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.formats.state_format import Codebook, CodeLayout, StateFormat
+from lowbit_muon.formats.codebook import Codebook, CodeLayout
+from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.parameter import ParameterStep, matrix_views, write_matrix
 from lowbit_muon.state.stored import QuantizedMatrix
