@@ -129,7 +129,7 @@ def test_unaligned_copies_are_errors(tmp_path: Path) -> None:
 def run_sanitized(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT / "tests",
+        cwd=ROOT / "tests" / "backends",
         env=sanitizer_environment(library),
         text=True,
         stdout=subprocess.PIPE,

@@ -214,7 +214,7 @@ def test_products_are_taken_in_full_precision(setting: str) -> None:
     """Whatever the process allows and however it says so; in a process of its own, which torch's
     switches outlive."""
     program = f"""
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path.insert(0, "tests/linalg")
 import torch
 from lowbit_muon import Muon
 from lowbit_muon.linalg import products
