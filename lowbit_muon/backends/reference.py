@@ -1,4 +1,4 @@
-"""Reference backend in plain torch: the ground truth that every kernel is tested against.
+"""The arithmetic of `Backend` in plain torch: the ground truth that every kernel is tested against.
 
 Plain before fast. Statistics are taken in float64; everything else rounds to float32 after each
 product and sum, in the order written, which the kernels reproduce bit for bit.
@@ -12,119 +12,75 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import (
-    INTEGER_SEGMENT,
-    LIMB_LIMIT,
-    WHOLE_LIMIT,
-    WHOLE_SEGMENT,
-    PackedCodes,
-    check_integer_codes,
-)
+from lowbit_muon.backends.codes import PackedCodes, Terms
+from lowbit_muon.backends.packing import pack, unpack
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.formats.codebook import CHUNK_BYTES, Codebook, CodeLayout, rotation_signs
+from lowbit_muon.formats.codebook import Codebook, CodeLayout, rotation_signs
 
 # Scales below the smallest normal float32 are stored as zero: their reciprocal would overflow.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-def pack_plane(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes below 2**bits, uint8 [m, n], into one plane (layout: `formats.CodeLayout`)."""
-    fields = 8 // bits
-    chunks = []
-    for chunk in codes.split(CHUNK_BYTES * fields, dim=1):
-        rows, count = chunk.shape
-        width = -(-count // fields)
-        padded = chunk.new_zeros(rows, width * fields)
-        padded[:, :count] = chunk
-        shifted = padded.view(rows, fields, width).int() << (
-            bits * torch.arange(fields, device=codes.device).view(1, -1, 1)
-        )
-        chunks.append(shifted.sum(dim=1).to(torch.uint8))
-    return torch.cat(chunks, dim=1)
-
-
-def unpack_plane(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack_plane`: uint8 [m, columns]."""
-    fields = 8 // bits
-    shifts = bits * torch.arange(fields, device=packed.device).view(1, -1, 1)
-    chunks = []
-    remaining = columns
-    for chunk in packed.split(CHUNK_BYTES, dim=1):
-        count = min(remaining, CHUNK_BYTES * fields)
-        values = (chunk.unsqueeze(1).int() >> shifts) & (2**bits - 1)
-        chunks.append(values.flatten(1)[:, :count].to(torch.uint8))
-        remaining -= count
-    return torch.cat(chunks, dim=1)
-
-
-def pack(codes: Tensor, layout: CodeLayout) -> Tensor:
-    """Pack codes uint8 [m, n] into uint8 [m, layout.row_bytes(n)]."""
-    planes = []
-    shift = 0
-    for bits in layout.planes:
-        planes.append(pack_plane((codes >> shift) & (2**bits - 1), bits))
-        shift += bits
-    return torch.cat(planes, dim=1)
-
-
-def unpack(packed: Tensor, layout: CodeLayout, columns: int) -> Tensor:
-    """Inverse of `pack`: uint8 [m, columns]."""
-    codes = packed.new_zeros(packed.shape[0], columns)
-    offset = shift = 0
-    for bits in layout.planes:
-        width = CodeLayout(bits, 0, "absmax", 1.0).row_bytes(columns)
-        codes |= unpack_plane(packed[:, offset : offset + width], bits, columns) << shift
-        offset += width
-        shift += bits
-    return codes
-
-
 def expand_scales(scales: Tensor, layout: CodeLayout, columns: int) -> Tensor:
-    """One scale for each element: float32 [m, columns] from [m, layout.blocks(columns)]."""
-    repeated = scales.repeat_interleave(layout.effective_block(columns), dim=1)
-    return repeated[:, :columns]
+    """One scale for each element: float32 [.., columns] from [.., layout.blocks(columns)]."""
+    repeated = scales.repeat_interleave(layout.effective_block(columns), dim=-1)
+    return repeated[..., :columns]
 
 
 def block_scales(x: Tensor, layout: CodeLayout) -> Tensor:
-    """statistic * clip of each block: float32 [m, layout.blocks(n)] from float32 [m, n]."""
+    """statistic * clip of each block: float32 [.., layout.blocks(n)] from float32 [.., n]."""
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], layout.blocks(x.shape[-1]))
     statistics = []
-    for block in x.split(layout.effective_block(x.shape[1]), dim=1):
+    for block in x.split(layout.effective_block(x.shape[-1]), dim=-1):
         if layout.statistic == "absmax":
-            statistics.append(block.abs().amax(dim=1))
+            statistics.append(block.abs().amax(dim=-1))
         else:
-            statistics.append(
-                block.to(accumulation_dtype(x.device)).square().mean(dim=1).sqrt().float()
-            )
-    scales = torch.stack(statistics, dim=1) * torch.tensor(layout.clip, dtype=torch.float32)
+            squares = block.to(accumulation_dtype(x.device)).square()
+            statistics.append(squares.mean(dim=-1).sqrt().float())
+    scales = torch.stack(statistics, dim=-1) * torch.tensor(layout.clip, dtype=torch.float32)
     return torch.where(scales < SMALLEST_SCALE, torch.zeros_like(scales), scales)
 
 
+def encode(x: Tensor, scales: Tensor, codebook: Codebook, layout: CodeLayout) -> Tensor:
+    """Packed codes of x / scales: uint8 [.., layout.row_bytes(n)] from float32 [.., n]."""
+    columns = x.shape[-1]
+    if not x.numel():
+        shape = (*x.shape[:-1], layout.row_bytes(columns))
+        return torch.zeros(shape, dtype=torch.uint8, device=x.device)
+    # A row without a scale is a row of zeros, and zeros keep clear of 0 * inf.
+    inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+    thresholds = torch.tensor(codebook.thresholds, dtype=torch.float32, device=x.device)
+    z = x * expand_scales(inverse, layout, columns)
+    codes = torch.bucketize(z, thresholds).to(torch.uint8)
+    return pack(codes.flatten(0, -2), layout).unflatten(0, x.shape[:-1])
+
+
 def decode(codes: PackedCodes) -> Tensor:
-    """levels[code] * scale, float32 [m, n]."""
+    """levels[code] * scale, float32 [.., m, n]."""
     values = torch.tensor(codes.codebook.levels, dtype=torch.float32, device=codes.packed.device)
-    indices = unpack(codes.packed, codes.layout, codes.columns).int()
+    indices = unpack(codes.packed.flatten(0, -2), codes.layout, codes.columns).int()
     # Kernels pad the table with its last level; a code past the end means the same here.
     indices = indices.clamp(max=len(codes.codebook.levels) - 1)
-    return values[indices] * expand_scales(codes.scales, codes.layout, codes.columns)
+    levels = values[indices].unflatten(0, codes.packed.shape[:-1])
+    return levels * expand_scales(codes.scales, codes.layout, codes.columns)
 
 
-def add_terms(
-    buffer: Tensor,  # float32 [m, n], changed in place
-    buffer_weight: float,
-    codes: PackedCodes | None,
-    code_weight: float,
-    grad: Tensor | None,
-    grad_weight: float,
-) -> None:
-    """The weighted sum of `Backend.accumulate`."""
-    if buffer_weight == 0:
+def add_terms(buffer: Tensor, terms: Terms) -> None:
+    """`Backend.accumulate` without the sums of squares."""
+    if terms.buffer_weight == 0:
         buffer.zero_()
     else:
-        buffer.mul_(buffer_weight)
-    if codes is not None and buffer.numel():
-        buffer += decode(codes) * code_weight
-    if grad is not None:
-        buffer += grad.float() * grad_weight
+        buffer.mul_(terms.buffer_weight)
+    if terms.codes is not None and buffer.numel():
+        buffer += decode(terms.codes) * terms.code_weight
+    if terms.grad is not None:
+        buffer += terms.grad.float() * terms.grad_weight
+
+
+def row_squares(x: Tensor) -> Tensor:
+    """The sum of squares of each row, [.., m], in the widest dtype there is."""
+    return x.to(accumulation_dtype(x.device)).square().sum(dim=-1)
 
 
 def hadamard_transform_(x: Tensor) -> None:
@@ -140,196 +96,169 @@ def hadamard_transform_(x: Tensor) -> None:
     x *= 1 / math.sqrt(size)
 
 
-class ReferenceBackend:
-    """`Backend` in torch operations; runs on any device."""
+def rotate(x: Tensor, *, inverse: bool) -> None:
+    """`Backend.rotate`."""
+    columns = x.shape[-1]
+    if not x.numel():
+        return
+    size = 1 << (columns.bit_length() - 1)
+    first, second = (
+        torch.tensor(signs, dtype=x.dtype, device=x.device) for signs in rotation_signs(columns)
+    )
+    parts = [(first, slice(0, size))]
+    if size < columns:
+        parts.append((second, slice(columns - size, columns)))
+    for signs, part in reversed(parts) if inverse else parts:
+        if not inverse:
+            x *= signs
+        transformed = x[..., part].contiguous().flatten(0, -2)
+        hadamard_transform_(transformed)
+        x[..., part] = transformed.view(*x.shape[:-1], size)
+        if inverse:
+            x *= signs
 
-    name = "reference"
 
-    def quantize(
-        self,
-        x: Tensor,
-        codebook: Codebook,
-        layout: CodeLayout,
-        *,
-        packed: Tensor | None = None,
-        scales: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.quantize`."""
-        found = (
-            block_scales(x, layout)
-            if x.numel()
-            else x.new_zeros(x.shape[0], layout.blocks(x.shape[1]))
-        )
-        scales = found if scales is None else scales.copy_(found)
-        return self.encode(x, scales, codebook, layout, packed=packed), scales
+def product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None,
+    alpha: float | Tensor,
+    beta: float,
+    active: Tensor | None,
+) -> Tensor:
+    """`Backend.product`."""
+    result = _wide(a) @ _wide(b)
+    result.mul_(alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha)
+    if out is None:
+        return result.to(a.dtype)
+    if beta != 0:
+        result.add_(out, alpha=beta)
+    return _write(result, out, active)
 
-    def encode(
-        self,
-        x: Tensor,
-        scales: Tensor,
-        codebook: Codebook,
-        layout: CodeLayout,
-        *,
-        packed: Tensor | None = None,
-    ) -> Tensor:
-        """See `Backend.encode`."""
-        rows, columns = x.shape
-        if not x.numel():
-            found = torch.zeros(rows, layout.row_bytes(columns), dtype=torch.uint8, device=x.device)
-        else:
-            # A row without a scale is a row of zeros, and zeros keep clear of 0 * inf.
-            inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
-            thresholds = torch.tensor(codebook.thresholds, dtype=torch.float32, device=x.device)
-            z = x * expand_scales(inverse, layout, columns)
-            found = pack(torch.bucketize(z, thresholds).to(torch.uint8), layout)
-        return found if packed is None else packed.copy_(found)
 
-    def accumulate(
-        self,
-        buffer: Tensor,
-        *,
-        buffer_weight: float = 0.0,
-        codes: PackedCodes | None = None,
-        code_weight: float = 1.0,
-        grad: Tensor | None = None,
-        grad_weight: float = 1.0,
-    ) -> float:
-        """See `Backend.accumulate`."""
-        add_terms(buffer, buffer_weight, codes, code_weight, grad, grad_weight)
-        return float(buffer.to(accumulation_dtype(buffer.device)).square().sum())
+def symmetric_product(
+    a: Tensor,
+    b: Tensor | None,
+    addend: Tensor | None,
+    out: Tensor | None,
+    alpha: float,
+    beta: float,
+    active: Tensor | None,
+) -> Tensor:
+    """`Backend.symmetric_product`."""
+    result = (_wide(a) @ _wide(a.mT if b is None else b)).mul_(alpha)
+    if addend is not None:
+        result.add_(addend, alpha=beta)
+    result = (result + result.mT).mul_(0.5)
+    return result.to(a.dtype) if out is None else _write(result, out, active)
 
-    def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
-        """See `Backend.rotate`."""
-        columns = x.shape[1]
-        if not x.numel():
-            return
-        size = 1 << (columns.bit_length() - 1)
-        first, second = (
-            torch.tensor(signs, dtype=x.dtype, device=x.device) for signs in rotation_signs(columns)
-        )
-        parts = [(first, slice(0, size))]
-        if size < columns:
-            parts.append((second, slice(columns - size, columns)))
-        for signs, part in reversed(parts) if inverse else parts:
-            if not inverse:
-                x *= signs
-            transformed = x[:, part].contiguous()
-            hadamard_transform_(transformed)
-            x[:, part] = transformed
-            if inverse:
-                x *= signs
 
-    def product(
-        self,
-        a: Tensor,
-        b: Tensor,
-        *,
-        out: Tensor | None = None,
-        alpha: float = 1.0,
-        beta: float = 0.0,
-    ) -> Tensor:
-        """See `Backend.product`."""
-        result = (a @ b).mul_(alpha)
-        if out is None:
-            return result
-        return out.copy_(result) if beta == 0 else out.mul_(beta).add_(result)
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype that products are summed in."""
+    return x if x.dtype == torch.float64 else x.float()
 
-    def symmetric_product(
-        self,
-        a: Tensor,
-        b: Tensor | None = None,
-        *,
-        addend: Tensor | None = None,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """See `Backend.symmetric_product`; exactly symmetric."""
-        result = (a @ (a.mT if b is None else b)).mul_(alpha)
-        if addend is not None:
-            result.add_(addend, alpha=beta)
-        result = (result + result.mT).mul_(0.5)
-        return result if out is None else out.copy_(result)
 
-    def code_gram(self, codes: PackedCodes) -> Tensor:
-        """See `Backend.code_gram`."""
-        check_integer_codes(codes, blocks=True)
-        block = codes.layout.effective_block(codes.columns)
-        segment = block if block == codes.columns else min(block, INTEGER_SEGMENT)
-        scales = expand_scales(codes.scales, codes.layout, codes.columns)[:, ::segment]
-        return gram_by_segments(integer_levels(codes), scales, segment)
-
-    def rounded_gram(self, x: Tensor) -> Tensor:
-        """See `Backend.rounded_gram`."""
-        whole, scales = round_to_whole(x, WHOLE_LIMIT)
-        segments = -(-x.shape[1] // WHOLE_SEGMENT)
-        return gram_by_segments(whole, scales.expand(-1, segments), WHOLE_SEGMENT)
-
-    def code_product(
-        self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
-    ) -> Tensor:
-        """See `Backend.code_product`."""
-        check_integer_codes(codes)
-        levels = integer_levels(codes)
-        if not levels.numel():
-            return self.product(a, levels, out=out, beta=beta)
-        whole, scales = round_to_whole(a * codes.scales[:, 0], LIMB_LIMIT)
-        low = (whole + 128) % 256 - 128
-        low, high = low.float(), ((whole - low) / 256).float()
-        result = scales * (
-            256 * exact_product(high, levels).float() + exact_product(low, levels).float()
-        )
-        if out is None:
-            return result
-        return out.copy_(result if beta == 0 else beta * out.float() + result)
+def _write(result: Tensor, out: Tensor, active: Tensor | None) -> Tensor:
+    """out <- result, where active."""
+    if active is None:
+        return out.copy_(result)
+    shape = (-1, 1, 1) if out.ndim == 3 else (1, 1)
+    return out.copy_(torch.where(active.view(shape), result.to(out.dtype), out))
 
 
 def integer_levels(codes: PackedCodes) -> Tensor:
-    """The levels of codes: float32 [m, n], whole numbers."""
+    """The levels of codes: float32 [.., m, n], whole numbers."""
     return decode(dataclasses.replace(codes, scales=torch.ones_like(codes.scales)))
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, int32, of whole numbers: int8 in float32, or any in float64.
+    """left @ right, int32, of whole numbers that are int8 in float32.
 
     float32 holds every sum of up to 512 products of int8, also where products are taken in TF32 or
     bfloat16, which hold their factors.
     """
-    total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.int32, device=left.device)
-    for a, b in zip(left.split(512, dim=1), right.split(512), strict=True):
+    shape = (*left.shape[:-1], right.shape[-1])
+    total = torch.zeros(shape, dtype=torch.int32, device=left.device)
+    for a, b in zip(left.split(512, dim=-1), right.split(512, dim=-2), strict=True):
         total += (a @ b).int()
     return total
 
 
-def gram_by_segments(whole: Tensor, scales: Tensor, segment: int) -> Tensor:
-    """X X^T, float32 [m, m]: exact sums over `segment` columns, scaled and added up in float32.
-
-    whole: [m, n] as `exact_product` takes; scales: float32 [m, ceil(n / segment)].
-    """
-    m, n = whole.shape
-    total = torch.zeros(m, m, dtype=torch.float32, device=whole.device)
-    for index, part in enumerate(whole.split(segment, dim=1) if n else ()):
-        scale = scales[:, index]
-        total += exact_product(part, part.mT).float() * torch.outer(scale, scale)
+def code_gram(codes: PackedCodes, segment: int) -> Tensor:
+    """`Backend.code_gram`: exact sums over `segment` columns, scaled and added up in float32."""
+    levels = integer_levels(codes)
+    scales = expand_scales(codes.scales, codes.layout, codes.columns)[..., ::segment]
+    m, n = levels.shape[-2:]
+    total = torch.zeros(*levels.shape[:-1], m, dtype=torch.float32, device=levels.device)
+    for index, part in enumerate(levels.split(segment, dim=-1) if n else ()):
+        scale = scales[..., index]
+        outer = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        total += exact_product(part, part.mT).float() * outer
     return total
+
+
+def code_product(a: Tensor, codes: PackedCodes, limit: int) -> Tensor:
+    """`Backend.code_product` without the addend, float32."""
+    levels = integer_levels(codes)
+    if not levels.numel():
+        return a @ levels
+    whole, scales = round_to_whole(a * codes.scales[..., 0].unsqueeze(-2), limit)
+    low = (whole + 128) % 256 - 128
+    low, high = low.float(), ((whole - low) / 256).float()
+    sums = 256 * exact_product(high, levels).float() + exact_product(low, levels).float()
+    return scales * sums
 
 
 def round_to_whole(a: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """(whole, scales): a = scales * whole to half a unit, |whole| <= limit.
 
-    a: float32 [k, m]; whole: float64 [k, m] (float32 where there is no float64, which makes
-    `rounded_gram` round its sums); scales: float32 [k, 1]. A row that is not finite has
-    the scale NaN, one too small to divide by the whole numbers zero.
+    a: float32 [.., k, m]; whole: float64 [.., k, m] (float32 where there is no float64); scales:
+    float32 [.., k, 1]. A row that is not finite has the scale NaN, one too small to divide by the
+    whole numbers zero.
     """
-    largest = a.abs().amax(dim=1, keepdim=True) if a.numel() else a.new_zeros(a.shape[0], 1)
+    largest = a.abs().amax(dim=-1, keepdim=True) if a.numel() else a.new_zeros(*a.shape[:-1], 1)
     # (number / tensor would multiply by a rounded reciprocal)
     limits = torch.full_like(largest, limit)
     scales = largest / limits
     usable = (scales >= SMALLEST_SCALE) & largest.isfinite()
     inverse = torch.where(usable, limits / largest, torch.zeros_like(largest))
-    whole = (
-        torch.where(usable, a * inverse, torch.zeros_like(a))
-        .round()
-        .to(accumulation_dtype(a.device))
-    )
-    return whole, torch.where(largest.isfinite(), scales, torch.full_like(scales, math.nan))
+    whole = torch.where(usable, a * inverse, torch.zeros_like(a)).round()
+    scales = torch.where(largest.isfinite(), scales, torch.full_like(scales, math.nan))
+    return whole.to(accumulation_dtype(a.device)), scales
+
+
+def updated_weight(
+    weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
+) -> Tensor:
+    """`Backend.update_weight`: the new weight in float32, rounded already if there is a seed."""
+    before = weight.float()
+    result = before * decay - update.float() * step_size
+    result = torch.where((decay == 1) & (step_size == 0), before, result)
+    if seed is None:
+        return result
+    if weight.dtype != torch.bfloat16:
+        raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
+    return _round_stochastically(result, seed)
+
+
+def random_bits(seed: Tensor, index: Tensor) -> Tensor:
+    """32 bits for each index below 2**32, int64: mix(mix(index) + mix(seed)).
+
+    mix is the finaliser of MurmurHash3 (https://github.com/aappleby/smhasher). seed: int32.
+    """
+    return _mix((_mix(index) + _mix(seed.long() & 0xFFFFFFFF)) & 0xFFFFFFFF)
+
+
+def _mix(h: Tensor) -> Tensor:
+    # int64 products wrap, which leaves their low 32 bits right
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def _round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
+    """float32 [m, n] whose lower 16 bits are zero (see `Backend.update_weight`)."""
+    index = torch.arange(x.numel(), device=x.device).view(x.shape) & 0xFFFFFFFF
+    noise = random_bits(seed, index) & 0xFFFF
+    cut = ((x.view(torch.int32).long() + noise) & ~0xFFFF).to(torch.int32)
+    return torch.where(x.isfinite(), cut.view(torch.float32), x)
