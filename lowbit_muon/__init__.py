@@ -11,7 +11,7 @@ from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
 from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.state.diagnosis import Diagnosis
-from lowbit_muon.state.momentum_state import NonFiniteGradientError
+from lowbit_muon.state.gradients import NonFiniteGradientError
 from lowbit_muon.state.stored import QuantizedMatrix, quantize
 
 __version__ = "0.1.0"

@@ -111,7 +111,7 @@ def rotate(x: Tensor, *, inverse: bool) -> None:
     for signs, part in reversed(parts) if inverse else parts:
         if not inverse:
             x *= signs
-        transformed = x[..., part].contiguous().flatten(0, -2)
+        transformed = x[..., part].clone(memory_format=torch.contiguous_format).flatten(0, -2)
         hadamard_transform_(transformed)
         x[..., part] = transformed.view(*x.shape[:-1], size)
         if inverse:

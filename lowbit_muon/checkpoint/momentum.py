@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.reference import unpack
+from lowbit_muon.backends.packing import unpack
 from lowbit_muon.backends.tensors import accumulation_dtype, check_tensor, holds_values
 from lowbit_muon.checkpoint.dicts import (
     LAYOUT_OPTIONS,
@@ -22,9 +22,9 @@ from lowbit_muon.checkpoint.dicts import (
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import resolve_coefficients
+from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.format_choice import choose_format
-from lowbit_muon.state.momentum_state import LARGEST_NORM, NORM_EPS, frobenius_norm
+from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.state.parameter import (
     MatrixView,
     assemble,
@@ -37,7 +37,7 @@ from lowbit_muon.state.parameter import (
 )
 from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import QuantizedMatrix
-from lowbit_muon.state.update_error import turned
+from lowbit_muon.state.update_error import rotated_sample
 
 _TORCH_MUON_KEYS = (
     "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps",
@@ -90,7 +90,7 @@ def _converted(
     keeps = source in target.formats if isinstance(target, AutoFormat) else source == target
     if keeps and source_views == views:
         return state | _choice(target, source, asked)
-    momentum = assemble(param, source_views, source, state)
+    momentum = assemble(param, source_views, source, state, group["backend"])
     if source.normalize and (isinstance(target, AutoFormat) or not target.normalize):
         if param.grad is None or not bool(param.grad.isfinite().all()):
             name = "auto" if isinstance(target, AutoFormat) else target.name
@@ -139,9 +139,9 @@ def _own_format(
     target = resolve_group_format(group)
     if isinstance(target, StateFormat):
         return target, {}
-    samples = [turned(momentum[view.rows]) for view in views]
+    samples = [rotated_sample(momentum[view.rows]) for view in views]
     coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
-    chosen, _ = choose_format(target, samples, coefficients)
+    chosen, _ = choose_format(target, samples, coefficients, backend=group["backend"])
     return chosen, _choice(target, chosen, 0)
 
 
@@ -167,7 +167,7 @@ def export_momentum(param: Tensor, group: Group, state: State) -> State:
     state_format = momentum_format(group, state)
     if state_format.normalize:
         raise ValueError(f"state_format: {_unknown_size(state_format)}; it cannot be exported")
-    momentum = assemble(param, matrix_views(param, group), state_format, state)
+    momentum = assemble(param, matrix_views(param, group), state_format, state, group["backend"])
     return {"momentum_buffer": momentum.view(param.shape)}
 
 

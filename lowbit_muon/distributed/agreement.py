@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_muon.state.momentum_state import is_usable
+from lowbit_muon.state.gradients import is_usable
 from lowbit_muon.state.placement import is_dtensor, local_part
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowbit_muon.backends import get_backend
 from lowbit_muon.distributed.agreement import (
     check_agreement,
     exchanging,
@@ -21,7 +22,7 @@ from lowbit_muon.distributed.agreement import (
 from lowbit_muon.distributed.exchange import Exchange, Unit, UpdateDtype, step_in_rounds
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.state.momentum_state import NonFiniteGradientError
+from lowbit_muon.state.gradients import NonFiniteGradientError, count_skipped
 from lowbit_muon.state.parameter import (
     ParameterStep,
     check_memory,
@@ -37,9 +38,16 @@ from lowbit_muon.state.placement import (
     sharded_group,
     stand_in,
 )
-from lowbit_muon.state.rounding import Compensation, StochasticRounding
+from lowbit_muon.state.rounding import (
+    Compensation,
+    Rounding,
+    rounding_seed,
+    seed_of_step,
+    update_weight,
+)
 from lowbit_muon.state.stored import orient
-from lowbit_muon.step.group_step import GroupStep, count_skipped, rounding_seed, seed_of_step
+from lowbit_muon.step.batches import step_parameters
+from lowbit_muon.step.update import MuonRule
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -229,21 +237,13 @@ class ShardedParameters(SharedParameters):
         """See `SharedParameters.owns`."""
         return (index, matrix) in self._own
 
-    def step(
-        self,
-        group: Group,
-        states: States,
-        update: Callable[[GroupStep, list[ParameterStep]], None],
-        first: int,
-    ) -> None:
-        """One step. update: of weights of their own. first: number of the group's first parameter.
+    def step(self, group: Group, states: States, first: int) -> None:
+        """One step; first: number of the group's first parameter.
 
         An owner has no weights: it steps zeros by -1, which leaves the update.
         """
         active = set(self._start(group, states))
-        step = dataclasses.replace(
-            GroupStep.from_group(group), lr=-1.0, weight_decay=0.0, stochastic_rounding=False
-        )
+        rule = dataclasses.replace(MuonRule.from_group(group), lr=-1.0, weight_decay=0.0)
 
         def part(unit: Unit) -> Tensor:
             grad = self.params[unit.parameter].grad
@@ -265,7 +265,7 @@ class ShardedParameters(SharedParameters):
                 # rounded where they lie.
                 copy = {key: v for key, v in states[param].items() if key != "remainder"}
                 steps.append(ParameterStep(weight, grad, copy, [view], number))
-            update(step, steps)
+            step_parameters(steps, rule, group)
             return updates
 
         def apply(unit: Unit, change: Tensor) -> None:
@@ -293,20 +293,18 @@ class ShardedParameters(SharedParameters):
         weight = self._rows(flatten(local_part(param.detach()), group), unit)
         lr = float(group["lr"])
         decay = 1 - lr * group["weight_decay"]
+        rounding: Rounding | None = None
         if "remainder" in states[param]:
             rest = flatten(local_part(states[param]["remainder"]), group)
-            rounding: Any = Compensation(self._rows(rest, unit))
-            rounding.update(orient(weight), orient(change), decay, lr)
+            rounding = Compensation(orient(self._rows(rest, unit)))
         elif group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             start = rounding_seed(group["seed"], first + self.indices[unit.parameter], unit.matrix)
             # Parts of a matrix lie at the same places in their processes' memory.
             start += 0x165667B1 * self.exchange.process
             seed = seed_of_step(start, int(states[param]["step"]))
-            StochasticRounding(seed).update(orient(weight), orient(change), decay, lr)
-        elif weight.dtype in (torch.float32, torch.float64):
-            weight.mul_(decay).sub_(change, alpha=lr)
-        else:
-            weight.copy_(weight.float().mul_(decay).sub_(change, alpha=lr))
+            rounding = torch.tensor(seed, dtype=torch.int32, device=weight.device)
+        backend = get_backend(group["backend"], weight.device)
+        update_weight(orient(weight), orient(change), decay, lr, rounding, backend)
 
 
 def _row_dims(param: Tensor, group: Group) -> int:

@@ -15,178 +15,189 @@ eigh
 The last two see squared singular values, so rounding of R (relative to its norm, about the
 dtype's eps) limits them: a direction far below sqrt(eps) of the largest is lifted by the right
 factor only while the lift is below about 1/sqrt(eps). `gram_is_precise` is that condition.
+
+In half precision the Gram form restarts: its steps are split into runs that `gram_is_precise`
+allows, and X and R are computed anew after each:
+
+    R = X X^T; Z = b R + c R^2; W <- a W + w Z + Z W, w <- a w; R <- a^2 R + 2 a R Z + R Z Z
+    X <- w X + W X
+
+Neither a I + Z nor w I + W is ever stored: a and w would take the bits of Z and W, which nearly
+cancel them for large singular values. Products sum in float32 and round once. A guard then looks at
+each result's norm. A matrix that has left the range a correct result can have, or is not finite, is
+orthogonalised again in the standard form; the kernels of all others return at once (`active`), so
+that nobody has to ask the device which they are.
+
+`python -m bench.half_precision` emulates the products on a CPU. Five of Muon's steps, 128 x 192,
+error against float64 relative to the result, float16 (bfloat16): 5e-3 (4e-2) for singular values
+falling as 1/i and 1.1e-2 for equal ones, where the standard form in the same dtype has 3e-3
+(2e-2) and 3e-3; of rank 8, where rounding of X gives it small singular values, both 3e-2 (3e-1).
+Polar Express is harder on bfloat16: 8e-2 against 2e-2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype, is_real_number
-from lowbit_muon.linalg.products import gram, multiply, symmetric_addmm, symmetric_from_spectrum
-
-Triple = tuple[float, float, float]
-Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
-METHODS = ("auto", "newton_schulz", "gram", "eigh")
-
-# Table 1 of arXiv 2505.16932 (minimax for singular values in [1e-3, 1]); the last line is the
-# Newton-Schulz limit, which all further steps equal.
-_POLAR_EXPRESS_EXACT: tuple[Triple, ...] = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
+from lowbit_muon.linalg.coefficients import (
+    Coefficients,
+    Triple,
+    composed_polynomial,
+    gain_bounds,
+    gram_is_precise,
+    resolve_coefficients,
+    restart_lengths,
 )
-# The paper evaluates every polynomial but the last at x/1.01, so that rounding that pushes a
-# singular value above one does not make it grow.
-_SAFETY = 1.01
 
-NS_COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
-    # https://github.com/KellerJordan/Muon, the default of torch.optim.Muon
-    "muon": ((3.4445, -4.7750, 2.0315),),
-    "polar_express": (
-        *((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS_EXACT[:-1]),
-        _POLAR_EXPRESS_EXACT[-1],
-    ),
-}
+METHODS = ("auto", "newton_schulz", "gram", "eigh")
+# Beyond what rounding does to a norm (a few percent), far below what a divergent iteration does.
+_GUARD_MARGIN = 1.25
 
 
-def resolve_coefficients(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
-    """The (a, b, c) of each of `steps` steps.
+def takes_gram_form(
+    shape: Sequence[int], coefficients: Sequence[Triple], dtype: torch.dtype, backend: Backend
+) -> bool:
+    """Whether the Gram form is precise, and the faster, for matrices of this shape, [.., m, n].
 
-    coefficients: a name in NS_COEFFICIENTS, one triple for every step, or a sequence of triples,
-    of which the first `steps` are taken and the last repeats if there are fewer.
-    Raises TypeError or ValueError naming the parameter.
+    It saves products once n > 1.5 m, for any number of steps: 4T-3 of m^3 and two of m^2 n against
+    T of m^3 and 2T of m^2 n. All but the last are symmetric, and the CPU kernels compute a
+    triangle: for them it is 5 to 15% behind for square matrices and ahead for others
+    (bench/results/orthogonalize.json), with half the memory.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
-    if not 1 <= steps < 100:
-        raise ValueError(f"steps: expected 1 to 99, got {steps}")
-    triples = _triples(coefficients)[:steps]
-    return triples + triples[-1:] * (steps - len(triples))
+    if not gram_is_precise(coefficients, dtype):
+        return False
+    rows, columns = sorted(shape[-2:])
+    triangles = not backend.asynchronous and dtype == torch.float32
+    return triangles or columns > 1.5 * rows
 
 
-def _triples(coefficients: Coefficients) -> tuple[Triple, ...]:
-    if isinstance(coefficients, str):
-        if coefficients not in NS_COEFFICIENTS:
-            raise ValueError(
-                f"coefficients: expected one of {sorted(NS_COEFFICIENTS)} or (a, b, c) or a "
-                f"sequence of those, got {coefficients!r}"
-            )
-        return NS_COEFFICIENTS[coefficients]
-    rows: Any = [coefficients] if _is_triple(coefficients) else coefficients
-    if not isinstance(rows, Sequence) or not rows or not all(_is_triple(row) for row in rows):
+def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend) -> Tensor:
+    """Q [.., m, m] with orthogonalize(X) = Q X_0, from R = X_0 X_0^T [.., m, m] by products only.
+
+    Takes four m x m buffers, R, which is overwritten, and the result among them. In m^3
+    multiply-adds: 2 for each of T symmetric products H, T-1 of Q, 2T-2 of R, times the 56 to 100%
+    that backends compute of a symmetric product. Raises ValueError where the Gram form would not be
+    stable in R's dtype (`gram_is_precise`).
+    """
+    if not gram_is_precise(coefficients, gram.dtype):
         raise ValueError(
-            "coefficients: expected (a, b, c) of finite numbers or a non-empty sequence of "
-            f"those, got {coefficients!r}"
+            f"coefficients: {len(coefficients)} steps lift small singular values too far for the "
+            f"Gram form in {gram.dtype}; use method 'newton_schulz' or 'eigh', or fewer steps"
         )
-    return tuple((float(a), float(b), float(c)) for a, b, c in rows)
-
-
-def _is_triple(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) == 3
-        and all(is_real_number(element) for element in value)
-    )
-
-
-def gram_is_precise(coefficients: Sequence[Triple], dtype: torch.dtype) -> bool:
-    """Whether the Gram form in `dtype` is safe for these steps without a restart.
-
-    Rounding gives R spurious eigenvalues of up to -eps where X has no direction at all. Each step
-    multiplies them by a^2, and the iteration runs away once they near -1; R is not updated in the
-    last step, so the growth is that of the others. Below 1/8 are six steps of either set in
-    float32; the worst relative error found on steep and rank-deficient matrices of 64 to 512 rows
-    is 1e-2 there, and 0.3 two steps later.
-    """
-    growth = math.prod(a * a for a, _, _ in coefficients[:-1])
-    return growth * torch.finfo(dtype).eps <= 1 / 8
-
-
-def composed_polynomial(eigenvalues: Tensor, coefficients: Sequence[Triple]) -> Tensor:
-    """p_T(...p_1(s))/s with s = sqrt(eigenvalue), elementwise; finite at 0, where it is prod(a_t).
-
-    eigenvalues: any shape and floating point dtype; those rounded below 0 count as 0. Computed in
-    float64, returned in the dtype given.
-    """
-    square = eigenvalues.to(accumulation_dtype(eigenvalues.device)).clamp_min(0)
-    value = torch.ones_like(square)
-    for a, b, c in coefficients:
-        factor = a + square * (b + square * c)
-        value *= factor
-        square = square * factor.square()
-    return value.to(eigenvalues.dtype)
+    r, q, h, spare = gram, None, torch.empty_like(gram), torch.empty_like(gram)
+    for step, (a, b, c) in enumerate(coefficients):
+        backend.symmetric_product(r, r, addend=r, beta=b, alpha=c, out=h)
+        h.diagonal(dim1=-2, dim2=-1).add_(a)
+        if step + 1 < len(coefficients):
+            backend.symmetric_product(h, r, out=spare)
+            backend.symmetric_product(spare, h, out=r)
+        if q is None:
+            q, h = h, torch.empty_like(r)
+        else:
+            backend.symmetric_product(h, q, out=spare)
+            q, spare = spare, q
+    assert q is not None
+    return q
 
 
 def spectrum_operator(
-    eigenvalues: Tensor, eigenvectors: Tensor, coefficients: Sequence[Triple]
+    eigenvalues: Tensor, eigenvectors: Tensor, coefficients: Sequence[Triple], backend: Backend
 ) -> Tensor:
     """Q [.., m, m] with orthogonalize(X) = Q X_0, from torch.linalg.eigh(X_0 X_0^T).
 
     eigenvalues [.., m], eigenvectors [.., m, m] (columns); coefficients from
     `resolve_coefficients`.
     """
-    return symmetric_from_spectrum(eigenvectors, composed_polynomial(eigenvalues, coefficients))
+    gains = composed_polynomial(eigenvalues, coefficients).unsqueeze(-2)
+    return backend.symmetric_product(eigenvectors * gains, eigenvectors.mT)
 
 
-def gram_operator(
-    gram_matrix: Tensor, coefficients: Sequence[Triple], *, overwrite: bool = False
+def standard_form(
+    x: Tensor,
+    coefficients: Sequence[Triple],
+    backend: Backend,
+    *,
+    unit: float = 1.0,
+    out: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Tensor:
-    """Q [.., m, m] with orthogonalize(X) = Q X_0, from R = X_0 X_0^T [.., m, m] by products only.
+    """X <- (a I + b A + c A^2) X, A = X X^T, from unit * x [.., m, n], m <= n, of norm one.
 
-    Takes four m x m buffers, the result among them; three if `overwrite` lets it use the fourth
-    for R. In m^3 multiply-adds: 2 for each of T symmetric products H, T-1 of Q, 2T-2 of R, times
-    the 56 to 100% that `symmetric_addmm` computes. Raises ValueError where the Gram form would not
-    be stable in R's dtype (`gram_is_precise`).
+    out: where the result goes, of x's shape, for the matrices that are active (bool [b]); x is then
+    kept. Without it x is used as a buffer.
     """
-    if not gram_is_precise(coefficients, gram_matrix.dtype):
-        raise ValueError(
-            f"coefficients: {len(coefficients)} steps lift small singular values too far for the "
-            f"Gram form in {gram_matrix.dtype}; use method 'newton_schulz' or 'eigh', or fewer "
-            "steps"
-        )
-    r = gram_matrix
-    next_r = r if overwrite else torch.empty_like(r)
-    q, h, spare = None, torch.empty_like(r), torch.empty_like(r)
+    spare = torch.empty_like(x) if out is None or len(coefficients) > 1 else out
+    # In turn, so that the last result lies in `out`, and no step reads what it writes.
+    targets = [spare, x if out is None else out]
+    if out is not None and len(coefficients) % 2:
+        targets.reverse()
+    gram = x.new_empty(*x.shape[:-1], x.shape[-2])
+    polynomial = torch.empty_like(gram)
     for step, (a, b, c) in enumerate(coefficients):
-        symmetric_addmm(r, r, r, beta=b, alpha=c, out=h)
-        h.diagonal(dim1=-2, dim2=-1).add_(a)
-        if step + 1 < len(coefficients):
-            symmetric_addmm(None, h, r, out=spare)
-            r = symmetric_addmm(None, spare, h, out=next_r)
-        if q is None:
-            q, h = h, torch.empty_like(r)
-        else:
-            symmetric_addmm(None, h, q, out=spare)
-            q, spare = spare, q
-    assert q is not None
-    return q
+        scale = unit if step == 0 else 1.0
+        backend.symmetric_product(x, alpha=scale * scale, out=gram, active=active)
+        backend.symmetric_product(
+            gram, gram, addend=gram, beta=b, alpha=c, out=polynomial, active=active
+        )
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = backend.product(polynomial, x, out=targets[step % 2], alpha=scale, active=active)
+    return x
 
 
-@torch.no_grad()
-def operator_of_gram(
-    gram_matrix: Tensor, norm: float, coefficients: Sequence[Triple], *, eps: float
-) -> tuple[Tensor, float]:
-    """(Q, inverse_norm) with orthogonalize(X) = inverse_norm * Q @ X.
+def orthogonalize_half(
+    x: Tensor,  # float16 or bfloat16 [b, m, n], m <= n, contiguous
+    norm: Tensor,  # float32 [b]
+    coefficients: Sequence[Triple],
+    backend: Backend,
+    *,
+    unit: float,
+) -> Tensor:
+    """U p(S) V^T of unit * x = U S V^T for each matrix, in x's dtype [b, m, n]; x is kept.
 
-    gram_matrix: X X^T [m, m], float32 and finite; overwritten. norm: ||X||_F. coefficients: from
-    `resolve_coefficients`. inverse_norm = 1 / max(norm, eps), or 0 if both are. Raises ValueError
-    where the Gram form is not precise.
+    norm: Frobenius norms of unit * x, at most one. unit lets entries of x be about one, where half
+    precision is at its best.
     """
-    divisor = max(norm, eps)
-    inverse = 1 / divisor if divisor > 0 else 0.0
-    r = gram_matrix.mul_(inverse).mul_(inverse)
-    return gram_operator(r, coefficients, overwrite=True), inverse
+    result, scale = x, unit
+    start = 0
+    for length in restart_lengths(tuple(coefficients), x.dtype):
+        result = _run_of_steps(result, coefficients[start : start + length], backend, scale)
+        start, scale = start + length, 1.0
+    low, high = gain_bounds(tuple(coefficients))
+    found = torch.linalg.vector_norm(result, dim=(1, 2), dtype=torch.float32)
+    # (comparisons with NaN are false)
+    good = found <= _GUARD_MARGIN * high * x.shape[1] ** 0.5
+    good &= found * _GUARD_MARGIN >= low * norm
+    standard_form(x, coefficients, backend, unit=unit, out=result, active=~good)
+    return result
+
+
+def _run_of_steps(
+    x: Tensor, coefficients: Sequence[Triple], backend: Backend, scale: float
+) -> Tensor:
+    """The steps of one run on scale * x."""
+    r = backend.symmetric_product(x, alpha=scale * scale)
+    w, w_diagonal = r, 1.0
+    for step, (a, b, c) in enumerate(coefficients):
+        z = backend.symmetric_product(r, r, addend=r, beta=b, alpha=c)
+        if step + 1 < len(coefficients):
+            rz = backend.symmetric_product(r, z)
+            linear = torch.add(rz, r, alpha=a / 2)
+            r = backend.symmetric_product(rz, z, addend=linear, beta=2 * a)
+        if step == 0:
+            w, w_diagonal = z, a
+        else:
+            linear = torch.add(w, z, alpha=w_diagonal / a)
+            w = backend.symmetric_product(z, w, addend=linear, beta=a)
+            w_diagonal *= a
+    # the factor of x is rounded with the sum, once
+    return backend.product(w, x, out=x.clone(), alpha=scale, beta=scale * w_diagonal)
 
 
 @torch.no_grad()
@@ -197,6 +208,7 @@ def orthogonalize(
     method: str = "auto",
     *,
     eps: float = 1e-7,
+    backend: str = "auto",
 ) -> Tensor:
     """U p(S) V^T of x / max(||x||_F, eps) = U S V^T: x with all singular values brought near one.
 
@@ -206,6 +218,7 @@ def orthogonalize(
     method: "newton_schulz", "gram" or "eigh" (one polynomial, see the module's docstring), or
     "auto" for the fastest that is precise.
     eps: as torch.optim.Muon's, a floor for the norm; 0 is allowed.
+    backend: "auto", or a backend's name; raises if it is unavailable.
 
     Computed in float64 for float64 input and else in float32, normalised before anything is
     multiplied. A zero matrix gives zeros. A non-finite element makes its whole matrix NaN.
@@ -214,58 +227,37 @@ def orthogonalize(
     entries whose squares leave the dtype's range.
     Raises TypeError or ValueError naming the parameter.
     """
-    work, method, triples = _prepare(x, steps, coefficients, method, eps)
-    scaled, inverse, _ = _scaled_into_range(work, eps)
+    triples = _checked(x, steps, coefficients, method, eps)
+    kernels = get_backend(backend, x.device)
+    tall = x.shape[-2] > x.shape[-1]
+    work = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    work = work.mT if tall else work
+    if 1 not in work.stride()[-2:]:  # it would be copied for every product
+        work = work.contiguous()
+    if method == "auto":
+        gram = takes_gram_form(work.shape, triples, work.dtype, kernels)
+        method = "gram" if gram else "newton_schulz"
+    scaled, inverse = _scaled_into_range(work, eps)
+    factor = inverse.to(scaled.dtype)
     if method == "newton_schulz":
-        result = _newton_schulz(scaled * inverse.to(scaled.dtype), triples)
+        result = standard_form(scaled * factor, triples, kernels)
     else:
-        operator = _operator(scaled, inverse, triples, method).mul_(inverse.to(scaled.dtype))
+        r = kernels.symmetric_product(scaled).mul_(inverse.square().to(scaled.dtype))
+        if method == "gram":
+            operator = gram_operator(r, triples, kernels)
+        else:
+            operator = _operator_by_eigh(r, inverse.isfinite(), triples, kernels)
         # in x's orientation: a transposed output costs nothing here and a copy later
         result = torch.empty(x.shape, dtype=scaled.dtype, device=x.device)
-        result = result.mT if _is_tall(x) else result
-        multiply(operator, scaled, out=result)
-    return (result.mT if _is_tall(x) else result).to(x.dtype).contiguous()
+        result = result.mT if tall else result
+        kernels.product(operator.mul_(factor), scaled, out=result)
+    return (result.mT if tall else result).to(x.dtype).contiguous()
 
 
-@torch.no_grad()
-def orthogonalize_normalized(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
-    """`orthogonalize` of float32 x [b, m, n], m <= n, whose norms are at most one; overwrites x.
-
-    Asks the device for nothing: neither for norms nor whether they are finite.
-    """
-    if choose_method(x.shape, coefficients, x.dtype, x.device) == "newton_schulz":
-        return _newton_schulz(x, coefficients)
-    return multiply(gram_operator(gram(x), coefficients, overwrite=True), x)
-
-
-def choose_method(
-    shape: Sequence[int],
-    coefficients: Sequence[Triple],
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> str:
-    """What "auto" takes for a matrix of this shape, [.., m, n].
-
-    The Gram form saves products once n > 1.5 m, for any number of steps: 4T-3 of m^3 and two of
-    m^2 n against T of m^3 and 2T of m^2 n. All but the last are symmetric, and the CPU kernels
-    compute a triangle: for them it is 5 to 15% behind for square matrices and ahead for others
-    (bench/results/orthogonalize.json), with half the memory.
-    """
-    if not gram_is_precise(coefficients, dtype):
-        return "newton_schulz"
-    rows, columns = sorted(shape[-2:])
-    triangles = len(shape) == 2 and torch.device(device).type == "cpu" and dtype == torch.float32
-    return "gram" if triangles or columns > 1.5 * rows else "newton_schulz"
-
-
-def _is_tall(x: Tensor) -> bool:
-    return x.shape[-2] > x.shape[-1]
-
-
-def _prepare(
+def _checked(
     x: Tensor, steps: int, coefficients: Coefficients, method: str, eps: float
-) -> tuple[Tensor, str, tuple[Triple, ...]]:
-    """x in the dtype of the arithmetic with the short side first, the method, the steps."""
+) -> tuple[Triple, ...]:
+    """The steps, after checks of all arguments."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -276,21 +268,14 @@ def _prepare(
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    triples = resolve_coefficients(coefficients, steps)
-    work = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    work = work.mT if _is_tall(work) else work
-    if 1 not in work.stride()[-2:]:  # torch would copy it for every product
-        work = work.contiguous()
-    if method == "auto":
-        method = choose_method(work.shape, triples, work.dtype, work.device)
-    return work, method, triples
+    return resolve_coefficients(coefficients, steps)
 
 
-def _scaled_into_range(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(scaled, inverse, divisor): scaled = x / divisor, inverse * scaled = x / max(norm, eps).
+def _scaled_into_range(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(scaled, inverse): scaled is a multiple of x, inverse * scaled = x / max(norm, eps).
 
     scaled is x itself where squares of its entries stay well inside the dtype's range, else a copy
-    divided by each matrix's largest magnitude. inverse and divisor are float64 [.., 1, 1].
+    divided by each matrix's largest magnitude. inverse is float64 [.., 1, 1].
     """
     limits = torch.finfo(x.dtype)
     low, high = math.sqrt(limits.tiny) / limits.eps, math.sqrt(limits.max) * limits.eps
@@ -301,9 +286,8 @@ def _scaled_into_range(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         divisor = torch.where(divisor == 0, 1, divisor)
         x = x / divisor
         norm = _frobenius_norm(x)
-    divisor = divisor.to(accumulation_dtype(x.device))
-    denominator = torch.maximum(norm, eps / divisor)
-    return x, torch.where(denominator == 0, 0, 1 / denominator), divisor
+    denominator = torch.maximum(norm, eps / divisor.to(accumulation_dtype(x.device)))
+    return x, torch.where(denominator == 0, 0, 1 / denominator)
 
 
 def _frobenius_norm(x: Tensor) -> Tensor:
@@ -319,28 +303,10 @@ def _frobenius_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(partial, dim=outer, keepdim=True, dtype=wide)
 
 
-def _operator(x: Tensor, inverse: Tensor, coefficients: Sequence[Triple], method: str) -> Tensor:
-    """Q of inverse * x, x [.., m, n] with m <= n; method "gram" or "eigh"."""
-    r = gram(x).mul_(inverse.square().to(x.dtype))
-    if method == "gram":
-        return gram_operator(r, coefficients, overwrite=True)
-    finite = inverse.isfinite()  # eigh raises on NaN
+def _operator_by_eigh(
+    r: Tensor, finite: Tensor, coefficients: Sequence[Triple], backend: Backend
+) -> Tensor:
+    """Q from R, which is overwritten, and NaN where a matrix is not finite: eigh would raise."""
     eigenvalues, eigenvectors = torch.linalg.eigh(r.masked_fill_(~finite, 0))
-    del r  # two more m x m buffers follow
-    return spectrum_operator(eigenvalues, eigenvectors, coefficients).masked_fill_(
-        ~finite, math.nan
-    )
-
-
-def _newton_schulz(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
-    """The standard form on normalised x [.., m, n], m <= n; x is used as a buffer."""
-    spare = torch.empty_like(x)  # keeps the strides of a transposed x
-    a_matrix = x.new_empty(*x.shape[:-1], x.shape[-2])
-    polynomial = torch.empty_like(a_matrix)
-    for a, b, c in coefficients:
-        symmetric_addmm(None, x, x.mT, out=a_matrix)
-        symmetric_addmm(a_matrix, a_matrix, a_matrix, beta=b, alpha=c, out=polynomial)
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-        multiply(polynomial, x, out=spare)
-        x, spare = spare, x
-    return x
+    operator = spectrum_operator(eigenvalues, eigenvectors, coefficients, backend)
+    return operator.masked_fill_(~finite, math.nan)

@@ -27,16 +27,15 @@ and use every thread, which `eigh` does not.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import is_real_number
-from lowbit_muon.linalg.products import symmetric_addmm
+from lowbit_muon.linalg.precision import full_precision_products
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ def root_coefficients(shift: float) -> RootCoefficients:
 
 
 @torch.no_grad()
-def iterate_root(gram_matrix: Tensor, shift: float, *, overwrite: bool = False) -> Tensor:
+def iterate_root(
+    gram_matrix: Tensor, shift: float, backend: Backend, *, overwrite: bool = False
+) -> Tensor:
     """C with C (C R C + shift*I) = I to 1%, for R = gram_matrix [m, m] or [b, m, m].
 
     float32 (or float64) in and out. R must be symmetric with eigenvalues in [0, 1.1], as M M^T of
@@ -101,21 +102,21 @@ def iterate_root(gram_matrix: Tensor, shift: float, *, overwrite: bool = False) 
         p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
         (a, b), *rest = program.chain
         w = _affine(p, program.shift * a, program.shift * b)
-        p = _raise(p, a, b)
+        p = _raise(p, a, b, backend)
         for a, b in rest:
-            w = symmetric_addmm(w, w, p, beta=a, alpha=b)
-            p = _raise(p, a, b)
+            w = backend.symmetric_product(w, p, addend=w, beta=a, alpha=b)
+            p = _raise(p, a, b, backend)
         terms = [p, w]
         for left, right in program.forms:
             # (operands have no names, so that they are gone when the next are made)
             terms.append(
-                symmetric_addmm(
-                    None, _combine(left, terms), _combine(right, terms), alpha=left[0] * right[0]
+                backend.symmetric_product(
+                    _combine(left, terms), _combine(right, terms), alpha=left[0] * right[0]
                 )
             )
         constant, *linear = program.output
-        root = symmetric_addmm(
-            w, w, _combine(linear, terms), beta=constant / shift, alpha=linear[0] / shift
+        root = backend.symmetric_product(
+            w, _combine(linear, terms), addend=w, beta=constant / shift, alpha=linear[0] / shift
         )
     return (root + root.mT).mul_(0.5)
 
@@ -127,12 +128,12 @@ def _affine(x: Tensor, constant: float, slope: float) -> Tensor:
     return result
 
 
-def _raise(p: Tensor, a: float, b: float) -> Tensor:
+def _raise(p: Tensor, a: float, b: float, backend: Backend) -> Tensor:
     """P H^3 with H = aI + bP, in two products; `p` is overwritten."""
-    raised = symmetric_addmm(p, p, p, beta=a, alpha=b)  # U = P H
+    raised = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b)  # U = P H
     # H^2 = a^2 I + b (aP + U)
     torch.add(raised, p, alpha=a, out=p)
-    return symmetric_addmm(raised, raised, p, beta=a * a, alpha=b)
+    return backend.symmetric_product(raised, p, addend=raised, beta=a * a, alpha=b)
 
 
 def _combine(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
@@ -145,28 +146,6 @@ def _combine(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
     for coefficient, term in zip(coefficients[2:], terms[2:], strict=True):
         result.add_(term, alpha=coefficient / first)
     return result
-
-
-@contextlib.contextmanager
-def full_precision_products() -> Iterator[None]:
-    """Products of float32 in float32, whatever the process allows (TF32 or bfloat16).
-
-    The root resolves eigenvalues of shift^3; TF32 perturbs a Gram matrix by up to 5e-4. The Gram
-    matrix that goes into `iterate_root` has to be computed inside this context too.
-    """
-    # torch raises where its old switch (set_float32_matmul_precision) meets these, the new ones.
-    switches: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    )
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
 
 
 # Printed by `python -m bench.root_coefficients`, largest shift first. The defect is the largest

@@ -13,14 +13,14 @@ two products of codes. Both need only the Gram matrix of the short side.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import Backend, PackedCodes
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.linalg.products import gram, multiply, one_thread, symmetric_from_spectrum
+from lowbit_muon.linalg.precision import one_thread
 from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
 
 EncodingMethod = Literal["auto", "eigh", "products"]
@@ -40,40 +40,46 @@ def companding_gain(eigenvalues: Tensor, shift: float) -> Tensor:
     return torch.where(linear, 1 / shift, compand_singular_values(s, shift) / s.clamp_min(1e-300))
 
 
-def encoding_operator(gram_matrix: Tensor, shift: float, method: EncodingMethod = "auto") -> Tensor:
-    """C [m, m] with Y = C M, from R = M M^T / ||M||_F^2 [m, m].
+def encoding_operator(
+    gram: Tensor, shift: float, backend: Backend, method: EncodingMethod = "auto"
+) -> Tensor:
+    """C [.., m, m] with Y = C M, from R = M M^T / ||M||_F^2 [.., m, m].
 
-    method: "eigh": exactly, by eigendecomposition; "products": by matrix products alone
-    (`root_iteration`), which is faster and uses all threads; "auto": "products" for every shift
-    that it can serve. `gram_matrix` is overwritten.
+    R has to come from products within `full_precision_products`. method: "eigh": exactly, by
+    eigendecomposition; "products": by matrix products alone (`root_iteration`), which is faster and
+    uses all threads; "auto": "products" for every shift that it can serve. `gram` is overwritten.
     """
     if method == "auto":
         method = "products" if shift >= ROOT_TABLE[-1].shift else "eigh"
     if method == "products":
-        return iterate_root(gram_matrix, shift, overwrite=True)
-    with one_thread(gram_matrix.device):
-        eigenvalues, vectors = torch.linalg.eigh(gram_matrix)
+        return iterate_root(gram, shift, backend, overwrite=True)
+    with one_thread(gram.device):
+        eigenvalues, vectors = torch.linalg.eigh(gram)
     wide = eigenvalues.to(accumulation_dtype(eigenvalues.device))
-    gain = companding_gain(wide, shift).to(gram_matrix.dtype)
-    return symmetric_from_spectrum(vectors, gain)
+    gain = companding_gain(wide, shift).to(gram.dtype).unsqueeze(-2)
+    return backend.symmetric_product(vectors * gain, vectors.mT)
 
 
-def spectral_compand(
-    matrix: Tensor, norm: float, shift: float, *, method: EncodingMethod = "auto", out: Tensor
+def decoding_operator(
+    gram: Tensor, norm: Tensor, noise: Tensor, shift: float, columns: int, backend: Backend
 ) -> Tensor:
-    """Y [m, n], written into `out`, for float32 `matrix` [m, n], m <= n, of Frobenius norm > 0.
+    """A [b, m, m] with M = A Y of Frobenius norm `norm`, from Y Y^T [b, m, m].
 
-    method: see `encoding_operator`.
+    A is a multiple of Y Y^T + c I. Noise of decoding would change the norm a little in every step,
+    and that adds up, so the norm is given, float64 [b]; what it would be without is a trace:
+    ||A Y||_F^2 = <A Y Y^T, A>. noise: see `unbiased_shift`, float64 [b].
     """
-    operator = encoding_operator(gram(matrix).div_(norm).div_(norm), shift, method)
-    return multiply(operator.div_(norm), matrix, out=out)
+    operator = gram.clone()
+    unbiased = unbiased_shift(shift, noise, gram.shape[-1], columns)
+    operator.diagonal(dim1=1, dim2=2).add_(unbiased.float().unsqueeze(1))
+    squares = backend.symmetric_product(operator, gram).mul_(operator)
+    decoded = squares.sum(dim=(1, 2), dtype=accumulation_dtype(gram.device))
+    gain = torch.where(decoded > 0, norm * decoded.rsqrt(), 0.0)
+    return operator.mul_(gain.float().view(-1, 1, 1))
 
 
-Number = TypeVar("Number", float, Tensor)
-
-
-def unbiased_shift(shift: float, noise: Number, m: int, n: int) -> Number:
-    """The c to decode with: shift - noise * (1/m + 1/n).
+def unbiased_shift(shift: float, noise: Tensor, m: int, n: int) -> Tensor:
+    """The c to decode with: shift - noise * (1/m + 1/n), minus the bias that noise adds to c.
 
     noise: squared Frobenius norm of the error E that Y [m, n] was quantised with. White E of
     variance v an entry adds (m + n) v Y to the expectation of the cubic (E E^T ~ n v I,
@@ -81,25 +87,3 @@ def unbiased_shift(shift: float, noise: Number, m: int, n: int) -> Number:
     every step.
     """
     return shift - noise * (1 / m + 1 / n)
-
-
-def spectral_expand(companded: Tensor, shift: float, *, noise: float = 0.0, out: Tensor) -> Tensor:
-    """(Y Y^T + c I) Y for Y float32 [m, n], written into `out` [m, n].
-
-    noise: see `unbiased_shift`.
-    """
-    return multiply(_cubic_operator(gram(companded), companded, shift, noise), companded, out=out)
-
-
-def spectral_expand_codes(
-    codes: PackedCodes, shift: float, *, noise: float = 0.0, backend: Backend, out: Tensor
-) -> Tensor:
-    """`spectral_expand` straight from the codes of Y, in integers; codes as `code_gram` takes."""
-    operator = _cubic_operator(backend.code_gram(codes), out, shift, noise)
-    return backend.code_product(operator, codes, out=out)
-
-
-def _cubic_operator(gram_matrix: Tensor, like: Tensor, shift: float, noise: float) -> Tensor:
-    """Y Y^T + c I, in place of Y Y^T; `like` is of the shape of Y."""
-    gram_matrix.diagonal().add_(unbiased_shift(shift, noise, *like.shape))
-    return gram_matrix

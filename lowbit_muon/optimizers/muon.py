@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import is_device_backend
 from lowbit_muon.checkpoint import dicts as checkpoint
 from lowbit_muon.checkpoint.momentum import (
     convert_momentum,
@@ -30,30 +29,25 @@ from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.compiled_regions import outside_compiled_regions
 from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
 from lowbit_muon.state.format_choice import revise_format
-from lowbit_muon.state.momentum_state import NonFiniteGradientError, describe, is_usable
-from lowbit_muon.state.offload import finish_copies, keep_on_host
+from lowbit_muon.state.gradients import NonFiniteGradientError, check_gradient, describe, is_usable
+from lowbit_muon.state.offload import finish_copies
 from lowbit_muon.state.parameter import (
     ParameterStep,
     check_memory,
     flatten,
+    keep_on_host,
     matrix_views,
     momentum_format,
     parameter_names,
+    prepare_state,
     read_matrix,
     resolve_group_format,
     stored_keys,
 )
 from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
-from lowbit_muon.step.device_step import DeviceStep, host_counters
-from lowbit_muon.step.group_step import (
-    AdjustLr,
-    GroupStep,
-    NsDtype,
-    check_gradient,
-    check_ns_dtype,
-)
-from lowbit_muon.step.options import check_group
-from lowbit_muon.step.parameter_step import prepare_state, update_parameter
+from lowbit_muon.step.batches import host_counters, step_parameters
+from lowbit_muon.step.options import AdjustLr, NsDtype, check_group, check_ns_dtype
+from lowbit_muon.step.update import MuonRule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -288,7 +282,7 @@ class Muon(Optimizer):
             finish_copies(device)
 
     def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
-        step = GroupStep.from_group(group)
+        rule = MuonRule.from_group(group)
         for name, param in zip(parameter_names(group), group["params"], strict=True):
             state = host_counters(self.state[param]) if param in self.state else {}
             if not state:
@@ -309,8 +303,9 @@ class Muon(Optimizer):
                     name=name if len(views) == 1 else f"{name}[{index}]",
                     steps=int(state["step"]),
                     skipped=int(state["skipped"]),
-                    decay=step.momentum,
-                    coefficients=tuple(step.coefficients),
+                    momentum=rule.momentum,
+                    coefficients=tuple(rule.coefficients),
+                    backend=group["backend"],
                 )
 
     def state_dict(self) -> StateDict:
@@ -423,8 +418,7 @@ class Muon(Optimizer):
             if isinstance(part, ReplicatedParameters):
                 part.step(group, self.state, functools.partial(self._step_parameters, group))
             else:
-                run = functools.partial(self._run, group)
-                part.step(group, self.state, run, self._number_of_first(group))
+                part.step(group, self.state, self._number_of_first(group))
 
     def _number_of_first(self, group: dict[str, Any]) -> int:
         """The place in the optimizer of a group's first parameter."""
@@ -448,18 +442,7 @@ class Muon(Optimizer):
             state = self.state[param]
             prepare_state(state, param, group, views)
             steps.append(ParameterStep(local_part(param), grad, state, views, first + index))
-        self._run(group, GroupStep.from_group(group), steps)
-
-    def _run(self, group: dict[str, Any], step: GroupStep, steps: Iterable[ParameterStep]) -> None:
-        """Step parameters: on a host one after the other, on a device in batches."""
-        on_device = DeviceStep(step, group)
-        for one in steps:
-            backend = get_backend(step.backend_name, one.param.device)
-            if is_device_backend(backend):
-                on_device.add(one, backend)
-            else:
-                update_parameter(one, step, group)
-        on_device.run()
+        step_parameters(steps, MuonRule.from_group(group), group)
 
     def _prepare_shared(self, group: dict[str, Any], part: Shared) -> None:
         """States on every process: of its own matrices, and counters of the others."""

@@ -24,8 +24,9 @@ from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.muon import DEFAULT_COEFFICIENTS, Muon
 from lowbit_muon.state.diagnosis import Diagnosis
+from lowbit_muon.state.gradients import count_skipped
 from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
-from lowbit_muon.step.group_step import AdjustLr, NsDtype, count_skipped
+from lowbit_muon.step.options import AdjustLr, NsDtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

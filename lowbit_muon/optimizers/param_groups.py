@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.muon import Muon
-from lowbit_muon.step.group_step import AdjustLr
-from lowbit_muon.step.options import check_group
+from lowbit_muon.step.options import AdjustLr, check_group
 
 Group = dict[str, Any]
 Override = str | StateFormat | AutoFormat | Mapping[str, Any]

@@ -1,172 +1,95 @@
-"""Codes of one oriented matrix: scales for every granularity, companding, factor storage.
-
-The codec knows formats and backends; it does not know what the matrix is for.
-"""
+"""What a codec does, and what it reads and writes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import Backend, PackedCodes
-from lowbit_muon.backends.reference import SMALLEST_SCALE
-from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.formats.codebook import Codebook, CodeLayout
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import Terms
 from lowbit_muon.formats.state_format import StateFormat
 
-# (rows, values): a function that yields the matrix in panels of rows, as often as it is called.
-Panels = Callable[[], Iterable[tuple[slice, Tensor]]]
+if TYPE_CHECKING:
+    from lowbit_muon.state.operands import Dense, Panels
+
+# Formats that keep a norm divide by it; momentum below this is stored as zero.
+SMALLEST_NORM = 1e-30
 
 
-def compress(x: Tensor, mu: float) -> Tensor:
-    """sign(x) ln(1 + mu |x|) / ln(1 + mu) (mu-law, ITU-T G.711); x is clamped to [-1, 1]."""
-    return x.abs().clamp_(max=1).mul_(mu).log1p_().div_(math.log1p(mu)).copysign_(x)
+class Stored(ABC):
+    """The tensors of b matrices that are stored in one format."""
+
+    codec: Codec
+    shape: tuple[int, int, int]  # (b, m, n) with m <= n
+    backend: Backend
+    device: torch.device
+
+    @abstractmethod
+    def each(self, role: str) -> Sequence[Tensor]:
+        """The tensors of this role, one for each matrix."""
+
+    @abstractmethod
+    def __getitem__(self, role: str) -> Tensor:
+        """Those tensors as one, [b, ..]."""
+
+    @abstractmethod
+    def blank(self, role: str) -> Tensor:
+        """Where the new tensors of this role go, [b, ..], until `commit`."""
+
+    @abstractmethod
+    def write(self, role: str, rows: slice, values: Tensor) -> None:
+        """Replace rows of the tensors of this role at once by values [b, rows, n]."""
 
 
-def expand(y: Tensor, mu: float) -> Tensor:
-    """The inverse of `compress`."""
-    return y.abs().mul_(math.log1p(mu)).expm1_().div_(mu).copysign_(y)
+class Decoder(ABC):
+    """Decodes stored matrices, also while their tensors are being replaced row by row."""
+
+    @abstractmethod
+    def add(self, out: Tensor, terms: Terms, rows: slice) -> Tensor:
+        """out <- buffer_weight * M[rows] + grad_weight * grad for these `terms`.
+
+        out: float32 [b, rows, n]. Returns the sum of squares of each matrix's part, float64 [b].
+        """
 
 
-def empty_codes(
-    rows: int, columns: int, layout: CodeLayout, *, single_scale: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Storage for the codes of a zero matrix [rows, columns]: (packed uint8, scales float32)."""
-    packed = torch.zeros(rows, layout.row_bytes(columns), dtype=torch.uint8, device=device)
-    shape = (1, 1) if single_scale else (rows, layout.blocks(columns))
-    return packed, torch.zeros(shape, dtype=torch.float32, device=device)
+class Codec(ABC):
+    """Stores matrices [rows, columns] of one format; oriented, [m, n] has the short side first."""
 
+    # Whether rows decode by themselves, so that a matrix need not be decoded as a whole.
+    by_rows = True
+    # Whether a matrix is codes times scales and no more, so that one pass updates it.
+    is_plain = False
 
-def store_panels(
-    panels: Panels,
-    packed: Tensor,
-    scales: Tensor,
-    state_format: StateFormat,
-    backend: Backend,
-    *,
-    measure_noise: bool = False,
-) -> float:
-    """Quantise a matrix that comes in panels of rows into `packed` and `scales`, in place.
+    def __init__(self, state_format: StateFormat, shape: tuple[int, int]) -> None:
+        self.state_format = state_format
+        self.rows, self.columns = shape
+        self.m, self.n = sorted(shape)
+        self.is_wide = self.rows <= self.columns
 
-    A rotating format overwrites the panels, and so does `measure_noise`: they must not be parts of
-    anything needed. Returns the squared Frobenius norm of the error if it is to be measured, or 0.
-    """
-    layout, book = state_format.code_layout(), state_format.code_book()
-    single_scale = state_format.granularity == "tensor"
-    if single_scale:
-        scales.fill_(_tensor_scale(panels, state_format, layout, backend))
-    noise = 0.0
-    for rows, panel in panels():
-        values = to_code_domain(panel, state_format, backend)
-        panel_scales = scales.expand(values.shape[0], 1) if single_scale else scales[rows]
-        if single_scale:
-            backend.encode(values, panel_scales, book, layout, packed=packed[rows])
-        else:
-            backend.quantize(values, book, layout, packed=packed[rows], scales=panel_scales)
-        if measure_noise:
-            codes = packed_codes(packed[rows], panel_scales, book, layout, values.shape[1])
-            noise += backend.accumulate(values, buffer_weight=-1.0, codes=codes)
-    return noise
+    @abstractmethod
+    def empty(self, device: torch.device, seed: int) -> dict[str, Tensor]:
+        """The tensors of a zero matrix by role; `seed` draws the start of a power iteration."""
 
+    @abstractmethod
+    def decoder(self, stored: Stored) -> Decoder:
+        """What decodes `stored`."""
 
-def to_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> Tensor:
-    """Values as the codebook sees them: rotated (in place) or companded, if the format says so."""
-    if state_format.rotate:
-        backend.rotate(values)
-    return compress(values, state_format.mu) if state_format.companded_scale else values
+    @abstractmethod
+    def encode(
+        self,
+        stored: Stored,
+        x: Dense | Panels,
+        norm: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Write the codes of M = x / scale where `stored` says (`Stored.blank`).
 
-
-def from_code_domain(values: Tensor, state_format: StateFormat, backend: Backend) -> None:
-    """Inverse of `to_code_domain`, in place."""
-    if state_format.companded_scale:
-        values.copy_(expand(values, state_format.mu))
-    if state_format.rotate:
-        backend.rotate(values, inverse=True)
-
-
-def _tensor_scale(
-    panels: Panels, state_format: StateFormat, layout: CodeLayout, backend: Backend
-) -> float:
-    """The one scale of a matrix: its statistic times clip, 0 if that underflows float32."""
-    largest = squares = 0.0
-    count = 0
-    for _, values in panels():
-        if not values.numel():
-            continue
-        values = to_code_domain(values, state_format, backend)
-        count += values.numel()
-        if layout.statistic == "absmax":
-            low, high = values.aminmax()
-            largest = max(largest, -float(low), float(high))
-        else:
-            squares += float(values.to(accumulation_dtype(values.device)).square().sum())
-    statistic = largest if layout.statistic == "absmax" else math.sqrt(squares / max(count, 1))
-    scale = statistic * layout.clip
-    return scale if scale >= SMALLEST_SCALE else 0.0
-
-
-def matrix_scales(values: Tensor, layout: CodeLayout) -> Tensor:
-    """The one scale of each matrix, float32 [b, 1, 1], of float32 values [b, m, n], m*n > 0.
-
-    What `store_panels` takes for granularity "tensor", on the device.
-    """
-    order = math.inf if layout.statistic == "absmax" else 2
-    statistic = torch.linalg.vector_norm(
-        values, order, dim=(1, 2), keepdim=True, dtype=accumulation_dtype(values.device)
-    )
-    if layout.statistic == "rms":
-        statistic = statistic / math.sqrt(values[0].numel())
-    scales = statistic * layout.clip
-    return torch.where(scales >= SMALLEST_SCALE, scales, 0.0).float()
-
-
-def packed_codes(
-    packed: Tensor, scales: Tensor, book: Codebook, layout: CodeLayout, columns: int
-) -> PackedCodes:
-    """Codes as kernels take them, with one row of scales for each row of codes."""
-    return PackedCodes(packed, scales.expand(packed.shape[0], -1), book, layout, columns)
-
-
-def load(
-    buffer: Tensor, packed: Tensor, scales: Tensor, state_format: StateFormat, backend: Backend
-) -> None:
-    """Decode into `buffer`, float32 [rows, columns]."""
-    codes = packed_codes(
-        packed, scales, state_format.code_book(), state_format.code_layout(), buffer.shape[1]
-    )
-    backend.accumulate(buffer, codes=codes)
-    from_code_domain(buffer, state_format, backend)
-
-
-def store_factor(
-    factor: Tensor, packed: Tensor, scales: Tensor, state_format: StateFormat, backend: Backend
-) -> None:
-    """Quantise a low-rank factor [length, rank], one scale a column, in place.
-
-    Stored transposed, so that a column's codes and scale are a row: packed [rank, bytes],
-    scales [rank, 1].
-    """
-    values = factor.mT.clone(memory_format=torch.contiguous_format)
-    backend.quantize(
-        to_code_domain(values, state_format, backend),
-        state_format.factor_code_book(),
-        state_format.factor_layout(),
-        packed=packed,
-        scales=scales,
-    )
-
-
-def load_factor(
-    packed: Tensor, scales: Tensor, length: int, state_format: StateFormat, backend: Backend
-) -> Tensor:
-    """Decode a low-rank factor: float32 [length, rank]."""
-    values = torch.empty(packed.shape[0], length, dtype=torch.float32, device=packed.device)
-    codes = packed_codes(
-        packed, scales, state_format.factor_code_book(), state_format.factor_layout(), length
-    )
-    backend.accumulate(values, codes=codes)
-    from_code_domain(values, state_format, backend)
-    return values.mT
+        x is kept; it may decode what is being replaced. norm: Frobenius norms of M, float64 [b], 0
+        for a matrix that is to be stored as zeros. scale: float64 [b], None for one. dtype: of x in
+        the spectral encoder's products on devices.
+        """

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.reference import unpack
-from lowbit_muon.linalg.newton_schulz import Triple
+from lowbit_muon.backends.packing import unpack
+from lowbit_muon.linalg.coefficients import Triple
 from lowbit_muon.state.stored import QuantizedMatrix
-from lowbit_muon.state.update_error import UpdateError, next_momentum, turned
+from lowbit_muon.state.update_error import UpdateError, next_momentum, rotated_sample
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,16 @@ def diagnose_matrix(
     name: str,
     steps: int,
     skipped: int,
-    decay: float,
+    momentum: float,
     coefficients: tuple[Triple, ...],
+    backend: str,
 ) -> Diagnosis:
     """The diagnosis of one stored matrix; `grad` is that of the next step, if there is one."""
-    momentum = stored.dequantize()
-    singular_values = torch.linalg.svdvals(momentum)
-    sample = turned(momentum) if grad is None else next_momentum(stored, grad, decay)
+    decoded = stored.dequantize(backend)
+    singular_values = torch.linalg.svdvals(decoded)
+    sample = (
+        rotated_sample(decoded) if grad is None else next_momentum(stored, grad, momentum, backend)
+    )
     return Diagnosis(
         name=name,
         shape=stored.shape,
@@ -79,7 +82,7 @@ def diagnose_matrix(
         bits_per_element=stored.bits_per_element,
         steps=steps,
         skipped=skipped,
-        direction_error=UpdateError(sample, coefficients).of(stored.state_format),
+        direction_error=UpdateError(sample, coefficients, backend).of(stored.state_format),
         with_gradient=grad is not None,
         effective_rank=effective_rank(singular_values),
         stable_rank=stable_rank(singular_values),

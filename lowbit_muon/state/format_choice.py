@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import Triple, resolve_coefficients
-from lowbit_muon.state.momentum_state import is_usable
+from lowbit_muon.linalg.coefficients import Triple, resolve_coefficients
+from lowbit_muon.state.gradients import is_usable
 from lowbit_muon.state.parameter import (
     MatrixView,
     assemble,
@@ -36,6 +36,7 @@ def choose_format(
     coefficients: Sequence[Triple],
     *,
     present: StateFormat | None = None,
+    backend: str = "auto",
 ) -> tuple[StateFormat, float | None]:
     """(format, its error) for matrices [rows, columns] like these, stored together.
 
@@ -43,7 +44,7 @@ def choose_format(
     """
     formats = auto.formats
     index = formats.index(present) if present in formats else 0
-    errors = [UpdateError(sample, coefficients) for sample in samples]
+    errors = [UpdateError(sample, coefficients, backend) for sample in samples]
     largest = None
     for place, candidate in enumerate(formats):
         known = [error for error in (each.of(candidate) for each in errors) if error is not None]
@@ -77,11 +78,15 @@ def revise_format(
     if bool(is_usable(grad)):
         samples = _next_momenta(flatten(grad, group), state, views, group, present)
         coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
-        chosen, error = choose_format(auto, samples, coefficients, present=present)
+        chosen, error = choose_format(
+            auto, samples, coefficients, present=present, backend=group["backend"]
+        )
     if chosen == present:
         return
     if present is not None:
-        converted = quantized_state(assemble(grad, views, present, state), chosen, views, group)
+        converted = quantized_state(
+            assemble(grad, views, present, state, group["backend"]), chosen, views, group
+        )
         for key in stored_keys(state, views):
             del state[key]
         state.update(converted)
@@ -110,7 +115,10 @@ def _next_momenta(
         return [grad[view.rows].float() for view in views]
     return [
         next_momentum(
-            read_matrix(state, view, present, grad.device), grad[view.rows], group["momentum"]
+            read_matrix(state, view, present, grad.device),
+            grad[view.rows],
+            group["momentum"],
+            group["backend"],
         )
         for view in views
     ]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from lowbit_muon.state.parameter import MatrixView, stored_keys
 from lowbit_muon.state.stored import QuantizedMatrix
 
 
@@ -24,14 +23,6 @@ def copy_stream(device: torch.device) -> torch.Stream | None:
     if accelerator is None or device.type != accelerator.type:
         return None
     return torch.Stream(device=device)
-
-
-def keep_on_host(state: dict[str, Any], views: Sequence[MatrixView]) -> None:
-    """Move a parameter's stored matrices to host memory, pinned if there is an accelerator."""
-    for key in stored_keys(state, views):
-        if state[key].device.type != "cpu":
-            host = state[key].cpu()
-            state[key] = host.pin_memory() if torch.accelerator.is_available() else host
 
 
 def finish_copies(device: torch.device) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.auto import AutoFormat, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.state.placement import local_part
+from lowbit_muon.state.placement import in_parts, local_part
+from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import ROLES, QuantizedMatrix, quantize
 
 
@@ -134,14 +135,18 @@ def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFor
 
 
 def assemble(
-    param: Tensor, views: list[MatrixView], state_format: StateFormat, state: Mapping[str, Any]
+    param: Tensor,
+    views: list[MatrixView],
+    state_format: StateFormat,
+    state: Mapping[str, Any],
+    backend: str,
 ) -> Tensor:
     """The stored momentum of a parameter, decoded: float32 [rows, columns]."""
     shape = (sum(view.shape[0] for view in views), views[0].shape[1])
     momentum = torch.empty(shape, dtype=torch.float32, device=param.device)
     for view in views:
         matrix = read_matrix(state, view, state_format, param.device)
-        momentum[view.rows] = matrix.dequantize()
+        momentum[view.rows] = matrix.dequantize(backend)
     return momentum
 
 
@@ -161,3 +166,45 @@ def quantized_state(
         matrix = quantize(part, state_format, seed=group["seed"] + index, backend=group["backend"])
         write_matrix(state, view, matrix)
     return state
+
+
+def prepare_state(
+    state: dict[str, Any],
+    param: Tensor,
+    group: dict[str, Any],
+    views: list[MatrixView],
+    own: Sequence[bool] | None = None,
+) -> None:
+    """Make what is missing of a parameter's state.
+
+    own: which of its matrices this process keeps, if others keep the rest.
+    """
+    local = local_part(param)
+    for name in ("step", "skipped"):
+        state.setdefault(name, 0)
+    for index, view in enumerate(views):
+        if stored_keys(state, [view]) or not (own is None or own[index]):
+            continue
+        matrix = QuantizedMatrix.zeros(
+            view.shape,
+            momentum_format(group, state),
+            seed=group["seed"] + index,
+            device=local.device,
+            backend=group["backend"],
+        )
+        write_matrix(state, view, matrix)
+    # Remainders lie beside the weights: with the owner of whole ones, and with every part.
+    here = own is None or any(own) or in_parts(param)
+    kept = here and group["compensation"] and Compensation.applies_to(param)
+    if kept and "remainder" not in state:
+        state["remainder"] = torch.zeros_like(local, dtype=torch.int8)
+    if group["offload"]:
+        keep_on_host(state, views)
+
+
+def keep_on_host(state: dict[str, Any], views: Sequence[MatrixView]) -> None:
+    """Move a parameter's stored matrices to host memory, pinned if there is an accelerator."""
+    for key in stored_keys(state, views):
+        if state[key].device.type != "cpu":
+            host = state[key].cpu()
+            state[key] = host.pin_memory() if torch.accelerator.is_available() else host

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.state.rows import SCRATCH_FLOATS
-from lowbit_muon.state.stored import orient
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.state.operands import SCRATCH_FLOATS
 
 # Bits of the significand, the hidden one included, and the exponent of the smallest subnormal: the
 # spacing of all subnormals.
@@ -20,27 +20,6 @@ _PARTS = 256
 
 
 @dataclass(frozen=True)
-class StochasticRounding:
-    """Rounds bfloat16 weights up or down with bits that depend on the seed."""
-
-    seed: int
-
-    def update(self, weight: Tensor, update: Tensor, decay: float, step_size: float) -> None:
-        """weight [m, n] <- decay * weight - step_size * update, rounded once."""
-
-        def scalar(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(value, dtype=dtype, device=weight.device)
-
-        DeviceReferenceBackend().update_weight(
-            weight,
-            update,
-            decay=scalar(decay, torch.float32),
-            step_size=scalar(step_size, torch.float32),
-            seed=scalar(self.seed, torch.int32),
-        )
-
-
-@dataclass(frozen=True)
 class Compensation:
     """Keeps what rounding to nearest left over of each weight, and adds it before the next update.
 
@@ -48,12 +27,16 @@ class Compensation:
     Compensated summation (Kahan, 1965), with its correction in 8 bits.
     """
 
-    remainder: Tensor  # int8 [rows, columns]
+    remainder: Tensor  # int8 [m, n], the short side first
 
     @staticmethod
     def applies_to(weight: Tensor) -> bool:
         """Whether rounding loses anything of such a weight's updates."""
         return weight.dtype in _SIGNIFICAND
+
+    def rows(self, rows: slice) -> Compensation:
+        """Of these rows of the weight."""
+        return Compensation(self.remainder[rows])
 
     def update(
         self, weight: Tensor, update: Tensor, decay: float | Tensor, step_size: float | Tensor
@@ -62,13 +45,64 @@ class Compensation:
 
         weight, update: [m, n], the short side first; the numbers may be tensors on their device.
         """
-        remainder = orient(self.remainder)
+        remainder = self.remainder
         height = max(1, SCRATCH_FLOATS // max(1, weight.shape[1]))
         for start in range(0, weight.shape[0], height):
             rows = slice(start, start + height)
             value = restore(weight[rows], remainder[rows])
             value.mul_(decay).sub_(update[rows] * step_size)
             split(value, weight[rows], remainder[rows])
+
+
+# How a new weight is rounded, if not to the nearest: stochastically, with a seed, int32 of one
+# element, or with what was left over.
+Rounding = Tensor | Compensation
+
+
+def update_weight(
+    weight: Tensor,
+    update: Tensor,
+    decay: float | Tensor,
+    step_size: float | Tensor,
+    rounding: Rounding | None,
+    backend: Backend,
+) -> None:
+    """weight <- decay * weight - step_size * update, rounded once.
+
+    weight: any float dtype [m, n], the short side first; update: float32 or half precision; the
+    numbers: one element each, on the weight's device, if they are tensors.
+    """
+    if isinstance(rounding, Compensation):
+        rounding.update(weight, update, decay, step_size)
+    elif weight.dtype == torch.float64:  # kernels know no such weights
+        weight.mul_(decay).sub_(update.double() * step_size)
+    else:
+        backend.update_weight(
+            weight,
+            update,
+            decay=_as_tensor(decay, weight),
+            step_size=_as_tensor(step_size, weight),
+            seed=rounding,
+        )
+
+
+def _as_tensor(value: float | Tensor, weight: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float32, device=weight.device)
+
+
+def rounding_seed(seed: int, parameter: int, matrix: int) -> int:
+    """Where the seeds of a matrix's stochastic rounding start: different for each matrix.
+
+    Odd constants of MurmurHash3 and xxHash spread neighbouring numbers.
+    """
+    return (seed * 0x85EBCA6B + parameter * 0xC2B2AE35 + matrix * 0x27D4EB2F) & 0x7FFFFFFF
+
+
+def seed_of_step(start: int | Tensor, step: int | Tensor) -> Any:
+    """The seed of a matrix in this step, below 2**31; ints or int64 tensors."""
+    return (start + step * 0x9E3779B1) & 0x7FFFFFFF
 
 
 def spacing(weight: Tensor) -> Tensor:

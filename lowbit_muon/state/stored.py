@@ -1,4 +1,4 @@
-"""A matrix stored in a `StateFormat`: real bytes, decoding, encoding.
+"""Stored matrices: one of them for users (`QuantizedMatrix`), a batch for a step (`StoredBatch`).
 
 The codes are oriented: a tall matrix is stored as its transpose, so that the short side is always
 the rows. The low-rank factors keep the original orientation, as MuonQ's power iteration does.
@@ -6,28 +6,26 @@ the rows. The low-rank factors keep the original orientation, as MuonQ's power i
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import Backend, PackedCodes, reads_integer_codes
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.tensors import accumulation_dtype, check_matrix, check_tensor
 from lowbit_muon.formats.presets import resolve_format
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.power_iteration import power_iteration, random_right_factor
-from lowbit_muon.linalg.root_iteration import full_precision_products
-from lowbit_muon.linalg.spectral import encoding_operator, spectral_expand, spectral_expand_codes
-from lowbit_muon.state import codec
-from lowbit_muon.state.rows import DenseRows, RowSource
+from lowbit_muon.state.codec import SMALLEST_NORM, Codec, Stored
+from lowbit_muon.state.codecs import codec_of
+from lowbit_muon.state.codecs.coded import Coded
+from lowbit_muon.state.codecs.low_rank import LowRank
+from lowbit_muon.state.operands import Dense
 
 # Norms outside this range are scaled to one before a Gram matrix squares them in float32.
 _SAFE_NORMS = (1e-12, 1e15)
-# Spectral formats divide by the norm; momentum below this is stored as zero.
-SMALLEST_NORM = 1e-30
 # Warm-started iterations reach this in a few optimizer steps; a one-off quantise does them at once.
 _ONE_OFF_ITERATIONS = 8
 
@@ -43,12 +41,102 @@ def orient(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
+class StoredBatch(Stored):
+    """Stored matrices of one shape and format, as one step reads and replaces them.
+
+    accepted: bool [b], which of them are replaced; None for all.
+    """
+
+    def __init__(self, matrices: Sequence[QuantizedMatrix], backend: Backend) -> None:
+        first = matrices[0]
+        self.matrices = matrices
+        self.backend = backend
+        self.device = first.device
+        self.codec: Codec = codec_of(first.state_format, first.shape)
+        self.shape = (len(matrices), self.codec.m, self.codec.n)
+        self.accepted: Tensor | None = None
+        self._read: dict[str, Tensor] = {}
+        self._new: dict[str, Tensor] = {}
+
+    def each(self, role: str) -> list[Tensor]:
+        """See `Stored.each`."""
+        return [matrix.tensors[role] for matrix in self.matrices]
+
+    def __getitem__(self, role: str) -> Tensor:
+        """See `Stored.__getitem__`; a view if there is one matrix."""
+        if role not in self._read:
+            tensors = self.each(role)
+            self._read[role] = (
+                tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+            )
+        return self._read[role]
+
+    def blank(self, role: str) -> Tensor:
+        """See `Stored.blank`; the stored tensor itself, if it may be replaced at once."""
+        if self.accepted is None and len(self.matrices) == 1:
+            return self[role]
+        if role not in self._new:
+            self._new[role] = torch.empty_like(self[role])
+        return self._new[role]
+
+    def write(self, role: str, rows: slice, values: Tensor) -> None:
+        """See `Stored.write`."""
+        for index, stored in enumerate(self.each(role)):
+            part, new = stored[rows], values[index]
+            if self.accepted is not None:
+                new = torch.where(self.accepted[index], new.to(part.dtype), part)
+            part.copy_(new)
+
+    def commit(self) -> None:
+        """Replace what is stored by what was written to `blank`, where accepted."""
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        for role, values in self._new.items():
+            if self.accepted is not None:
+                mask = self.accepted.view(-1, *[1] * (values.ndim - 1))
+                values = torch.where(mask, values, self[role])
+            old += self.each(role)
+            new += values.unbind()
+        if old:
+            torch._foreach_copy_(old, new)
+        self._new.clear()
+        self._read.clear()
+
+    def add(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        """(X, ||X||_F^2) of X = buffer_weight * M + grad_weight * grad, decoded as a whole.
+
+        terms: with grad [b, m, n]. X: float32 [b, m, n]; the squares: float64 [b].
+        """
+        x = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        return x, self.codec.decoder(self).add(x, terms, slice(0, self.shape[1]))
+
+    def add_and_encode(
+        self, terms: Terms, ahead: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass over plain codes and gradients (`Backend.update_codes`), for `commit`.
+
+        Returns Z = w X + v grad for (w, v) = ahead, ||X||_F^2 and ||Z||_F^2; see `add`.
+        """
+        assert isinstance(self.codec, Coded)
+        for role in ("codes", "scales"):  # not those that are being read
+            self._new[role] = torch.empty_like(self[role])
+        z = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        squares, z_squares = self.backend.update_codes(
+            Terms(0.0, self.codec.codes(self), terms.buffer_weight, terms.grad, terms.grad_weight),
+            packed=self._new["codes"],
+            scales=self._new["scales"],
+            out=z,
+            out_weights=ahead,
+        )
+        return z, squares.sum(dim=-1), z_squares.sum(dim=-1)
+
+
 @dataclass
 class QuantizedMatrix:
     """One stored matrix.
 
     shape: (rows, columns) of the matrix itself. tensors: all storage, by role, with m <= n the
-    sorted shape:
+    sorted shape; which of them there are depends on the format (`lowbit_muon.state.codecs`):
       dense [m, n];
       codes uint8 [m, bytes], scales float32 [m, blocks] or [1, 1];
       norm float64 [1]: Frobenius norm, for formats that store the matrix scaled to norm one;
@@ -64,31 +152,19 @@ class QuantizedMatrix:
 
     @classmethod
     def zeros(
-        cls, shape: tuple[int, int], state_format: StateFormat, *, seed: int, device: torch.device
+        cls,
+        shape: tuple[int, int],
+        state_format: StateFormat,
+        *,
+        seed: int,
+        device: torch.device,
+        backend: str = "auto",
     ) -> QuantizedMatrix:
         """A stored zero matrix; `seed` draws the start of the power iteration."""
-        f = state_format
-        m, n = sorted(shape)
-        tensors: dict[str, Tensor] = {}
-        if f.is_dense:
-            dtype = torch.float32 if f.bits == 32 else torch.bfloat16
-            tensors["dense"] = torch.zeros(m, n, dtype=dtype, device=device)
-            return cls(f, shape, tensors)
-        tensors["codes"], tensors["scales"] = codec.empty_codes(
-            m, n, f.code_layout(), single_scale=f.granularity == "tensor", device=device
-        )
-        for role, present in (("norm", f.stores_norm), ("noise", f.spectral)):
-            if present:
-                tensors[role] = torch.zeros(1, dtype=accumulation_dtype(device), device=device)
-        matrix = cls(f, shape, tensors)
-        if matrix.rank:
-            for side, length in zip(("left", "right"), shape, strict=True):
-                tensors[f"{side}_codes"], tensors[f"{side}_scales"] = codec.empty_codes(
-                    matrix.rank, length, f.factor_layout(), single_scale=False, device=device
-                )
-            start = random_right_factor(shape[1], matrix.rank, seed, device)
-            # Only its direction matters, and entries in [-1, 1] suit every codebook.
-            matrix._store_factor("right", start / start.norm(dim=0, keepdim=True))
+        codec = codec_of(state_format, shape)
+        matrix = cls(state_format, shape, codec.empty(device, seed))
+        if isinstance(codec, LowRank) and device.type != "meta":
+            codec.start(StoredBatch([matrix], get_backend(backend, device)), seed)
         return matrix
 
     @classmethod
@@ -142,223 +218,19 @@ class QuantizedMatrix:
         """Real storage in bits for each element of the matrix."""
         return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
 
-    def dequantize(self, backend: Backend | None = None) -> Tensor:
+    def dequantize(self, backend: str = "auto") -> Tensor:
         """The stored matrix, float32 [rows, columns]."""
-        backend = backend or get_backend("auto", self.device)
-        m, n = sorted(self.shape)
-        oriented = torch.empty(m, n, dtype=torch.float32, device=self.device)
-        if self.state_format.spectral:
-            self.decode_spectral(oriented, backend)
-        else:
-            self.decoder(backend).load(slice(0, m), oriented)
+        stored = StoredBatch([self], get_backend(backend, self.device))
+        oriented = stored.add(Terms(1.0))[0][0]
         return oriented if self.shape[0] <= self.shape[1] else oriented.mT.contiguous()
-
-    def decoder(self, backend: Backend) -> RowDecoder:
-        """Decodes any rows of a format that is not spectral."""
-        f, tensors = self.state_format, self.tensors
-        return RowDecoder(
-            state_format=f,
-            columns=max(self.shape),
-            backend=backend,
-            stored=tensors["dense" if f.is_dense else "codes"],
-            scales=None if f.is_dense else tensors["scales"].clone(),
-            norm=float(tensors["norm"]) if f.stores_norm else 1.0,
-            factors=self.oriented_factors(backend) if self.rank else None,
-        )
 
     def codes(self) -> PackedCodes:
         """The codes of a format that is not dense."""
-        f = self.state_format
-        return codec.packed_codes(
-            self.tensors["codes"],
-            self.tensors["scales"],
-            f.code_book(),
-            f.code_layout(),
-            max(self.shape),
-        )
-
-    def decode_spectral(self, out: Tensor, backend: Backend) -> None:
-        """Decode a spectral format into float32 out [m, n]."""
-        f, codes = self.state_format, self.codes()
-        norm, noise = float(self.tensors["norm"]), float(self.tensors["noise"])
-        if norm == 0 or not out.numel():
-            out.zero_()
-            return
-        if reads_integer_codes(codes):
-            spectral_expand_codes(codes, f.spectral_shift, noise=noise, backend=backend, out=out)
-        else:
-            companded = torch.empty_like(out)
-            backend.accumulate(companded, codes=codes)
-            spectral_expand(companded, f.spectral_shift, noise=noise, out=out)
-        if f.rotate:
-            backend.rotate(out, inverse=True)
-        decoded_norm = math.sqrt(backend.accumulate(out, buffer_weight=1.0))
-        # Decoding noise would change the norm a little in every step, and that adds up.
-        out.mul_(norm / decoded_norm if decoded_norm > 0 else 0.0)
-
-    def oriented_factors(self, backend: Backend) -> tuple[Tensor, Tensor]:
-        """(L [m, rank], R [n, rank]) with L R^T the low-rank part of the oriented matrix."""
-        left, right = (self._load_factor(side, backend) for side in ("left", "right"))
-        return (left, right) if self.shape[0] <= self.shape[1] else (right, left)
-
-    def store(self, source: RowSource, norm: float, *, scale: float = 1.0) -> None:
-        """Replace the stored matrix.
-
-        source: scale * the matrix, [m, n]; it may decode what is being replaced. norm: Frobenius
-        norm of the matrix. The scale keeps scale * norm in the range that a float32 Gram matrix
-        can square (`rescaling`).
-        """
-        f, tensors, backend = self.state_format, self.tensors, source.backend
-        if not math.prod(source.shape):
-            return
-        divisor = scale
-        if f.stores_norm:
-            norm = norm if norm >= SMALLEST_NORM else 0.0
-            tensors["norm"].fill_(norm)
-            divisor *= norm
-        if f.is_dense:
-            for rows, panel in source.panels():
-                tensors["dense"][rows] = panel.div_(divisor)
-            source.release()
-            return
-        operator = self._encoding_operator(source, divisor) if f.spectral and divisor else None
-        factors = self._factorise(source, divisor) if self.rank else None
-
-        def panels() -> Iterator[tuple[slice, Tensor]]:
-            # In panels of rows, so that neither Y nor a residual ever exists as a whole.
-            for rows in source.slices():
-                if operator is not None:
-                    panel = source.panel_memory(rows)
-                    source.add_product(operator[rows], panel, alpha=1.0, beta=0.0)
-                elif divisor == 0:
-                    panel = source.panel(rows).zero_()
-                else:
-                    panel = source.panel(rows)
-                    if divisor != 1:
-                        panel.div_(divisor)
-                if factors is not None:
-                    left, right = factors
-                    backend.product(left[rows], right.mT, out=panel, alpha=-1.0, beta=1.0)
-                yield rows, panel
-
-        noise = codec.store_panels(
-            panels, tensors["codes"], tensors["scales"], f, backend, measure_noise=f.spectral
-        )
-        if f.spectral:
-            tensors["noise"].fill_(noise)
-        source.release()
-
-    def _encoding_operator(self, source: RowSource, norm: float) -> Tensor:
-        """C / norm with Y = C X / norm, for a source of this norm."""
-        with full_precision_products():
-            gram_matrix = source.gram().div_(norm).div_(norm)
-            return encoding_operator(gram_matrix, self.state_format.spectral_shift).div_(norm)
-
-    def _factorise(self, source: RowSource, divisor: float) -> tuple[Tensor, Tensor]:
-        """One power iteration from the stored right factor; stores both.
-
-        Returns, oriented, the factors whose product the residual is to be taken from.
-        """
-        wide = self.shape[0] <= self.shape[1]
-        backend = source.backend
-        products = (source.times, source.transposed_times)
-        previous = self._load_factor("right", backend)
-        left, right = power_iteration(*(products if wide else products[::-1]), previous)
-        right = right / divisor if divisor else torch.zeros_like(right)
-        # A zero matrix has no directions; the last ones must survive it, without a contribution.
-        if bool(right.any()):
-            self._store_factor("right", right, backend)
-        else:
-            left = torch.zeros_like(left)
-        self._store_factor("left", left, backend)
-        if self.state_format.residual_after == "stored":
-            return self.oriented_factors(backend)
-        return (left, right) if wide else (right, left)
-
-    def _store_factor(self, side: str, factor: Tensor, backend: Backend | None = None) -> None:
-        packed, scales = self.tensors[f"{side}_codes"], self.tensors[f"{side}_scales"]
-        if packed.is_meta:
-            return
-        backend = backend or get_backend("auto", packed.device)
-        codec.store_factor(factor, packed, scales, self.state_format, backend)
-
-    def _load_factor(self, side: str, backend: Backend) -> Tensor:
-        length = self.shape[0] if side == "left" else self.shape[1]
-        return codec.load_factor(
-            self.tensors[f"{side}_codes"],
-            self.tensors[f"{side}_scales"],
-            length,
-            self.state_format,
-            backend,
-        )
-
-
-@dataclass(frozen=True)
-class RowDecoder:
-    """Decodes rows of a stored matrix that is not spectral.
-
-    It keeps what all rows share (scales, factors, norm), so that rows can still be decoded while
-    others are being replaced.
-    """
-
-    state_format: StateFormat
-    columns: int
-    backend: Backend
-    stored: Tensor  # packed codes, or the dense matrix
-    scales: Tensor | None
-    norm: float
-    factors: tuple[Tensor, Tensor] | None
-
-    def load(
-        self,
-        rows: slice,
-        out: Tensor,
-        *,
-        weight: float = 1.0,
-        addend: Tensor | None = None,
-        addend_weight: float = 1.0,
-    ) -> float:
-        """out <- weight * M[rows] + addend_weight * addend; returns its sum of squares.
-
-        out: float32 [rows, n]; addend: [rows, n] as `Backend.accumulate` takes gradients.
-        """
-        f, codes = self.state_format, None
-        buffer_weight = weight * self.norm
-        if not out.numel():
-            return 0.0
-        if f.is_dense:
-            out.copy_(self.stored[rows])
-        elif f.companded_scale or f.rotate:
-            codec.load(out, self.stored[rows], self._row_scales(rows), f, self.backend)
-            self._add_factors(rows, out, beta=1.0)
-        else:
-            codes = codec.packed_codes(
-                self.stored[rows],
-                self._row_scales(rows),
-                f.code_book(),
-                f.code_layout(),
-                self.columns,
-            )
-            if self.factors is None:
-                buffer_weight = 0.0
-            self._add_factors(rows, out, beta=0.0)
-        return self.backend.accumulate(
-            out,
-            buffer_weight=buffer_weight,
-            codes=codes,
-            code_weight=weight,
-            grad=addend,
-            grad_weight=addend_weight,
-        )
-
-    def _row_scales(self, rows: slice) -> Tensor:
-        assert self.scales is not None
-        return self.scales if self.state_format.granularity == "tensor" else self.scales[rows]
-
-    def _add_factors(self, rows: slice, out: Tensor, *, beta: float) -> None:
-        if self.factors is not None:
-            left, right = self.factors
-            self.backend.product(left[rows], right.mT, out=out, beta=beta)
+        codec = codec_of(self.state_format, self.shape)
+        if not isinstance(codec, Coded):
+            raise ValueError(f"codes: expected a format with codes, got '{self.state_format.name}'")
+        scales = self.tensors["scales"].expand(codec.m, -1)
+        return PackedCodes(self.tensors["codes"], scales, codec.book, codec.layout, codec.n)
 
 
 def quantize(
@@ -377,22 +249,32 @@ def quantize(
     """
     check_matrix("matrix", matrix)
     f = resolve_format(state_format)
-    chosen = get_backend(backend, matrix.device)
-    buffer = orient(matrix.detach()).to(torch.float32, copy=True).contiguous()
-    squares = chosen.accumulate(buffer, buffer_weight=1.0)
-    if not math.isfinite(squares):
+    kernels = get_backend(backend, matrix.device)
+    buffer = orient(matrix.detach()).to(torch.float32, copy=True).contiguous().unsqueeze(0)
+    squares = kernels.accumulate(buffer, Terms(1.0)).sum(dim=-1)
+    if not bool(squares.isfinite()):
         raise ValueError("matrix: expected finite float32 values, got inf or nan")
-    norm = math.sqrt(squares)
+    norm = squares.sqrt()
     scale = rescaling(norm)
-    source = DenseRows(buffer.mul_(scale), chosen)
+    if scale is not None:
+        buffer.mul_(scale.float().view(-1, 1, 1))
     rows, columns = matrix.shape
-    quantized = QuantizedMatrix.zeros((rows, columns), f, seed=seed, device=matrix.device)
-    for _ in range(_ONE_OFF_ITERATIONS if quantized.rank else 1):
-        quantized.store(source, norm, scale=scale)
+    quantized = QuantizedMatrix.zeros(
+        (rows, columns), f, seed=seed, device=matrix.device, backend=backend
+    )
+    if buffer.numel():
+        stored = StoredBatch([quantized], kernels)
+        for _ in range(_ONE_OFF_ITERATIONS if quantized.rank else 1):
+            stored.codec.encode(stored, Dense(buffer, kernels), norm, scale, torch.float32)
+            stored.commit()
     return quantized
 
 
-def rescaling(norm: float) -> float:
-    """Factor that brings a norm into the range that float32 can square; 1 if it is there."""
+def rescaling(norm: Tensor) -> Tensor | None:
+    """Factors that bring norms, float64 [b], into the range that float32 can square.
+
+    None if all of them are there.
+    """
     smallest, largest = _SAFE_NORMS
-    return 1.0 if norm < SMALLEST_NORM or smallest <= norm <= largest else 1 / norm
+    safe = (norm < SMALLEST_NORM) | ((norm >= smallest) & (norm <= largest))
+    return None if bool(safe.all()) else torch.where(safe, 1.0, 1 / norm)

@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import Triple, orthogonalize
-from lowbit_muon.state.momentum_state import NORM_EPS
+from lowbit_muon.linalg.coefficients import Triple
+from lowbit_muon.linalg.newton_schulz import orthogonalize
+from lowbit_muon.state.gradients import NORM_EPS
 from lowbit_muon.state.stored import QuantizedMatrix, orient, quantize
 
-TURNED_COLUMNS = 128  # at once: entries of a sum of so many are close to normal
+SAMPLE_COLUMNS = 128  # at once: entries of a sum of so many are close to normal
 
 
-def next_momentum(stored: QuantizedMatrix, grad: Tensor, decay: float) -> Tensor:
-    """decay * M + (1 - decay) * G, or as formats that normalise take it; [rows, columns]."""
-    momentum = stored.dequantize()
+def next_momentum(stored: QuantizedMatrix, grad: Tensor, momentum: float, backend: str) -> Tensor:
+    """momentum*M + (1 - momentum)*G, or as formats that normalise take it; [rows, columns]."""
+    decoded = stored.dequantize(backend)
     if stored.state_format.normalize:
-        return decay * momentum + grad.float() / (grad.float().norm() + NORM_EPS)
-    return decay * momentum + (1 - decay) * grad.float()
+        return momentum * decoded + grad.float() / (grad.float().norm() + NORM_EPS)
+    return momentum * decoded + (1 - momentum) * grad.float()
 
 
-def turned(matrix: Tensor) -> Tensor:
+def rotated_sample(matrix: Tensor) -> Tensor:
     """A matrix like this one, [rows, columns], that codes do not hold exactly already.
 
     It is multiplied on its long side by an orthogonal matrix, always the same one.
@@ -31,7 +32,7 @@ def turned(matrix: Tensor) -> Tensor:
     oriented = orient(matrix)
     generator = torch.Generator().manual_seed(0)
     parts = []
-    for part in oriented.split(TURNED_COLUMNS, dim=1):
+    for part in oriented.split(SAMPLE_COLUMNS, dim=1):
         size = part.shape[1]
         q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
         parts.append(part @ q.to(part.device))
@@ -42,9 +43,10 @@ def turned(matrix: Tensor) -> Tensor:
 class UpdateError:
     """How far storing a matrix once moves its Newton-Schulz update."""
 
-    def __init__(self, matrix: Tensor, coefficients: Sequence[Triple]) -> None:
+    def __init__(self, matrix: Tensor, coefficients: Sequence[Triple], backend: str) -> None:
         """matrix: [rows, columns]; factors and scales go by this orientation."""
         self._matrix, self._coefficients = matrix, coefficients
+        self._backend = backend
         self._exact = self._update(matrix)
         self._size = float(self._exact.norm())
 
@@ -52,8 +54,12 @@ class UpdateError:
         """Relative error, in the Frobenius norm; None for zeros, which have no direction."""
         if not self._size > 0:
             return None
-        stored = quantize(self._matrix, state_format).dequantize()
-        return float((self._update(stored) - self._exact).norm()) / self._size
+        stored = quantize(self._matrix, state_format, backend=self._backend)
+        return (
+            float((self._update(stored.dequantize(self._backend)) - self._exact).norm())
+            / self._size
+        )
 
     def _update(self, matrix: Tensor) -> Tensor:
-        return orthogonalize(orient(matrix), len(self._coefficients), self._coefficients)
+        coefficients = self._coefficients
+        return orthogonalize(orient(matrix), len(coefficients), coefficients, backend=self._backend)

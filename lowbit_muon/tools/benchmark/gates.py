@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import NS_COEFFICIENTS
+from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS
 from lowbit_muon.linalg.root_iteration import full_precision_products
 
 # Root of the mean squared error of a unit Gaussian in codes of so many bits (presets.py; 8 bits:

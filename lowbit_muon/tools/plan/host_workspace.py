@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import gram_operator, resolve_coefficients
+from lowbit_muon.linalg.coefficients import resolve_coefficients
+from lowbit_muon.linalg.newton_schulz import gram_operator
 from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
 from lowbit_muon.state.rows import SCRATCH_FLOATS
 from lowbit_muon.tools.plan.device_workspace import META, LiveBytes

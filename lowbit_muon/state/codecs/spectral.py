@@ -1,0 +1,114 @@
+"""Codes of a companded spectrum: decoded by a polynomial in the codes, encoded by its inverse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.codes import PackedCodes, Terms, reads_integer_codes
+from lowbit_muon.backends.tensors import accumulation_dtype
+from lowbit_muon.linalg.precision import full_precision_products
+from lowbit_muon.linalg.spectral import decoding_operator, encoding_operator
+from lowbit_muon.state.codec import Decoder, Stored
+from lowbit_muon.state.codecs.coded import Coded
+from lowbit_muon.state.operands import Dense, Panels, row_slices
+
+
+class Spectral(Coded):
+    """Beside those of `Coded`, of Y and not of the matrix: norm float64 [1], its Frobenius norm,
+    and noise float64 [1]: squared Frobenius norm of the error that Y was quantised with."""
+
+    by_rows = False
+
+    def empty(self, device: torch.device, seed: int) -> dict[str, Tensor]:
+        """See `Codec.empty`."""
+        tensors = super().empty(device, seed)
+        tensors["noise"] = torch.zeros(1, dtype=accumulation_dtype(device), device=device)
+        return tensors
+
+    def decoder(self, stored: Stored) -> Decoder:
+        """See `Codec.decoder`; it decodes all rows at once."""
+        return _SpectralDecoder(self, stored)
+
+    def encode(
+        self,
+        stored: Stored,
+        x: Dense | Panels,
+        norm: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """See `Codec.encode`.
+
+        On devices x is taken in half precision, times sqrt(m n), which makes its entries about one.
+        Its rounding is a thousandth of 4-bit noise after the operator has enlarged it.
+        """
+        backend = stored.backend
+        assert isinstance(x, Dense)
+        matrix = x.matrix
+        divisor = self.divisor(stored, norm, scale)
+        assert divisor is not None
+        unit = 1 / math.sqrt(self.m * self.n)
+        with full_precision_products():
+            if backend.asynchronous:
+                half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+                matrix = backend.scaled(matrix, (1 / (divisor * unit)).float(), out=half)
+                gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
+                backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
+                operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
+                operator = operator.to(dtype)
+            else:
+                size, unit = divisor.float().view(-1, 1, 1), 1.0
+                gram = x.gram().div_(size).div_(size)
+                operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
+                operator.div_(size)
+
+        def companded() -> Iterator[tuple[slice, Tensor]]:
+            slices = row_slices(matrix.shape, backend)
+            shape = (len(matrix), slices[0].stop, self.n)
+            scratch = torch.empty(shape, dtype=torch.float32, device=matrix.device)
+            for rows in slices:
+                y = scratch[:, : rows.stop - rows.start]
+                yield rows, backend.product(operator[:, rows], matrix, out=y, alpha=unit)
+
+        stored.blank("noise").zero_()
+        self.write_codes(stored, companded)
+
+    def written(self, stored: Stored, rows: slice, values: Tensor) -> None:
+        """See `Coded.written`: measures the noise."""
+        packed, scales = stored.blank("codes"), stored.blank("scales")
+        scales = scales.expand(*packed.shape[:2], -1)
+        codes = PackedCodes(packed, scales, self.book, self.layout, self.n).row_slice(rows)
+        errors = stored.backend.accumulate(values, Terms(-1.0, codes=codes))
+        stored.blank("noise").add_(errors.sum(dim=-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class _SpectralDecoder(Decoder):
+    codec: Spectral
+    stored: Stored
+
+    def add(self, out: Tensor, terms: Terms, rows: slice) -> Tensor:
+        """See `Decoder.add`."""
+        codec, backend = self.codec, self.stored.backend
+        codes, norm, noise = codec.codes(self.stored), self.stored["norm"], self.stored["noise"]
+        shift = codec.state_format.spectral_shift
+        if reads_integer_codes(codes):
+            operator = decoding_operator(
+                backend.code_gram(codes), norm[:, 0], noise[:, 0], shift, codec.n, backend
+            )
+            backend.code_product(operator, codes, out=out)
+        else:
+            y = torch.empty_like(out)
+            backend.accumulate(y, Terms(codes=codes))
+            with full_precision_products():
+                gram = backend.symmetric_product(y)
+                operator = decoding_operator(gram, norm[:, 0], noise[:, 0], shift, codec.n, backend)
+                backend.product(operator, y, out=out)
+        if codec.state_format.rotate:
+            backend.rotate(out, inverse=True)
+        return backend.accumulate(out, terms).sum(dim=-1)

@@ -1,0 +1,194 @@
+"""A group's parameters in batches of matrices of one shape; their counters, seeds and flags."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.state.gradients import count_skipped, is_usable
+from lowbit_muon.state.offload import Fetched
+from lowbit_muon.state.operands import SCRATCH_FLOATS
+from lowbit_muon.state.parameter import ParameterStep, flatten, momentum_format, read_matrix
+from lowbit_muon.state.rounding import Compensation, Rounding, rounding_seed, seed_of_step
+from lowbit_muon.state.stored import QuantizedMatrix, orient
+from lowbit_muon.step.update import Batch, MuonRule, update
+
+State = dict[str, Any]
+
+# Elements that a batch of several matrices has at most. On a device 16 Mi: enough to fill it; while
+# they are worked on they take 10 to 16 bytes each, and with a spectral encoder's m x m matrices,
+# for m = n, up to 50. On a host, where a batch saves calls and nothing else, what stays in a cache.
+DEVICE_ELEMENTS = 2**24
+HOST_ELEMENTS = SCRATCH_FLOATS
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One matrix, and what its parameter is told of it."""
+
+    weight: Tensor
+    grad: Tensor
+    momentum: QuantizedMatrix
+    rounding: Rounding | None
+    one: ParameterStep
+    backend: Backend
+    counts: bool  # whether its parameter is counted by it
+    usable: Tensor | None  # for a parameter of several matrices: whether its whole gradient is
+
+
+def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[str, Any]) -> None:
+    """One step of parameters of one group, each with its gradient."""
+    buckets: dict[Hashable, list[_Item]] = defaultdict(list)
+    for one in steps:
+        for item in _items(one, group):
+            momentum, weight = item.momentum, item.weight
+            dtypes = (weight.dtype, item.grad.dtype)
+            key = (momentum.shape, momentum.state_format, dtypes, item.backend, weight.device)
+            buckets[key].append(item)
+    batches = [part for items in buckets.values() for part in _parts(items)]
+    for items, momenta in _with_momenta(batches, offload=group["offload"]):
+        batch = Batch(
+            [item.weight for item in items],
+            [item.grad for item in items],
+            momenta,
+            [item.rounding for item in items],
+            _flags([item.usable for item in items]),
+        )
+        _count(items, update(batch, rule, items[0].backend))
+
+
+def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
+    """The matrices of a parameter; none if a host finds that its gradient is not usable."""
+    state, views = one.state, one.views
+    backend = get_backend(group["backend"], one.param.device)
+    grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
+    # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
+    usable = is_usable(grad) if len(views) > 1 else None
+    if usable is not None and not backend.asynchronous:
+        if not bool(usable):
+            count_skipped(state, one.param)
+            return
+        usable = None
+    grad, weights = flatten(grad, group), flatten(one.param, group)
+    state_format = momentum_format(group, state)
+    views = [view for view in views if view.shape[0] * view.shape[1]]
+    if not views:  # nothing in it, and nothing to wait for
+        state["step"] += 1
+    for index, view in enumerate(views):
+        yield _Item(
+            weights[view.rows],
+            grad[view.rows],
+            read_matrix(state, view, state_format),
+            _rounding(one, index, group, backend),
+            one,
+            backend,
+            index == 0,
+            usable,
+        )
+
+
+def _rounding(
+    one: ParameterStep, index: int, group: dict[str, Any], backend: Backend
+) -> Rounding | None:
+    """How a matrix's new weights are rounded, if not to the nearest."""
+    if "remainder" in one.state:
+        rows = one.views[index].rows
+        return Compensation(orient(flatten(one.state["remainder"], group)[rows]))
+    if not (group["stochastic_rounding"] and one.param.dtype == torch.bfloat16):
+        return None
+    device = one.param.device
+    step = _counter(one.state, "step", device) if backend.asynchronous else int(one.state["step"])
+    seed = seed_of_step(rounding_seed(group["seed"], one.number, index), step)
+    if isinstance(seed, Tensor):
+        return seed.int()
+    return torch.tensor(seed, dtype=torch.int32, device=device)
+
+
+def _parts(items: list[_Item]) -> Iterator[list[_Item]]:
+    """What goes into one batch, by the memory that it takes."""
+    momentum, asynchronous = items[0].momentum, items[0].backend.asynchronous
+    m, n = sorted(momentum.shape)
+    # The spectral encoder holds nine m x m matrices, all else some three of m x n.
+    encoder = 3 * m * m if momentum.state_format.spectral else 0
+    elements = DEVICE_ELEMENTS if asynchronous else HOST_ELEMENTS
+    size = max(1, elements // (m * n + encoder))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _with_momenta(
+    batches: Sequence[list[_Item]], *, offload: bool
+) -> Iterator[tuple[list[_Item], Sequence[QuantizedMatrix]]]:
+    """Each batch with its stored matrices, prefetched one batch ahead if they are offloaded."""
+
+    def fetch(items: list[_Item]) -> Fetched:
+        return Fetched([item.momentum for item in items], items[0].weight.device)
+
+    if not offload:
+        yield from ((items, [item.momentum for item in items]) for items in batches)
+        return
+    ahead = fetch(batches[0]) if batches else None
+    for index, items in enumerate(batches):
+        here = ahead
+        assert here is not None
+        ahead = fetch(batches[index + 1]) if index + 1 < len(batches) else None
+        yield items, here.matrices()
+        here.give_back()
+
+
+def _flags(flags: Sequence[Tensor | None]) -> Tensor | None:
+    """bool [b], True where there is none; None if there are none at all."""
+    some = next((flag for flag in flags if flag is not None), None)
+    if some is None:
+        return None
+    true = torch.ones_like(some)
+    return torch.stack([true if flag is None else flag for flag in flags])
+
+
+def _count(items: Sequence[_Item], accepted: Tensor) -> None:
+    """Count the steps of parameters, and the gradients that were skipped."""
+    if not items[0].backend.asynchronous:
+        for item, is_accepted in zip(items, accepted.tolist(), strict=True):
+            if item.counts and is_accepted:
+                item.one.state["step"] += 1
+            elif item.counts:
+                count_skipped(item.one.state, item.one.param)
+        return
+    for name, flags in (("step", accepted), ("skipped", ~accepted)):
+        changes = zip(items, flags.long().unbind(), strict=True)
+        counted = [
+            (_counter(item.one.state, name, accepted.device), change)
+            for item, change in changes
+            if item.counts
+        ]
+        if counted:
+            counters, numbers = zip(*counted, strict=True)
+            torch._foreach_add_(counters, numbers)
+
+
+def _counter(state: State, name: str, device: torch.device) -> Tensor:
+    """A count in a parameter's state as an int64 tensor on the parameter's device.
+
+    Whether a gradient was finite is known to the device alone; `host_counters` reads it.
+    """
+    count = state[name]
+    if not isinstance(count, Tensor):
+        state[name] = torch.full((), count, dtype=torch.int64, device=device)
+    return state[name]
+
+
+def host_counters(state: State) -> State:
+    """The state with its counts as plain ints."""
+    counts = {
+        name: int(state[name])
+        for name in ("step", "skipped")
+        if isinstance(state.get(name), Tensor) and state[name].dtype == torch.int64
+    }
+    return {**state, **counts}

@@ -1,0 +1,388 @@
+"""The step: decode, add the gradient, encode, look ahead, orthogonalise, update the weights.
+
+One for hosts and devices, on a batch of matrices of one shape. What depends on values (norms, which
+gradients are finite) stays in tensors. A host reads them where it would otherwise do work for
+nothing; a device is never waited for, and writes through masks instead, so that a matrix with a
+gradient that is not finite keeps its momentum and its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import Terms, reads_integer_codes
+from lowbit_muon.linalg.coefficients import Triple, resolve_coefficients
+from lowbit_muon.linalg.newton_schulz import (
+    gram_operator,
+    orthogonalize_half,
+    standard_form,
+    takes_gram_form,
+)
+from lowbit_muon.state.codecs.spectral import Spectral
+from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
+from lowbit_muon.state.operands import Companded, Dense, Operand, Panels, row_slices
+from lowbit_muon.state.rounding import Compensation, Rounding, update_weight
+from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient, rescaling
+from lowbit_muon.step.options import AdjustLr, NsDtype
+
+_T = TypeVar("_T")
+
+# Small enough for float32 beside the square root of a matrix's size.
+_SMALLEST_DIVISOR = 1e-30
+
+
+@dataclass(frozen=True)
+class MuonRule:
+    """A group's options, as a step of its matrices needs them. lr may be a tensor on the device."""
+
+    lr: float | Tensor
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    coefficients: Sequence[Triple]
+    eps: float
+    adjust_lr_fn: AdjustLr | None
+    ns_input: Literal["exact", "stored"]
+    ns_dtype: NsDtype
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any]) -> MuonRule:
+        names = (field.name for field in dataclasses.fields(cls) if field.name in group)
+        coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+        return cls(coefficients=coefficients, **{name: group[name] for name in names})
+
+    def scale(self, shape: Sequence[int]) -> float:
+        """Factor of the learning rate for a matrix [rows, columns] (see `lowbit_muon.Muon`)."""
+        rows, columns = shape
+        if self.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+        return math.sqrt(max(1.0, rows / columns))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Matrices of one shape, format, dtype of weight and of gradient, and device.
+
+    weights, grads: [rows, columns] each, any float dtype and strides. rounding: of the new weights;
+    to the nearest where None. allowed: bool [b], False for those that are to be left as they are.
+    """
+
+    weights: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    momenta: Sequence[QuantizedMatrix]
+    rounding: Sequence[Rounding | None]
+    allowed: Tensor | None = None
+
+    def where(self, chosen: Sequence[bool]) -> Batch:
+        """Those that are chosen, all of them allowed."""
+
+        def some(values: Sequence[_T]) -> list[_T]:
+            return list(itertools.compress(values, chosen))
+
+        return Batch(some(self.weights), some(self.grads), some(self.momenta), some(self.rounding))
+
+    def stacked_gradients(self) -> Tensor:
+        """[b, m, n], in a dtype that kernels take; a view if there is one matrix."""
+        grads = [orient(g.float() if g.dtype == torch.float64 else g) for g in self.grads]
+        return grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
+
+
+def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
+    """Update momenta and weights; returns which matrices were accepted, bool [b].
+
+    M <- momentum*M + (1 - momentum)*G; W <- (1 - lr*wd)*W - lr*scale*orthogonalize(X) with X = M,
+    or with Nesterov momentum*M + (1 - momentum)*G, or what the codes hold then (`ns_input`). A
+    format with `normalize` divides G by its norm, sums, and divides M by its norm
+    (arXiv 2605.11396).
+    """
+    stored = StoredBatch(batch.momenta, backend)
+    terms = _terms(batch.stacked_gradients(), stored, rule)
+    fresh, squares = _add_gradient(stored, terms, rule)
+
+    accepted = squares <= LARGEST_NORM**2  # false for nan
+    if batch.allowed is not None:
+        accepted &= batch.allowed
+    if backend.asynchronous:
+        stored.accepted = accepted
+    elif not bool(accepted.all()):
+        return _update_others(accepted, batch, rule, backend)
+    norm = torch.where(accepted, squares, 0.0).sqrt()
+
+    scale, terms = _scale(fresh, norm, terms, stored)
+    # Codes that products go on reading are replaced last.
+    encode_last = isinstance(fresh, Panels) and rule.ns_input == "exact"
+    if not encode_last:
+        _encode(stored, fresh, norm, scale, rule)
+    if rule.ns_input == "stored":
+        x, x_norm, scale, rule = _stored_operand(stored, norm, rule)
+    elif rule.nesterov:
+        x, x_norm = _look_ahead(fresh, terms, rule)
+    else:
+        x, x_norm = fresh, norm if scale is None else norm * scale
+    inverse = torch.where(accepted, _inverse(x_norm, rule.eps, scale), 0.0)
+    _update_weights(batch, _orthogonalize(x, x_norm, inverse, rule), accepted, rule)
+    if encode_last:
+        _encode(stored, fresh, norm, scale, rule)
+    return accepted
+
+
+class _Ahead(Dense):
+    """X that looks ahead already; its codes wait to be committed (`StoredBatch.add_and_encode`)."""
+
+    def __init__(self, matrix: Tensor, backend: Backend, squares: Tensor) -> None:
+        super().__init__(matrix, backend)
+        self.squares = squares
+
+
+def _terms(grads: Tensor, stored: StoredBatch, rule: MuonRule) -> Terms:
+    """What the new momentum is the sum of."""
+    weight: float | Tensor = 1 - rule.momentum
+    if stored.codec.state_format.normalize:
+        norms = torch.stack([frobenius_norm(grad) for grad in grads])
+        weight = 1 / (norms + NORM_EPS)
+    return _weighted(Terms(rule.momentum, grad=grads), weight, stored.backend)
+
+
+def _weighted(terms: Terms, weight: float | Tensor, backend: Backend) -> Terms:
+    """The terms with the gradients times `weight`, a number or float64 [b]."""
+    if isinstance(weight, Tensor):
+        if not backend.asynchronous and len(weight) == 1:
+            weight = float(weight)
+        else:  # which are numbers on a device, or several
+            assert terms.grad is not None
+            grad = terms.grad.float() * weight.float().view(-1, 1, 1)
+            return dataclasses.replace(terms, grad=grad)
+    return dataclasses.replace(terms, grad_weight=terms.grad_weight * weight)
+
+
+def _add_gradient(
+    stored: StoredBatch, terms: Terms, rule: MuonRule
+) -> tuple[Dense | Panels, Tensor]:
+    """The new momentum, and its sums of squares, float64 [b], not finite where it is not."""
+    codec, backend = stored.codec, stored.backend
+    if codec.by_rows and len(row_slices(stored.shape, backend)) > 1:
+        panels = Panels(stored, terms)
+        return panels, panels.squares()
+    exact, normalize = rule.ns_input == "exact", codec.state_format.normalize
+    if backend.asynchronous and codec.is_plain and exact and not normalize:
+        ahead = (terms.buffer_weight, terms.grad_weight) if rule.nesterov else (1.0, 0.0)
+        matrix, squares, ahead_squares = stored.add_and_encode(terms, ahead)
+        return _Ahead(matrix, backend, ahead_squares), squares
+    matrix, squares = stored.add(terms)
+    # Without a look-ahead the encoder and the iteration start from the same Gram matrix.
+    return Dense(matrix, backend, keep_gram=exact and not rule.nesterov), squares
+
+
+def _update_others(accepted: Tensor, batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
+    """`update` of those that a host has found acceptable; nothing has changed so far."""
+    flags = accepted.tolist()
+    if any(flags):
+        accepted[accepted.clone()] = update(batch.where(flags), rule, backend)
+    return accepted
+
+
+def _scale(
+    fresh: Dense | Panels, norm: Tensor, terms: Terms, stored: StoredBatch
+) -> tuple[Tensor | None, Terms]:
+    """Multiply the momentum, in place, before products square it; (factors or None, new terms)."""
+    backend = stored.backend
+    if stored.codec.state_format.normalize:
+        scale: Tensor | None = 1 / (norm + NORM_EPS)
+    else:  # devices scale for each product instead of looking
+        scale = None if backend.asynchronous else rescaling(norm)
+    if scale is None:
+        return None, terms
+    _multiply(fresh, scale)
+    return scale, _weighted(terms, scale, backend)
+
+
+def _multiply(x: Dense | Panels, factors: Tensor) -> None:
+    """Each matrix by its factor, float64 [b], in place."""
+    if isinstance(x, Panels):
+        x.scale(float(factors))
+    else:
+        x.matrix.mul_(factors.float().view(-1, 1, 1))
+
+
+def _inverse(norm: Tensor, eps: float, scale: Tensor | None) -> Tensor:
+    """1 / max(norm, eps), float64 [b], of matrices that are `scale` times too large."""
+    divisor = norm.clamp_min(eps) if scale is None else torch.maximum(norm, eps * scale)
+    return 1 / divisor.clamp_min(_SMALLEST_DIVISOR)
+
+
+def _encode(
+    stored: StoredBatch, fresh: Dense | Panels, norm: Tensor, scale: Tensor | None, rule: MuonRule
+) -> None:
+    """Store the new momentum, of which `fresh` is `scale` times."""
+    if not isinstance(fresh, _Ahead):
+        if stored.codec.state_format.normalize and scale is not None:
+            norm, scale = norm * scale, None  # what is stored is the scaled momentum itself
+        # bfloat16 would be a tenth of 4-bit noise after the encoder has enlarged it
+        dtype = torch.float32 if rule.ns_dtype == "float32" else torch.float16
+        stored.codec.encode(stored, fresh, norm, scale, dtype)
+    stored.commit()
+    if isinstance(fresh, Panels):
+        fresh.release()
+
+
+def _look_ahead(
+    fresh: Dense | Panels, terms: Terms, rule: MuonRule
+) -> tuple[Dense | Panels, Tensor]:
+    """momentum*M + (1 - momentum)*G, in the place of M if that is in memory, and its norm."""
+    if isinstance(fresh, _Ahead):
+        return fresh, fresh.squares.sqrt()
+    if isinstance(fresh, Panels):
+        ahead = fresh.ahead(rule.momentum)
+        return ahead, ahead.squares().sqrt()
+    squares = fresh.backend.accumulate(fresh.matrix, terms).sum(dim=-1)
+    return fresh, squares.sqrt()
+
+
+def _stored_operand(
+    stored: StoredBatch, norm: Tensor, rule: MuonRule
+) -> tuple[Operand, Tensor, Tensor | None, MuonRule]:
+    """What the codes hold, its norm, its size relative to the momentum, and the rule for it.
+
+    Of a spectral format that is the codes' own matrix Y, whose polar factor is the momentum's. Its
+    small singular values are 1/(c ||Y||) times larger, both of norm one, and ||Y|| is at most
+    m^(1/3), where all singular values are equal: as many first steps, each of which multiplies
+    small singular values by its a, are left out, but for one.
+    """
+    codec, backend = stored.codec, stored.backend
+    if isinstance(codec, Spectral) and reads_integer_codes(codec.codes(stored)):
+        f = codec.state_format
+        y = Companded(codec.codes(stored), backend, rotated=f.rotate)
+        lift, steps = 1 / (f.spectral_shift * codec.m ** (1 / 3)), list(rule.coefficients)
+        while len(steps) > 1 and lift >= steps[0][0]:
+            lift /= steps.pop(0)[0]
+        scale = torch.where(norm > 0, y.norm() / norm, 1.0)
+        return y, y.norm(), scale, dataclasses.replace(rule, coefficients=steps)
+    if codec.by_rows and len(row_slices(stored.shape, backend)) > 1:
+        panels = Panels(stored, Terms(1.0))
+        x: Dense | Panels = panels
+        x_norm = panels.squares().sqrt()
+    else:
+        matrix, squares = stored.add(Terms(1.0))
+        x, x_norm = Dense(matrix, backend), squares.sqrt()
+    factors = None if backend.asynchronous else rescaling(x_norm)
+    if factors is not None:
+        _multiply(x, factors)
+        x_norm = x_norm * factors
+    return x, x_norm, factors, rule
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """What the weights move by: inverse * Q X, which need not exist as a whole, or `update`."""
+
+    backend: Backend
+    update: Tensor | None = None  # float32 or half precision [b, m, n]
+    x: Operand | None = None
+    operator: Tensor | None = None  # Q, float32 [b, m, m]
+    inverse: Tensor | None = None  # float64 [b]
+
+    def rows(self, rows: slice) -> Tensor:
+        """These rows of each matrix."""
+        if self.update is not None:
+            return self.update[:, rows]
+        assert self.x is not None
+        assert self.operator is not None
+        assert self.inverse is not None
+        a = self.operator[:, rows]
+        shape = (*a.shape[:2], self.x.shape[2])
+        out = torch.empty(shape, dtype=torch.float32, device=self.x.device)
+        return self.x.multiply(a, out, alpha=_number(self.inverse))
+
+
+def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) -> _Direction:
+    """The Newton-Schulz direction of inverse * X; x is used up.
+
+    norm: of X, float64 [b]; inverse: float64 [b], 0 for zeros.
+    """
+    backend, coefficients = x.backend, rule.coefficients
+    factor = inverse.float()
+    if not backend.asynchronous:
+        if not takes_gram_form(x.shape, coefficients, torch.float32, backend):
+            matrix = x.dense().mul_(factor.view(-1, 1, 1))
+            return _Direction(backend, standard_form(matrix, coefficients, backend))
+        r = x.gram().mul_(factor.view(-1, 1, 1)).mul_(factor.view(-1, 1, 1))
+        operator = gram_operator(r, coefficients, backend)
+        return _Direction(backend, None, x, operator, inverse)
+    matrix = x.dense()
+    if rule.ns_dtype == "float32":
+        backend.scaled(matrix, factor, out=matrix)
+        if not takes_gram_form(x.shape, coefficients, torch.float32, backend):
+            return _Direction(backend, standard_form(matrix, coefficients, backend))
+        operator = gram_operator(backend.symmetric_product(matrix), coefficients, backend)
+        return _Direction(backend, backend.product(operator, matrix))
+    unit = 1 / math.sqrt(x.shape[1] * x.shape[2])
+    dtype = torch.bfloat16 if rule.ns_dtype == "bfloat16" else torch.float16
+    half = torch.empty(x.shape, dtype=dtype, device=x.device)
+    backend.scaled(matrix, (inverse / unit).float(), out=half)
+    del matrix  # nobody else holds it, and what follows takes as much again
+    unit_norm = (norm * inverse).float()
+    return _Direction(
+        backend, orthogonalize_half(half, unit_norm, coefficients, backend, unit=unit)
+    )
+
+
+def _update_weights(batch: Batch, direction: _Direction, accepted: Tensor, rule: MuonRule) -> None:
+    """W <- (1 - lr*wd)*W - lr*scale*O, where accepted."""
+    backend, lr = direction.backend, rule.lr
+    weights = [orient(weight) for weight in batch.weights]
+    scale = rule.scale(batch.weights[0].shape)
+    rounding = batch.rounding
+    if backend.asynchronous:
+        if isinstance(lr, Tensor):  # a CPU scalar would have to be copied to the device
+            lr = lr.reshape(()) if lr.device == accepted.device else float(lr)
+        # Products with the mask and no constants, which would have to be copied to the device.
+        mask = accepted.float()
+        decays, step_sizes = 1 - mask * (lr * rule.weight_decay), mask * (lr * scale)
+        update = direction.rows(slice(None))
+        for i, weight in enumerate(weights):
+            update_weight(weight, update[i], decays[i], step_sizes[i], rounding[i], backend)
+        return
+    lr = float(lr)
+    decay, step_size = 1 - lr * rule.weight_decay, lr * scale
+    plain = all(w.dtype == torch.float32 for w in weights) and not any(
+        each is not None for each in rounding
+    )
+    if direction.operator is not None and plain:
+        _multiply_into(weights, direction, step_size, decay)
+        return
+    # Bits of stochastic rounding go by places in the whole matrix.
+    whole = any(isinstance(each, Tensor) for each in rounding)
+    m, n = weights[0].shape
+    for rows in [slice(0, m)] if whole else row_slices((len(weights), m, n), backend):
+        update = direction.rows(rows)
+        for weight, new, each in zip(weights, update, rounding, strict=True):
+            part = each.rows(rows) if isinstance(each, Compensation) else each
+            update_weight(weight[rows], new, decay, step_size, part, backend)
+
+
+def _multiply_into(
+    weights: list[Tensor], direction: _Direction, step_size: float, decay: float
+) -> None:
+    """One product with the weights as its addend: the update itself is never stored."""
+    x, operator, inverse = direction.x, direction.operator, direction.inverse
+    assert x is not None
+    assert operator is not None
+    assert inverse is not None
+    out = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+    x.multiply(operator, out, alpha=_number(-step_size * inverse), beta=decay)
+    if len(weights) > 1:
+        torch._foreach_copy_(weights, list(out.unbind()))
+
+
+def _number(values: Tensor) -> float | Tensor:
+    """Factors of a product's matrices, float64 [b], as `Backend.product` takes them."""
+    return float(values) if len(values) == 1 else values.float()
