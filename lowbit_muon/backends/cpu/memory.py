@@ -27,7 +27,7 @@ def check_matrices(x: Tensor, name: str, dtype: torch.dtype = torch.float32) -> 
 
 def check(x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless x is dense CPU memory of this shape and dtype."""
-    if not (_is_dense(x, dtype) and x.shape == shape):
+    if not (_is_dense(x, dtype) and x.shape == tuple(shape)):
         _refuse(x, name, f"shape {tuple(shape)}", dtype)
 
 
