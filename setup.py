@@ -155,7 +155,6 @@ setup(
                     "codec.cpp",
                     "integer_product.cpp",
                     "isa.cpp",
-                    "peaks.cpp",
                     "product.cpp",
                 )
             ],

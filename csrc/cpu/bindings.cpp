@@ -4,7 +4,6 @@
 
 #include "codec.hpp"
 #include "isa.hpp"
-#include "peaks.hpp"
 #include "product.hpp"
 
 namespace py = pybind11;
@@ -18,40 +17,31 @@ PYBIND11_MODULE(_cpu, m) {
           arg("x"), arg("x_stride"), arg("statistic"), arg("clip"), arg("bits"), arg("block_size"),
           arg("thresholds"), arg("threshold_count"), arg("packed"), arg("row_bytes"), arg("scales"),
           arg("threads"));
-    m.def("accumulate", &lowbit::accumulate, release_gil(), py::kw_only(), arg("rows"),
-          arg("columns"), arg("buffer"), arg("buffer_stride"), arg("buffer_weight"),
+    m.def("accumulate", &lowbit::accumulate, release_gil(), py::kw_only(), arg("batch"),
+          arg("rows"), arg("columns"), arg("buffer"), arg("buffer_stride"), arg("buffer_weight"),
           arg("bits") = 0, arg("block_size") = 0, arg("levels") = 0, arg("level_count") = 0,
           arg("packed") = 0, arg("row_bytes") = 0, arg("scales") = 0, arg("code_weight") = 1.0f,
-          arg("grad") = 0, arg("grad_type") = "float32", arg("grad_row_stride") = 0,
-          arg("grad_column_stride") = 0, arg("grad_weight") = 1.0f, arg("threads"));
+          arg("grad") = lowbit::Matrices(), arg("grad_type") = "float32", arg("grad_weight") = 1.0f,
+          arg("row_sums"), arg("threads"));
 
     m.def("rotate", &lowbit::rotate, release_gil(), py::kw_only(), arg("rows"), arg("columns"),
           arg("x"), arg("x_stride"), arg("first_signs"), arg("second_signs"), arg("inverse"),
           arg("threads"));
 
-    m.def("product", &lowbit::product, release_gil(), py::kw_only(), arg("rows"), arg("columns"),
-          arg("depth"), arg("a"), arg("a_row_stride"), arg("a_column_stride"), arg("b"),
-          arg("b_row_stride"), arg("b_column_stride"), arg("c"), arg("c_stride"), arg("alpha"),
+    m.def("product", &lowbit::product, release_gil(), py::kw_only(), arg("batch"), arg("rows"),
+          arg("columns"), arg("depth"), arg("a"), arg("b"), arg("c"), arg("alphas"), arg("alpha"),
           arg("beta"), arg("threads"));
     m.def("symmetric_product", &lowbit::symmetric_product, release_gil(), py::kw_only(),
-          arg("size"), arg("depth"), arg("a"), arg("a_row_stride"), arg("a_column_stride"),
-          arg("b") = 0, arg("b_row_stride") = 0, arg("b_column_stride") = 0, arg("addend") = 0,
-          arg("addend_stride") = 0, arg("out"), arg("out_stride"), arg("alpha"), arg("beta"),
-          arg("threads"));
-    m.def("code_gram", &lowbit::code_gram, release_gil(), py::kw_only(), arg("rows"),
+          arg("batch"), arg("size"), arg("depth"), arg("a"), arg("b"), arg("addend"), arg("out"),
+          arg("alpha"), arg("beta"), arg("threads"));
+    m.def("code_gram", &lowbit::code_gram, release_gil(), py::kw_only(), arg("batch"), arg("rows"),
           arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
           arg("scales"), arg("block_size"), arg("out"), arg("threads"));
-    m.def("rounded_gram", &lowbit::rounded_gram, release_gil(), py::kw_only(), arg("rows"),
-          arg("columns"), arg("x"), arg("row_stride"), arg("column_stride"), arg("out"),
-          arg("threads"));
-    m.def("code_product", &lowbit::code_product, release_gil(), py::kw_only(), arg("out_rows"),
-          arg("rows"), arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
-          arg("scales"), arg("a"), arg("a_row_stride"), arg("a_column_stride"), arg("out"),
-          arg("out_stride"), arg("beta"), arg("threads"));
+    m.def("code_product", &lowbit::code_product, release_gil(), py::kw_only(), arg("batch"),
+          arg("out_rows"), arg("rows"), arg("columns"), arg("bits"), arg("levels"), arg("packed"),
+          arg("row_bytes"), arg("scales"), arg("a"), arg("out"), arg("beta"), arg("threads"));
 
     m.def("take_most_workspace", &lowbit::take_most_workspace);
-    m.def("multiply_adds", &lowbit::multiply_adds, release_gil(), arg("type"), arg("iterations"),
-          arg("threads"));
 
     m.def("isa", &lowbit::current_isa);
     m.def("supported_isas", &lowbit::supported_isas);

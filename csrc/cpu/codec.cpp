@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
-#include <vector>
 
 #include "arguments.hpp"
 #include "isa.hpp"
@@ -18,15 +16,13 @@ constexpr size_t kElementsPerThread = 16384;
 
 void check_codes(int bits, size_t block_size, size_t columns) {
     expect_bits(bits);
-    expect(block_size >= 1 && block_size <= columns, "block_size: expected 1.." +
-                                                         std::to_string(columns) + ", got " +
-                                                         std::to_string(block_size));
+    expect(block_size >= 1 && block_size <= columns, "block_size: expected 1..", columns, ", got ",
+           block_size);
 }
 
 void check_count(const char* name, size_t count, size_t least, size_t most) {
-    expect(count >= least && count <= most,
-           std::string(name) + ": expected " + std::to_string(least) + ".." + std::to_string(most) +
-               ", got " + std::to_string(count));
+    expect(count >= least && count <= most, name, ": expected ", least, "..", most, ", got ",
+           count);
 }
 
 void set_levels(CodebookTables& tables, const float* levels, size_t count) {
@@ -89,7 +85,7 @@ Statistic parse_statistic(const std::string& name) {
     if (name == "absmax") {
         return Statistic::absmax;
     }
-    expect(name == "rms", "statistic: expected given, absmax or rms, got " + name);
+    expect(name == "rms", "statistic: expected given, absmax or rms, got ", name);
     return Statistic::rms;
 }
 
@@ -100,23 +96,23 @@ GradType parse_grad_type(const std::string& name) {
     if (name == "bfloat16") {
         return GradType::bfloat16;
     }
-    expect(name == "float16", "grad_type: expected float32, bfloat16 or float16, got " + name);
+    expect(name == "float16", "grad_type: expected float32, bfloat16 or float16, got ", name);
     return GradType::float16;
 }
 
-template <typename Args>
-void run_rows(void (*kernel)(const Args&, size_t, size_t), const Args& args, size_t rows,
-              int threads) {
-    expect(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
-    const size_t useful = std::max<size_t>(1, rows * args.columns / kElementsPerThread);
+// kernel(begin, end) on equal parts of the rows.
+template <typename Kernel>
+void run_rows(const Kernel& kernel, size_t rows, size_t columns, int threads) {
+    expect(threads >= 1, "threads: expected at least 1, got ", threads);
+    const size_t useful = std::max<size_t>(1, rows * columns / kElementsPerThread);
     const size_t parts = std::min({static_cast<size_t>(threads), useful, rows});
     if (parts <= 1) {
-        kernel(args, 0, rows);
+        kernel(0, rows);
         return;
     }
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
     for (size_t part = 0; part < parts; ++part) {
-        kernel(args, rows * part / parts, rows * (part + 1) / parts);
+        kernel(rows * part / parts, rows * (part + 1) / parts);
     }
 }
 
@@ -150,17 +146,22 @@ void quantize(size_t rows, size_t columns, uintptr_t x, size_t x_stride,
     args.row_bytes = row_bytes;
     args.scales = pointer<float>(scales, "scales");
     args.blocks = (columns - 1) / block_size + 1;
-    run_rows(codec_kernels().quantize, args, rows, threads);
+    const auto kernel = codec_kernels().quantize;
+    run_rows([&](size_t begin, size_t end) { kernel(args, begin, end); }, rows, columns, threads);
 }
 
-double accumulate(size_t rows, size_t columns, uintptr_t buffer, size_t buffer_stride,
-                  float buffer_weight, int bits, size_t block_size, uintptr_t levels,
-                  size_t level_count, uintptr_t packed, size_t row_bytes, uintptr_t scales,
-                  float code_weight, uintptr_t grad, const std::string& grad_type,
-                  ptrdiff_t grad_row_stride, ptrdiff_t grad_column_stride, float grad_weight,
-                  int threads) {
-    if (rows == 0 || columns == 0) {
-        return 0.0;
+void accumulate(size_t batch, size_t rows, size_t columns, uintptr_t buffer, size_t buffer_stride,
+                float buffer_weight, int bits, size_t block_size, uintptr_t levels,
+                size_t level_count, uintptr_t packed, size_t row_bytes, uintptr_t scales,
+                float code_weight, const Matrices& grad, const std::string& grad_type,
+                float grad_weight, uintptr_t row_sums, int threads) {
+    if (batch == 0 || rows == 0) {
+        return;
+    }
+    double* const sums = pointer<double>(row_sums, "row_sums");
+    if (columns == 0) {
+        std::fill_n(sums, batch * rows, 0.0);
+        return;
     }
     AccumulateArgs args = {};
     args.buffer = pointer<float>(buffer, "buffer");
@@ -182,17 +183,33 @@ double accumulate(size_t rows, size_t columns, uintptr_t buffer, size_t buffer_s
         args.codebook = &tables;
         args.code_weight = code_weight;
     }
-    if (grad != 0) {
-        args.grad = pointer<const void>(grad, "grad");
+    const auto [address, batch_stride, row_stride, column_stride] = grad;
+    if (address != 0) {
+        args.grad = pointer<const void>(address, "grad");
         args.grad_type = parse_grad_type(grad_type);
-        args.grad_row_stride = grad_row_stride;
-        args.grad_column_stride = grad_column_stride;
+        args.grad_row_stride = row_stride;
+        args.grad_column_stride = column_stride;
         args.grad_weight = grad_weight;
     }
-    std::vector<double> row_sums(rows);
-    args.row_sums = row_sums.data();
-    run_rows(codec_kernels().accumulate, args, rows, threads);
-    return std::accumulate(row_sums.begin(), row_sums.end(), 0.0);
+    args.row_sums = sums;
+    // The gradients of a batch may lie anywhere; all else is one matrix of batch * rows rows.
+    const ptrdiff_t gap = batch_stride - static_cast<ptrdiff_t>(rows) * row_stride;
+    const size_t even_rows = args.grad == nullptr || gap == 0 ? batch * rows : rows;
+    const ptrdiff_t gap_bytes = gap * (args.grad_type == GradType::float32 ? 4 : 2);
+    const auto kernel = codec_kernels().accumulate;
+    const auto run = [&](size_t begin, size_t end) {
+        AccumulateArgs part = args;
+        while (begin < end) {
+            const ptrdiff_t matrix = static_cast<ptrdiff_t>(begin / even_rows);
+            const size_t stop = std::min(end, (begin / even_rows + 1) * even_rows);
+            if (matrix != 0) {
+                part.grad = static_cast<const char*>(args.grad) + matrix * gap_bytes;
+            }
+            kernel(part, begin, stop);
+            begin = stop;
+        }
+    };
+    run_rows(run, batch * rows, columns, threads);
 }
 
 void rotate(size_t rows, size_t columns, uintptr_t x, size_t x_stride, uintptr_t first_signs,
@@ -212,7 +229,8 @@ void rotate(size_t rows, size_t columns, uintptr_t x, size_t x_stride, uintptr_t
     args.first_signs = pointer<const float>(first_signs, "first_signs");
     args.second_signs = pointer<const float>(second_signs, "second_signs");
     args.inverse = inverse;
-    run_rows(rotation_kernel(), args, rows, threads);
+    const RotationKernel kernel = rotation_kernel();
+    run_rows([&](size_t begin, size_t end) { kernel(args, begin, end); }, rows, columns, threads);
 }
 
 }  // namespace lowbit

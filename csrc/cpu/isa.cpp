@@ -13,26 +13,22 @@ namespace baseline {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
-extern const PeakKernel peak_kernel;
 }  // namespace baseline
 #if defined(LOWBIT_X86_LEVELS)
 namespace avx2 {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
-extern const PeakKernel peak_kernel;
 }  // namespace avx2
 namespace avx512 {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
-extern const PeakKernel peak_kernel;
 }  // namespace avx512
 namespace avx512vnni {
 extern const CodecKernels codec_kernels;
 extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
-extern const PeakKernel peak_kernel;
 }  // namespace avx512vnni
 #endif
 
@@ -44,7 +40,6 @@ struct Level {
     const CodecKernels* codec;
     RotationKernel rotation;
     const ProductKernels* product;
-    PeakKernel peak;
 };
 
 #if defined(LOWBIT_X86_LEVELS)
@@ -59,8 +54,7 @@ bool has_f16c() {
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
         std::vector<Level> found = {{"baseline", true, &baseline::codec_kernels,
-                                     baseline::rotation_kernel, &baseline::product_kernels,
-                                     baseline::peak_kernel}};
+                                     baseline::rotation_kernel, &baseline::product_kernels}};
 #if defined(LOWBIT_X86_LEVELS)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -69,13 +63,12 @@ const std::vector<Level>& levels() {
             avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-        found.push_back({"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel,
-                         &avx2::product_kernels, avx2::peak_kernel});
+        found.push_back(
+            {"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel, &avx2::product_kernels});
         found.push_back({"avx512", avx512, &avx512::codec_kernels, avx512::rotation_kernel,
-                         &avx512::product_kernels, avx512::peak_kernel});
+                         &avx512::product_kernels});
         found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels,
-                         avx512vnni::rotation_kernel, &avx512vnni::product_kernels,
-                         avx512vnni::peak_kernel});
+                         avx512vnni::rotation_kernel, &avx512vnni::product_kernels});
 #endif
         return found;
     }();
@@ -107,10 +100,6 @@ RotationKernel rotation_kernel() {
 
 const ProductKernels& product_kernels() {
     return *current().load()->product;
-}
-
-PeakKernel peak_kernel() {
-    return current().load()->peak;
 }
 
 std::string current_isa() {

@@ -12,7 +12,6 @@ namespace lowbit {
 const CodecKernels& codec_kernels();
 RotationKernel rotation_kernel();
 const ProductKernels& product_kernels();
-PeakKernel peak_kernel();
 
 std::string current_isa();
 // Lowest first.

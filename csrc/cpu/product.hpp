@@ -1,12 +1,15 @@
 // Matrix product entry points: check the arguments, choose blocks, split them over threads.
 //
-// Element (i, j) of a float operand lies at i * row_stride + j * column_stride. Pointers arrive as
-// integers, and the caller vouches for the memory behind them. Results do not depend on the number
-// of threads. Throws std::invalid_argument.
+// Everything is a batch of matrices, each by itself; small ones share the threads, large ones take
+// them all in turn. Pointers arrive as integers, and the caller vouches for the memory behind them.
+// Results depend neither on the batch that a matrix is in nor on the number of threads. Throws
+// std::invalid_argument.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "arguments.hpp"
 
 namespace lowbit {
 
@@ -14,52 +17,40 @@ namespace lowbit {
 size_t take_most_workspace();
 
 // c <- alpha * a b + beta * c; c is not read if beta is 0.
-void product(size_t rows, size_t columns, size_t depth,
-             uintptr_t a,  // float32 [rows, depth]
-             ptrdiff_t a_row_stride, ptrdiff_t a_column_stride,
-             uintptr_t b,  // float32 [depth, columns]
-             ptrdiff_t b_row_stride, ptrdiff_t b_column_stride,
-             uintptr_t c,  // float32 [rows, columns], rows contiguous
-             size_t c_stride, float alpha, float beta, int threads);
+void product(size_t batch, size_t rows, size_t columns, size_t depth,
+             const Matrices& a,  // float32 [batch, rows, depth]
+             const Matrices& b,  // [batch, depth, columns]
+             const Matrices& c,  // [batch, rows, columns], rows contiguous
+             uintptr_t alphas,   // float32 [batch], or 0: alpha for all
+             float alpha, float beta, int threads);
 
 // out <- alpha * a b + beta * addend, where the caller knows a b to be symmetric: half is computed.
-void symmetric_product(size_t size, size_t depth,
-                       uintptr_t a,  // float32 [size, depth]
-                       ptrdiff_t a_row_stride, ptrdiff_t a_column_stride,
-                       uintptr_t b,  // float32 [depth, size]; 0: the transpose of a
-                       ptrdiff_t b_row_stride, ptrdiff_t b_column_stride,
-                       uintptr_t addend,  // float32 [size, size], may be out; read if beta is not 0
-                       size_t addend_stride,
-                       uintptr_t out,  // float32 [size, size], rows contiguous
-                       size_t out_stride, float alpha, float beta, int threads);
+void symmetric_product(size_t batch, size_t size, size_t depth,
+                       const Matrices& a,       // [batch, size, depth]
+                       const Matrices& b,       // [batch, depth, size]; 0: the transpose of a
+                       const Matrices& addend,  // [batch, size, size], rows contiguous; may be out;
+                                                // not read if beta is 0
+                       const Matrices& out,     // [batch, size, size], rows contiguous
+                       float alpha, float beta, int threads);
 
 // out <- X X^T of X = levels[code] * scale of its block of columns, summed in exact integers.
-void code_gram(size_t rows, size_t columns, int bits,
+void code_gram(size_t batch, size_t rows, size_t columns, int bits,
                uintptr_t levels,  // int8 [256]
-               uintptr_t packed,  // uint8 [rows, row_bytes]
+               uintptr_t packed,  // uint8 [batch, rows, row_bytes]
                size_t row_bytes,
-               uintptr_t scales,   // float32 [rows, ceil(columns / block_size)]
+               uintptr_t scales,   // float32 [batch, rows, ceil(columns / block_size)]
                size_t block_size,  // all columns, or a multiple of 4 that goes with 512
-               uintptr_t out,      // float32 [rows, rows]
+               uintptr_t out,      // float32 [batch, rows, rows]
                int threads);
 
-// out <- X X^T of X rounded, row by row, to whole multiples of a 2896th of the row's largest
-// magnitude; every 256 columns are summed in exact integers.
-void rounded_gram(size_t rows, size_t columns,
-                  uintptr_t x,  // float32 [rows, columns]
-                  ptrdiff_t row_stride, ptrdiff_t column_stride,
-                  uintptr_t out,  // float32 [rows, rows]
-                  int threads);
-
 // out <- a X + beta * out with a * diag(scales) rounded to 16 bits, in two limbs of int8.
-void code_product(size_t out_rows, size_t rows, size_t columns, int bits,
+void code_product(size_t batch, size_t out_rows, size_t rows, size_t columns, int bits,
                   uintptr_t levels,  // int8 [256]
-                  uintptr_t packed,  // uint8 [rows, row_bytes]
+                  uintptr_t packed,  // uint8 [batch, rows, row_bytes]
                   size_t row_bytes,
-                  uintptr_t scales,  // float32 [rows]
-                  uintptr_t a,       // float32 [out_rows, rows]
-                  ptrdiff_t a_row_stride, ptrdiff_t a_column_stride,
-                  uintptr_t out,  // float32 [out_rows, columns], rows contiguous
-                  size_t out_stride, float beta, int threads);
+                  uintptr_t scales,   // float32 [batch, rows]
+                  const Matrices& a,  // [batch, out_rows, rows]
+                  uintptr_t out,      // float32 [batch, out_rows, columns]
+                  float beta, int threads);
 
 }  // namespace lowbit

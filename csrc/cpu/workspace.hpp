@@ -1,4 +1,4 @@
-// What matrix products share: packing buffers, and how many threads are worth waking.
+// What matrix products share: packing buffers, and how their work is split over threads.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +17,9 @@ namespace lowbit {
 constexpr size_t kPackedWords = size_t{1} << 20;
 // Below this many multiply-adds a thread costs more than it saves.
 constexpr size_t kWorkPerThread = size_t{1} << 19;
+// Matrices of more multiply-adds than this take all threads one after the other, so that there is
+// one large workspace and not one for each thread.
+constexpr size_t kLargeWork = size_t{1} << 24;
 
 inline size_t ceil_divide(size_t a, size_t b) {
     return (a + b - 1) / b;
@@ -30,13 +33,14 @@ struct FreeMemory {
 inline std::atomic<size_t> buffer_bytes{0};
 inline std::atomic<size_t> most_buffer_bytes{0};
 
-// Uninitialised memory for whole cache lines.
+// Uninitialised memory: a slice of whole cache lines for each worker.
 template <typename T>
 class Buffer {
   public:
-    explicit Buffer(size_t count)
-        : bytes_(ceil_divide(count * sizeof(T), 64) * 64),
-          memory_(static_cast<T*>(std::aligned_alloc(64, bytes_))) {
+    explicit Buffer(size_t count, size_t workers = 1)
+        : slice_(ceil_divide(count * sizeof(T), 64) * 64),
+          bytes_(slice_ * workers),
+          memory_(static_cast<char*>(std::aligned_alloc(64, bytes_))) {
         if (memory_ == nullptr && bytes_ != 0) {
             throw std::bad_alloc();
         }
@@ -48,17 +52,61 @@ class Buffer {
     ~Buffer() { buffer_bytes -= bytes_; }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    T* get() const { return memory_.get(); }
+    T* get(size_t worker = 0) const {
+        return reinterpret_cast<T*>(memory_.get() + worker * slice_);
+    }
 
   private:
+    size_t slice_;
     size_t bytes_;
-    std::unique_ptr<T, FreeMemory> memory_;
+    std::unique_ptr<char, FreeMemory> memory_;
 };
 
-inline int useful_threads(int threads, size_t multiply_adds) {
-    expect(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
-    const size_t useful = std::max<size_t>(1, multiply_adds / kWorkPerThread);
-    return static_cast<int>(std::min(static_cast<size_t>(threads), useful));
+// Threads for a batch of matrices: `matrices` work on one each, or `within` work on one together.
+// One of the two is 1.
+struct Threads {
+    size_t matrices, within;
+    size_t all() const { return matrices * within; }
+};
+
+inline Threads split_threads(int threads, size_t batch, size_t work_of_matrix) {
+    expect(threads >= 1, "threads: expected at least 1, got ", threads);
+    const auto useful = [&](size_t work) {
+        return std::min(static_cast<size_t>(threads), std::max<size_t>(1, work / kWorkPerThread));
+    };
+    const size_t matrices = std::min(batch, useful(batch * work_of_matrix));
+    const size_t within = useful(work_of_matrix);
+    return within > matrices || work_of_matrix > kLargeWork ? Threads{1, within}
+                                                            : Threads{matrices, 1};
+}
+
+// body(index, worker) for each index below `count`: each worker has an equal part of them.
+template <typename Body>
+void parallel_for(size_t workers, size_t count, const Body& body) {
+    if (workers == 1) {  // not even a parallel region of one thread
+        for (size_t index = 0; index < count; ++index) {
+            body(index, size_t{0});
+        }
+        return;
+    }
+#pragma omp parallel for num_threads(static_cast<int>(workers)) schedule(static, 1)
+    for (size_t worker = 0; worker < workers; ++worker) {
+        const size_t end = count * (worker + 1) / workers;
+        for (size_t index = count * worker / workers; index < end; ++index) {
+            body(index, worker);
+        }
+    }
+}
+
+// The same for indices that take unequal time: each goes to the worker that is free first.
+template <typename Body>
+void parallel_in_turn(size_t workers, size_t count, const Body& body) {
+    std::atomic<size_t> next{0};
+    parallel_for(workers, workers, [&](size_t, size_t worker) {
+        for (size_t index = next++; index < count; index = next++) {
+            body(index, worker);
+        }
+    });
 }
 
 }  // namespace lowbit

@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from test_cpu_backend import KINDS, assert_guards_intact, guarded, strided_like
 from torch import Tensor
 
-from lowbit_muon.backends.base import LIMB_LIMIT, MAX_INTEGER_TERMS, Backend, PackedCodes
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import LIMB_LIMIT, MAX_INTEGER_TERMS, PackedCodes
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.backends.cpu.adapter import CpuBackend
-from lowbit_muon.backends.reference import ReferenceBackend, pack, unpack
+from lowbit_muon.backends.packing import pack, unpack
 from lowbit_muon.formats.codebook import CODE_BITS, Codebook, CodeLayout, nearest_codebook
 from lowbit_muon.formats.state_format import StateFormat
 
-CPU, REFERENCE = CpuBackend(), ReferenceBackend()
+CPU, REFERENCE = CpuBackend(), Backend()
 LEVELS = cpu.supported_isas()
 # Around words of 2 and 4 codes, strips of 16, groups of 48 rows; two panels of 512 and a rest.
 ROWS = (1, 3, 4, 5, 15, 17, 47, 49, 64, 130)
@@ -357,13 +358,17 @@ def test_codes_that_are_no_integers_raise(backend: Backend) -> None:
 @pytest.mark.parametrize(
     ("error", "name", "fields"),
     [
-        (ValueError, "packed", {"packed": torch.zeros(3, 34, dtype=torch.uint8)}),
-        (ValueError, "packed", {"columns": 72}),
-        (TypeError, "packed", {"packed": torch.zeros(3, 35, dtype=torch.int8)}),
-        (ValueError, "packed", {"packed": torch.zeros(3, 35, dtype=torch.uint8, device="meta")}),
-        (TypeError, "scales", {"scales": torch.ones(3, 1).half()}),
-        (ValueError, "scales", {"scales": torch.ones(2, 1)}),
-        (ValueError, "scales", {"scales": torch.ones(3, 1, device="meta")}),
+        (ValueError, "codes.packed", {"packed": torch.zeros(3, 34, dtype=torch.uint8)}),
+        (ValueError, "codes.packed", {"columns": 72}),
+        (TypeError, "codes.packed", {"packed": torch.zeros(3, 35, dtype=torch.int8)}),
+        (
+            ValueError,
+            "codes.packed",
+            {"packed": torch.zeros(3, 35, dtype=torch.uint8, device="meta")},
+        ),
+        (TypeError, "codes.scales", {"scales": torch.ones(3, 1).half()}),
+        (ValueError, "codes.scales", {"scales": torch.ones(2, 1)}),
+        (ValueError, "codes.scales", {"scales": torch.ones(3, 1, device="meta")}),
     ],
 )
 def test_wrong_codes_raise(error: type[Exception], name: str, fields: dict[str, Any]) -> None:
@@ -383,6 +388,7 @@ def test_wrong_codes_raise(error: type[Exception], name: str, fields: dict[str, 
         (ValueError, "a", {"a": torch.ones(3)}),
         (ValueError, "a", {"a": torch.tensor(1.0)}),
         (ValueError, "a", {"a": torch.ones(2, 3, 1)}),
+        (ValueError, "a", {"a": torch.ones(1, 2, 3)}),
         (ValueError, "a", {"a": torch.ones(2, 3, device="meta")}),
         (ValueError, "a", {"a": torch.ones(2, 3).to_sparse()}),
         (TypeError, "out", {"out": torch.ones(2, 70).double()}),

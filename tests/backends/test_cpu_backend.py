@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.backends.cpu.adapter import CpuBackend
-from lowbit_muon.backends.reference import ReferenceBackend
 from lowbit_muon.formats.codebook import CODE_BITS, Codebook, CodeLayout, nearest_codebook
 from lowbit_muon.formats.state_format import StateFormat
 
 if cpu.unavailable_reason() is not None:
     pytest.skip(str(cpu.unavailable_reason()), allow_module_level=True)
 
-REFERENCE = ReferenceBackend()
+REFERENCE = Backend()
 COLUMNS = (1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1300)
 BLOCKS = (0, 1, 3, 32, 100, 512)
 GUARD_BYTES = 64
@@ -97,6 +97,13 @@ def assert_same_scales(found: Tensor, expected: Tensor, statistic: str) -> None:
     assert steps.max() <= (1 if statistic == "rms" else 0)
 
 
+def assert_same_squares(found: Tensor, expected: Tensor, columns: int) -> None:
+    """Both add the same non-negative doubles of a row: each sum is within columns * 2^-53 of the
+    true one, relatively (Higham, Accuracy and Stability, section 4.2)."""
+    assert (found.dtype, found.shape) == (torch.float64, expected.shape)
+    assert ((found - expected).abs() <= 2 * columns * 2.0**-53 * expected).all()
+
+
 def packed_codes(backend: CpuBackend, x: Tensor, codes_layout: CodeLayout) -> PackedCodes:
     codebook = book(codes_layout.bits)
     return PackedCodes(
@@ -123,8 +130,8 @@ def test_quantize_and_dequantize(backend: CpuBackend, bits: int, columns: int) -
         codes = PackedCodes(packed, scales, book(bits), codes_layout, columns)
         found, found_raw = guarded((rows, columns), torch.float32)
         expected = torch.empty(rows, columns)
-        backend.accumulate(found, codes=codes)
-        REFERENCE.accumulate(expected, codes=codes)
+        backend.accumulate(found, Terms(codes=codes))
+        REFERENCE.accumulate(expected, Terms(codes=codes))
         assert_same(found, expected)
         assert_guards_intact(packed_raw, scales_raw, found_raw)
 
@@ -173,8 +180,8 @@ def test_every_byte_decodes(backend: CpuBackend, bits: int) -> None:
     for codebook in codebooks(bits):
         codes = PackedCodes(packed, scales, codebook, codes_layout, columns)
         found, expected = torch.empty(256, columns), torch.empty(256, columns)
-        backend.accumulate(found, codes=codes)
-        REFERENCE.accumulate(expected, codes=codes)
+        backend.accumulate(found, Terms(codes=codes))
+        REFERENCE.accumulate(expected, Terms(codes=codes))
         assert_same(found, expected)
 
 
@@ -208,25 +215,22 @@ def test_accumulate(backend: CpuBackend, dtype: torch.dtype, shape: tuple[int, i
         found = wide[:, :columns]
         found.copy_(start if weight else torch.full(shape, math.nan))
         expected = start.clone()
-        arguments = {"codes": codes, "code_weight": 0.7, "grad": grad, "grad_weight": 0.05}
-        squares = backend.accumulate(found, buffer_weight=weight, **arguments)
-        wanted = REFERENCE.accumulate(expected, buffer_weight=weight, **arguments)
+        terms = Terms(weight, codes, 0.7, grad, 0.05)
+        squares = backend.accumulate(found, terms)
+        wanted = REFERENCE.accumulate(expected, terms)
         assert torch.equal(found, expected), (kind, bits, weight)
         assert wide[:, columns:].isnan().all()
-        # Both add the same `size` non-negative doubles: each sum is within size * 2^-53 of the true
-        # one, relatively (Higham, Accuracy and Stability, section 4.2).
-        assert abs(squares - wanted) <= 2 * values.numel() * 2.0**-53 * wanted
+        assert_same_squares(squares, wanted, columns)
 
 
 def test_accumulate_of_one_term(backend: CpuBackend) -> None:
     start = torch.randn(3, 200)
     buffer = start.clone()
-    assert backend.accumulate(buffer, buffer_weight=0.5) == pytest.approx(
-        float(start.double().square().sum()) / 4, rel=1e-13
-    )
+    squares = backend.accumulate(buffer, Terms(0.5))
+    assert_same_squares(squares, (start.double() / 2).square().sum(dim=1), 200)
     assert torch.equal(buffer, start * 0.5)
     buffer.fill_(math.nan)
-    assert backend.accumulate(buffer) == 0.0
+    assert torch.equal(backend.accumulate(buffer, Terms()), torch.zeros(3).double())
     assert torch.equal(buffer, torch.zeros(3, 200))
 
 
@@ -236,7 +240,7 @@ def test_every_half_precision_gradient(backend: CpuBackend, dtype: torch.dtype) 
     grad = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(64, 1024)
     for values in (grad, grad.T.contiguous().T, grad.T.contiguous()):
         found = torch.empty(values.shape)
-        backend.accumulate(found, grad=values)
+        backend.accumulate(found, Terms(grad=values))
         assert_same(found, values.float())
 
 
@@ -247,23 +251,27 @@ def test_non_finite_gradient_shows(backend: CpuBackend, bad: float, place: tuple
         grad = strided_like(torch.randn(41, 600), kind)
         grad[place] = bad
         buffer = torch.randn(41, 600)
-        assert not math.isfinite(backend.accumulate(buffer, buffer_weight=0.9, grad=grad))
+        squares = backend.accumulate(buffer, Terms(0.9, grad=grad))
+        others = torch.arange(41) != place[0]
+        assert not squares[place[0]].isfinite()
+        assert squares[others].isfinite().all()
 
 
 def test_result_does_not_depend_on_threads_or_isa(backend: CpuBackend, isa: str) -> None:
     x = torch.randn(301, 513) * torch.logspace(-3, 3, 513)
     grad = torch.randn(513, 301, dtype=torch.bfloat16).T
     results = []
-    for level, threads in itertools.product(("baseline", isa), (1, 2, 3)):
+    for level, threads in itertools.product(("baseline", isa), (1, 2, 3, 4, 5, 7)):
         cpu.set_isa(level)
         torch.set_num_threads(threads)
         codes = packed_codes(backend, x, layout(4))
         buffer = x.clone()
-        squares = backend.accumulate(buffer, buffer_weight=0.9, codes=codes, grad=grad)
-        results.append((squares, codes.packed, codes.scales, buffer))
-    for squares, *tensors in results[1:]:
-        assert squares == results[0][0]
-        for found, expected in zip(tensors, results[0][1:], strict=True):
+        squares = backend.accumulate(buffer, Terms(0.9, codes, grad=grad))
+        rotated = x.clone()
+        backend.rotate(rotated)
+        results.append((squares, codes.packed, codes.scales, buffer, rotated))
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
             assert torch.equal(found, expected)
 
 
@@ -280,10 +288,9 @@ def test_strided_input_is_read_as_it_is(backend: CpuBackend) -> None:
 def test_empty(backend: CpuBackend, shape: tuple[int, int]) -> None:
     codes = packed_codes(backend, torch.empty(shape), layout(3))
     buffer = torch.empty(shape)
-    squares = backend.accumulate(
-        buffer, buffer_weight=1.0, codes=codes, grad=torch.empty(shape, dtype=torch.bfloat16)
-    )
-    assert squares == 0.0
+    grad = torch.empty(shape, dtype=torch.bfloat16)
+    squares = backend.accumulate(buffer, Terms(1.0, codes, grad=grad))
+    assert torch.equal(squares, torch.zeros(shape[0]).double())
 
 
 def test_wrong_tensors_raise(backend: CpuBackend) -> None:
@@ -295,7 +302,7 @@ def test_wrong_tensors_raise(backend: CpuBackend) -> None:
 
     def decode(**fields: object) -> object:
         codes = PackedCodes(**{**good.__dict__, **fields})  # type: ignore[arg-type]
-        return backend.accumulate(torch.empty(4, 200), codes=codes)
+        return backend.accumulate(torch.empty(4, 200), Terms(codes=codes))
 
     cases = [
         (TypeError, "x", lambda: quantize(x.double())),
@@ -311,12 +318,12 @@ def test_wrong_tensors_raise(backend: CpuBackend) -> None:
         (ValueError, "codes.scales", lambda: decode(scales=good.scales.expand(4, 2))),
         (TypeError, "codes.scales", lambda: decode(scales=good.scales.half())),
         (ValueError, "codes", lambda: decode(columns=199)),
-        (ValueError, "buffer", lambda: backend.accumulate(x[:1].expand(4, 200))),
-        (ValueError, "buffer", lambda: backend.accumulate(x.T)),
-        (TypeError, "buffer", lambda: backend.accumulate(x.half())),
-        (ValueError, "grad", lambda: backend.accumulate(x, grad=x.T)),
-        (TypeError, "grad", lambda: backend.accumulate(x, grad=x.int())),
-        (ValueError, "grad", lambda: backend.accumulate(x, grad=x.to("meta"))),
+        (ValueError, "buffer", lambda: backend.accumulate(x[:1].expand(4, 200), Terms())),
+        (ValueError, "buffer", lambda: backend.accumulate(x.T, Terms())),
+        (TypeError, "buffer", lambda: backend.accumulate(x.half(), Terms())),
+        (ValueError, "grad", lambda: backend.accumulate(x, Terms(grad=x.T))),
+        (TypeError, "grad", lambda: backend.accumulate(x, Terms(grad=x.int()))),
+        (ValueError, "grad", lambda: backend.accumulate(x, Terms(grad=x.to("meta")))),
         (ValueError, "bits", lambda: backend.quantize(x, book(4), layout(5))),
         (ValueError, "threshold_count", lambda: backend.quantize(x, book(8), layout(4))),
     ]

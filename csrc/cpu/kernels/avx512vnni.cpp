@@ -3,4 +3,3 @@
 #include "codec.inl"
 #include "product.inl"
 #include "rotation.inl"
-#include "throughput.inl"

@@ -139,19 +139,6 @@ struct PackCodesArgs {
     size_t sum_block;
 };
 
-// Rows of floats rounded to whole numbers of int16: a strip of the columns [panel, panel + count).
-constexpr int kWholeLimit = 2896;  // 256 squares of it are the last that fit an int32
-struct PackWholeArgs {
-    const float* x;  // element (i, j) at i * row_stride + j * column_stride
-    ptrdiff_t row_stride;
-    ptrdiff_t column_stride;
-    size_t rows;
-    const float* inverses;  // [rows]: what a row is multiplied by before it is rounded
-    size_t panel;
-    size_t count;  // at most kPanelColumns
-    uint32_t* to;  // [steps][16]
-};
-
 // Rows of a * diag(factors), each in two limbs of int8 and one scale: scale * (256 * high + low),
 // |256 * high + low| <= kLimbLimit. A row that is not finite gets the scale NaN.
 constexpr int kLimbLimit = 32639;  // the largest with both limbs in [-128, 127]
@@ -198,10 +185,7 @@ struct ProductKernels {
     void (*pack_floats)(const PackFloatsArgs& args);
     void (*pack_code_rows)(const PackCodesArgs& args, size_t first_row);  // one strip
     void (*pack_code_columns)(const PackCodesArgs& args, size_t step);    // all strips
-    void (*pack_whole)(const PackWholeArgs& args, size_t first_row);      // one strip
-    // the largest magnitude of a row; NaN if it holds one
-    float (*largest_of_row)(const float* x, ptrdiff_t column_stride, size_t columns);
-    void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);  // one strip
+    void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);      // one strip
     void (*multiply)(const MultiplyArgs& args);
     // Corrections are unsigned, since they may pass the range of int32 on their way.
     // out[i] (+)= (sums[i] - correction) * (row_scale * scales[i]); without adding, out may be the
@@ -215,13 +199,5 @@ struct ProductKernels {
     // the part below the diagonal of rows [begin, end), from that above it
     void (*mirror)(float* matrix, size_t stride, size_t begin, size_t end);
 };
-
-// ---- Peaks ----
-
-// Multiplies and adds ones in registers `iterations` times, at most kMostIterations: beyond, sums
-// of floats would no longer grow. Returns how many products that were, 0 for a type that the level
-// has no instruction for.
-constexpr size_t kMostIterations = size_t{1} << 24;
-using PeakKernel = double (*)(WordType type, size_t iterations);
 
 }  // namespace lowbit

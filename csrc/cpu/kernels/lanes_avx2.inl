@@ -200,11 +200,3 @@ inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) 
 // Sums that stay in registers: 4 x 16 takes 8 of 16.
 constexpr int kRegisterRows = 4;
 constexpr int kRegisterStrips = 1;
-
-// The compiler knows nothing of x from here on, so that what is made of it stays in its loop.
-inline void forget(F32x16& x) {
-    __asm__("" : "+x"(x.low), "+x"(x.high));
-}
-inline void forget(I32x16& x) {
-    __asm__("" : "+x"(x.low), "+x"(x.high));
-}

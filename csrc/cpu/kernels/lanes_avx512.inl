@@ -173,11 +173,3 @@ inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) 
 // Sums that stay in registers: 8 x 48 takes 24 of 32, and 3 more hold columns.
 constexpr int kRegisterRows = 8;
 constexpr int kRegisterStrips = 3;
-
-// The compiler knows nothing of x from here on, so that what is made of it stays in its loop.
-inline void forget(F32x16& x) {
-    __asm__("" : "+v"(x.v));
-}
-inline void forget(I32x16& x) {
-    __asm__("" : "+v"(x.v));
-}

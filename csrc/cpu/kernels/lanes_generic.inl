@@ -175,24 +175,4 @@ inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) 
 constexpr int kRegisterRows = 2;
 constexpr int kRegisterStrips = 1;
 
-// The compiler knows nothing of x from here on, so that what is made of it stays in its loop.
-#if defined(__x86_64__)
-#define LOWBIT_REGISTER "+x"
-#elif defined(__aarch64__)
-#define LOWBIT_REGISTER "+w"
-#else
-#define LOWBIT_REGISTER "+m"
-#endif
-inline void forget(F32x16& x) {
-    __asm__(""
-            : LOWBIT_REGISTER(x.v[0]), LOWBIT_REGISTER(x.v[1]), LOWBIT_REGISTER(x.v[2]),
-              LOWBIT_REGISTER(x.v[3]));
-}
-inline void forget(I32x16& x) {
-    __asm__(""
-            : LOWBIT_REGISTER(x.v[0]), LOWBIT_REGISTER(x.v[1]), LOWBIT_REGISTER(x.v[2]),
-              LOWBIT_REGISTER(x.v[3]));
-}
-
-#undef LOWBIT_REGISTER
 #undef LOWBIT_EACH

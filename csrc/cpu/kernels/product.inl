@@ -14,6 +14,8 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
+#include "words.inl"
+
 #if defined(LOWBIT_HAS_DOT_4)
 constexpr WordType kCodeType = WordType::int8;
 #else
@@ -23,34 +25,38 @@ constexpr size_t kCodesPerWord = kCodeType == WordType::int8 ? 4 : 2;
 
 // ---- Packing ----
 
-// to[k][i] = rows[i][k] for 16 rows of `steps` words; `to` has whole groups of four steps.
-inline void interleave_rows(const uint32_t* rows, size_t row_stride, size_t steps, uint32_t* to) {
+// to[k][i] = rows[i][k] for `count` rows of `steps` words, in whole groups of four of both.
+inline void interleave_rows(const uint32_t* rows, size_t row_stride, size_t count, size_t steps,
+                            uint32_t* to) {
     for (size_t k = 0; k < steps; k += 4) {
-        for (size_t i = 0; i < kStrip; i += 4) {
+        for (size_t i = 0; i < count; i += 4) {
             transpose_4x4(rows + i * row_stride + k, row_stride, to + k * kStrip + i, kStrip);
         }
     }
 }
 
 void pack_floats(const PackFloatsArgs& args) {
-    const bool along_rows = args.row_stride == 1;
-    size_t k = 0;
-    if (args.rows == kStrip && !along_rows && args.k_stride == 1) {
-        k = args.depth / 4 * 4;
-        interleave_rows(reinterpret_cast<const uint32_t*>(args.from),
-                        static_cast<size_t>(args.row_stride), k,
-                        reinterpret_cast<uint32_t*>(args.to));
-    } else if (args.rows == kStrip && along_rows) {
-        for (; k < args.depth; ++k) {
+    if (args.row_stride == 1) {
+        for (size_t k = 0; k < args.depth; ++k) {
+            const float* const from = args.from + static_cast<ptrdiff_t>(k) * args.k_stride;
             store(args.to + k * kStrip,
-                  load(args.from + static_cast<ptrdiff_t>(k) * args.k_stride));
+                  args.rows == kStrip ? load(from) : load_first(from, args.rows));
         }
+        return;
     }
-    for (; k < args.depth; ++k) {
-        for (size_t i = 0; i < kStrip; ++i) {
-            const ptrdiff_t at = static_cast<ptrdiff_t>(i) * args.row_stride +
-                                 static_cast<ptrdiff_t>(k) * args.k_stride;
-            args.to[k * kStrip + i] = i < args.rows ? args.from[at] : 0.0f;
+    if (args.rows < kStrip) {
+        memset(args.to, 0, args.depth * kStrip * sizeof *args.to);
+    }
+    // Four rows by four steps at a time, then what is left of both.
+    const size_t whole_rows = args.k_stride == 1 ? args.rows / 4 * 4 : 0;
+    const size_t whole_steps = args.depth / 4 * 4;
+    interleave_rows(reinterpret_cast<const uint32_t*>(args.from),
+                    static_cast<size_t>(args.row_stride), whole_rows, whole_steps,
+                    reinterpret_cast<uint32_t*>(args.to));
+    for (size_t i = 0; i < args.rows; ++i) {
+        const float* const from = args.from + static_cast<ptrdiff_t>(i) * args.row_stride;
+        for (size_t k = i < whole_rows ? whole_steps : 0; k < args.depth; ++k) {
+            args.to[k * kStrip + i] = from[static_cast<ptrdiff_t>(k) * args.k_stride];
         }
     }
 }
@@ -138,7 +144,7 @@ void pack_code_rows(const PackCodesArgs& args, size_t first_row) {
             add_level_sums(args, levels, args.row_sums + (first_row + i) * args.sums_per_row);
         }
     }
-    interleave_rows(words, stride, ceil_divide(steps, 4) * 4, args.to);
+    interleave_rows(words, stride, kStrip, ceil_divide(steps, 4) * 4, args.to);
 }
 
 void pack_code_columns(const PackCodesArgs& args, size_t step) {
@@ -179,48 +185,6 @@ inline int32_t round_to_int(float x) {
     int32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
     return bits - 0x4b400000;
-}
-
-void pack_whole(const PackWholeArgs& args, size_t first_row) {
-    constexpr size_t stride = kPanelColumns / 2 + 16;
-    alignas(64) uint32_t words[kStrip * stride];
-    const size_t rows = min_size(kStrip, args.rows - first_row);
-    memset(words, 0, sizeof words);
-    for (size_t i = 0; i < rows; ++i) {
-        const float* const x = args.x + static_cast<ptrdiff_t>(first_row + i) * args.row_stride +
-                               static_cast<ptrdiff_t>(args.panel) * args.column_stride;
-        const float inverse = args.inverses[first_row + i];
-        int16_t* const to = reinterpret_cast<int16_t*>(words + i * stride);
-        if (args.column_stride == 1) {
-            for (size_t c = 0; c < args.count; ++c) {
-                to[c] = static_cast<int16_t>(round_to_int(x[c] * inverse));
-            }
-        } else {
-            for (size_t c = 0; c < args.count; ++c) {
-                const float value = x[static_cast<ptrdiff_t>(c) * args.column_stride];
-                to[c] = static_cast<int16_t>(round_to_int(value * inverse));
-            }
-        }
-    }
-    interleave_rows(words, stride, ceil_divide(ceil_divide(args.count, 2), 4) * 4, args.to);
-}
-
-float largest_of_row(const float* x, ptrdiff_t column_stride, size_t columns) {
-    if (column_stride == 1) {
-        return largest_magnitude(x, columns);
-    }
-    float largest = 0.0f;
-    for (size_t c = 0; c < columns; ++c) {
-        const float value = x[static_cast<ptrdiff_t>(c) * column_stride];
-        const float magnitude = value < 0.0f ? -value : value;
-        if (!(magnitude <= largest)) {  // a NaN stays
-            largest = magnitude;
-        }
-        if (largest != largest) {
-            break;
-        }
-    }
-    return largest;
 }
 
 void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
@@ -273,44 +237,12 @@ void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
         }
         const size_t steps = ceil_divide(ceil_divide(count, kCodesPerWord), 4) * 4;
         const size_t at = panel / kCodesPerWord * kStrip;
-        interleave_rows(high_words, stride, steps, args.high + at);
-        interleave_rows(low_words, stride, steps, args.low + at);
+        interleave_rows(high_words, stride, kStrip, steps, args.high + at);
+        interleave_rows(low_words, stride, kStrip, steps, args.low + at);
     }
 }
 
 // ---- The tile ----
-
-template <WordType TYPE>
-struct Words;
-
-template <>
-struct Words<WordType::float32> {
-    using Lanes = F32x16;
-    using Element = float;
-    static Lanes zero() { return broadcast(0.0f); }
-    static Lanes load_strip(const uint32_t* b) { return load(reinterpret_cast<const float*>(b)); }
-    static Lanes multiply(Lanes sum, const uint32_t* a, Lanes b) {
-        return multiply_add(sum, *reinterpret_cast<const float*>(a), b);
-    }
-};
-template <>
-struct Words<WordType::int16> {
-    using Lanes = I32x16;
-    using Element = int32_t;
-    static Lanes zero() { return zero_codes(); }
-    static Lanes load_strip(const uint32_t* b) { return load_words(b); }
-    static Lanes multiply(Lanes sum, const uint32_t* a, Lanes b) { return add_dot_2(sum, *a, b); }
-};
-#if defined(LOWBIT_HAS_DOT_4)
-template <>
-struct Words<WordType::int8> {
-    using Lanes = I32x16;
-    using Element = int32_t;
-    static Lanes zero() { return zero_codes(); }
-    static Lanes load_strip(const uint32_t* b) { return load_unsigned(b); }
-    static Lanes multiply(Lanes sum, const uint32_t* a, Lanes b) { return add_dot_4(sum, *a, b); }
-};
-#endif
 
 // What becomes of a strip of sums; `count` of its columns are wanted.
 inline void finish_strip(const MultiplyArgs& args, F32x16 sum, size_t row, size_t column,
@@ -487,8 +419,6 @@ const ProductKernels product_kernels = {kCodeType,
                                         pack_floats,
                                         pack_code_rows,
                                         pack_code_columns,
-                                        pack_whole,
-                                        largest_of_row,
                                         pack_limbs,
                                         multiply,
                                         scale_sums,

@@ -7,6 +7,7 @@ of instruction set, which is otherwise the highest this processor supports.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from types import ModuleType
 from typing import Any
@@ -14,8 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.cpu.memory import check, check_writable, output, readable
+from lowbit_muon.backends.codes import Terms
+from lowbit_muon.backends.cpu.memory import (
+    check,
+    check_matrices,
+    check_plain_rows,
+    contiguous_codes,
+    memory,
+    output,
+    row_distance,
+)
 from lowbit_muon.backends.cpu.products import CpuProducts
 from lowbit_muon.formats.codebook import Codebook, CodeLayout, rotation_signs
 
@@ -77,16 +86,6 @@ def take_most_workspace() -> int:
     return int(_extension().take_most_workspace())
 
 
-def multiply_adds(word: str, iterations: int) -> int:
-    """Multiplies and adds in registers on as many threads as torch uses; how many products it was.
-
-    It takes the instructions of the matrix products of the level in use and touches no memory, so
-    its time gives their peak. word: "float32", "int16" or "int8", the last only where the level
-    multiplies codes as bytes; iterations: 1 to 2^24 rounds. Raises ValueError naming the argument.
-    """
-    return int(_extension().multiply_adds(word, iterations, torch.get_num_threads()))
-
-
 class CpuBackend(CpuProducts):
     """`Backend` in C++ with AVX2 or AVX-512, on as many threads as torch uses.
 
@@ -110,10 +109,9 @@ class CpuBackend(CpuProducts):
         scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.quantize`."""
-        x = readable(x, "x")
-        rows, columns = x.shape
-        packed = output(packed, "packed", (rows, layout.row_bytes(columns)), torch.uint8)
-        scales = output(scales, "scales", (rows, layout.blocks(columns)), torch.float32)
+        *rows, columns = check_matrices(x, "x")
+        packed = output(packed, "packed", (*rows, layout.row_bytes(columns)), torch.uint8)
+        scales = output(scales, "scales", (*rows, layout.blocks(columns)))
         self._quantize(x, codebook, layout, layout.statistic, packed, scales)
         return packed, scales
 
@@ -127,10 +125,9 @@ class CpuBackend(CpuProducts):
         packed: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.encode`."""
-        x = readable(x, "x")
-        rows, columns = x.shape
-        check(scales, "scales", (rows, layout.blocks(columns)), torch.float32)
-        packed = output(packed, "packed", (rows, layout.row_bytes(columns)), torch.uint8)
+        *rows, columns = check_matrices(x, "x")
+        check(scales, "scales", (*rows, layout.blocks(columns)), torch.float32)
+        packed = output(packed, "packed", (*rows, layout.row_bytes(columns)), torch.uint8)
         self._quantize(x, codebook, layout, "given", packed, scales.contiguous())
         return packed
 
@@ -144,12 +141,14 @@ class CpuBackend(CpuProducts):
         scales: Tensor,
     ) -> None:
         _, thresholds = _tables(codebook)
-        rows, columns = x.shape
+        *rows, columns = x.shape
+        if row_distance(x) is None:
+            x = x.contiguous()
         self._extension.quantize(
-            rows=rows,
+            rows=math.prod(rows),
             columns=columns,
             x=x.data_ptr(),
-            x_stride=x.stride(0),
+            x_stride=row_distance(x),
             statistic=statistic,
             clip=layout.clip,
             bits=layout.bits,
@@ -157,46 +156,53 @@ class CpuBackend(CpuProducts):
             thresholds=thresholds.data_ptr(),
             threshold_count=thresholds.numel(),
             packed=packed.data_ptr(),
-            row_bytes=packed.shape[1],
+            row_bytes=packed.shape[-1],
             scales=scales.data_ptr(),
             threads=torch.get_num_threads(),
         )
 
-    def accumulate(
-        self,
-        buffer: Tensor,
-        *,
-        buffer_weight: float = 0.0,
-        codes: PackedCodes | None = None,
-        code_weight: float = 1.0,
-        grad: Tensor | None = None,
-        grad_weight: float = 1.0,
-    ) -> float:
+    def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
         """See `Backend.accumulate`."""
-        check_writable(buffer, "buffer")
+        *batch, rows, columns = check_matrices(buffer, "buffer")
+        check_plain_rows(buffer, "buffer")
+        distance = row_distance(buffer)
+        if distance is None:
+            whole = buffer.contiguous()
+            row_sums = self.accumulate(whole, terms)
+            buffer.copy_(whole)
+            return row_sums
+        row_sums = torch.empty((*batch, rows), dtype=torch.float64, device="cpu")
         kept: list[Tensor] = []  # alive until the kernel has run
-        return float(
-            self._extension.accumulate(
-                rows=buffer.shape[0],
-                columns=buffer.shape[1],
-                buffer=buffer.data_ptr(),
-                buffer_stride=buffer.stride(0),
-                buffer_weight=buffer_weight,
-                threads=torch.get_num_threads(),
-                **_code_arguments(codes, code_weight, buffer.shape, kept),
-                **_grad_arguments(grad, grad_weight, buffer.shape),
-            )
+        self._extension.accumulate(
+            batch=batch[0] if batch else 1,
+            rows=rows,
+            columns=columns,
+            buffer=buffer.data_ptr(),
+            buffer_stride=distance,
+            buffer_weight=terms.buffer_weight,
+            row_sums=row_sums.data_ptr(),
+            threads=torch.get_num_threads(),
+            **_code_arguments(terms, buffer.shape, kept),
+            **_grad_arguments(terms, buffer.shape),
         )
+        return row_sums
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
-        check_writable(x, "x")
-        first_signs, second_signs = _signs(x.shape[1])
+        *rows, columns = check_matrices(x, "x")
+        check_plain_rows(x, "x")
+        distance = row_distance(x)
+        if distance is None:
+            whole = x.contiguous()
+            self.rotate(whole, inverse=inverse)
+            x.copy_(whole)
+            return
+        first_signs, second_signs = _signs(columns)
         self._extension.rotate(
-            rows=x.shape[0],
-            columns=x.shape[1],
+            rows=math.prod(rows),
+            columns=columns,
             x=x.data_ptr(),
-            x_stride=x.stride(0),
+            x_stride=distance,
             first_signs=first_signs.data_ptr(),
             second_signs=second_signs.data_ptr(),
             inverse=inverse,
@@ -204,44 +210,40 @@ class CpuBackend(CpuProducts):
         )
 
 
-def _code_arguments(
-    codes: PackedCodes | None, weight: float, shape: torch.Size, kept: list[Tensor]
-) -> dict[str, Any]:
+def _code_arguments(terms: Terms, shape: torch.Size, kept: list[Tensor]) -> dict[str, Any]:
+    codes = terms.codes
     if codes is None:
         return {}
-    rows, columns = shape
-    layout = codes.layout
+    *rows, columns = shape
     if codes.columns != columns:
         raise ValueError(f"codes: expected {columns} columns like buffer, got {codes.columns}")
-    check(codes.packed, "codes.packed", (rows, layout.row_bytes(columns)), torch.uint8)
-    check(codes.scales, "codes.scales", (rows, layout.blocks(columns)), torch.float32)
-    levels, _ = _tables(codes.codebook)
-    packed, scales = codes.packed.contiguous(), codes.scales.contiguous()
+    packed, scales = contiguous_codes(codes, rows)
     kept += [packed, scales]
+    levels, _ = _tables(codes.codebook)
     return {
-        "bits": layout.bits,
-        "block_size": layout.effective_block(columns),
+        "bits": codes.layout.bits,
+        "block_size": codes.layout.effective_block(columns),
         "levels": levels.data_ptr(),
         "level_count": levels.numel(),
         "packed": packed.data_ptr(),
-        "row_bytes": packed.shape[1],
+        "row_bytes": packed.shape[-1],
         "scales": scales.data_ptr(),
-        "code_weight": weight,
+        "code_weight": terms.code_weight,
     }
 
 
-def _grad_arguments(grad: Tensor | None, weight: float, shape: torch.Size) -> dict[str, Any]:
+def _grad_arguments(terms: Terms, shape: torch.Size) -> dict[str, Any]:
+    grad = terms.grad
     if grad is None:
         return {}
-    if grad.dtype not in _GRAD_TYPES:
-        raise TypeError(f"grad: expected float32, bfloat16 or float16, got {grad.dtype}")
-    check(grad, "grad", tuple(shape), grad.dtype)
+    if not isinstance(grad, Tensor) or grad.dtype not in _GRAD_TYPES:
+        got = grad.dtype if isinstance(grad, Tensor) else type(grad).__name__
+        raise TypeError(f"grad: expected float32, bfloat16 or float16, got {got}")
+    check(grad, "grad", shape, grad.dtype)
     return {
-        "grad": grad.data_ptr(),
+        "grad": memory(grad),
         "grad_type": _GRAD_TYPES[grad.dtype],
-        "grad_row_stride": grad.stride(0),
-        "grad_column_stride": grad.stride(1),
-        "grad_weight": weight,
+        "grad_weight": terms.grad_weight,
     }
 
 

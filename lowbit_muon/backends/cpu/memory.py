@@ -1,14 +1,74 @@
-"""What the C++ kernels may be given: checks of tensors before their memory is passed on."""
+"""What the C++ kernels may be given: checks of tensors before their memory is passed on.
+
+Every call goes through them, so what is right passes after a few cheap comparisons.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.codes import PackedCodes
 
-def check_writable(x: Tensor, name: str) -> None:
-    """Raise unless a kernel can write rows of float32 into `x`."""
-    check(x, name, None, torch.float32)
+# A batch of matrices: its address, and the strides of matrices, rows and columns.
+Memory = tuple[int, ...]
+NO_MEMORY: Memory = (0, 0, 0, 0)
+
+
+def check_matrices(x: Tensor, name: str, dtype: torch.dtype = torch.float32) -> torch.Size:
+    """The shape of x, [m, n] or [b, m, n]. Raises unless it is dense CPU memory of this dtype."""
+    if _is_dense(x, dtype) and 2 <= x.ndim <= 3:
+        return x.shape
+    _refuse(x, name, "two dimensions, or three of a batch", dtype)
+
+
+def check(x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise unless x is dense CPU memory of this shape and dtype."""
+    if not (_is_dense(x, dtype) and x.shape == tuple(shape)):
+        _refuse(x, name, f"shape {tuple(shape)}", dtype)
+
+
+def _is_dense(x: Tensor, dtype: torch.dtype) -> bool:
+    return isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+
+
+def _refuse(x: object, name: str, shape: str, dtype: torch.dtype) -> NoReturn:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        raise ValueError(
+            f"{name}: expected a dense tensor on the CPU, got {x.layout} on {x.device}"
+        )
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
+    raise ValueError(f"{name}: expected {shape}, got shape {tuple(x.shape)}")
+
+
+def memory(x: Tensor) -> Memory:
+    """Of [b, m, n], or of one matrix [m, n]."""
+    return (x.data_ptr(), *x.stride()) if x.ndim == 3 else (x.data_ptr(), 0, *x.stride())
+
+
+def has_plain_rows(x: Tensor) -> bool:
+    """Whether each row of [.., m, n] is contiguous and none overlaps another."""
+    if x.is_contiguous() or not x.numel():
+        return True
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return False
+    reach = x.shape[-1]  # of the elements with the indices so far
+    for stride, size in sorted(zip(x.stride()[:-1], x.shape[:-1], strict=True)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
+def check_plain_rows(x: Tensor, name: str) -> None:
+    """Raise unless a kernel can write rows into x."""
     if not has_plain_rows(x):
         raise ValueError(
             f"{name}: expected contiguous rows that do not overlap, got strides "
@@ -16,37 +76,40 @@ def check_writable(x: Tensor, name: str) -> None:
         )
 
 
-def check(tensor: Tensor, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
-    """Raise unless the tensor is dense CPU memory of this shape (None: any matrix) and dtype."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(
-            f"{name}: expected a dense tensor on the CPU, got {tensor.layout} on {tensor.device}"
-        )
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-    if tensor.ndim != 2 or (shape is not None and tuple(tensor.shape) != shape):
-        expected = "two dimensions" if shape is None else f"shape {shape}"
-        raise ValueError(f"{name}: expected {expected}, got shape {tuple(tensor.shape)}")
+def row_distance(x: Tensor) -> int | None:
+    """The stride of contiguous rows if all of x have one, also from one matrix to the next."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    if not has_plain_rows(x):
+        return None
+    if x.ndim == 2 or x.shape[1] == 1:
+        return x.stride(0)
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x.stride(1) if even else None
 
 
-def has_plain_rows(x: Tensor) -> bool:
-    """Whether each row is contiguous and rows do not overlap."""
-    rows, columns = x.shape
-    return (columns <= 1 or x.stride(1) == 1) and (rows <= 1 or x.stride(0) >= columns)
-
-
-def readable(x: Tensor, name: str) -> Tensor:
-    """`x` with contiguous rows, copied if it has not."""
-    check(x, name, None, torch.float32)
-    return x if has_plain_rows(x) else x.contiguous()
-
-
-def output(tensor: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def output(
+    tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`tensor` if it is contiguous memory of this shape and dtype; new memory for None."""
     if tensor is None:
         return torch.empty(shape, dtype=dtype, device="cpu")
     check(tensor, name, shape, dtype)
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     return tensor
+
+
+def changed(out: Tensor) -> Tensor:
+    """`out`, after telling autograd that a kernel changes it behind its back."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def contiguous_codes(codes: PackedCodes, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(packed, scales) of codes of `rows`, [m] or [b, m], after checks."""
+    layout, columns = codes.layout, codes.columns
+    check(codes.packed, "codes.packed", (*rows, layout.row_bytes(columns)), torch.uint8)
+    check(codes.scales, "codes.scales", (*rows, layout.blocks(columns)), torch.float32)
+    return codes.packed.contiguous(), codes.scales.contiguous()
