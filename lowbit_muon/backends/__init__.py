@@ -14,7 +14,6 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cpu.adapter import unavailable_reason as cpu_unavailable_reason
 from lowbit_muon.backends.cuda import library as cuda_library
-from lowbit_muon.backends.reference import ReferenceBackend
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ _REGISTRY: dict[str, _Registered] = {
     "cpu": _Registered(CpuBackend, cpu_unavailable_reason, ("cpu",)),
     "triton": _Registered(_create_triton, triton.unavailable_reason, ("cuda", "xpu")),
     "cuda": _Registered(_create_cuda, cuda_library.unavailable_reason, ("cuda",)),
-    "reference": _Registered(ReferenceBackend, lambda: None, None),
+    "reference": _Registered(Backend, lambda: None, None),
 }
 
 BACKEND_NAMES = ("auto", *_REGISTRY)

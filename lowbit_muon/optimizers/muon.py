@@ -441,7 +441,10 @@ class Muon(Optimizer):
                 revise_format(auto, grad, self.state[param], views, group, name)
             state = self.state[param]
             prepare_state(state, param, group, views)
-            steps.append(ParameterStep(local_part(param), grad, state, views, first + index))
+            backend = get_backend(group["backend"], grad.device)
+            steps.append(
+                ParameterStep(local_part(param), grad, state, views, first + index, backend)
+            )
         step_parameters(steps, MuonRule.from_group(group), group)
 
     def _prepare_shared(self, group: dict[str, Any], part: Shared) -> None:

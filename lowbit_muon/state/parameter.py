@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.auto import AutoFormat, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
@@ -36,6 +37,7 @@ class ParameterStep:
     state: dict[str, Any]
     views: list[MatrixView]
     number: int  # its place in the optimizer
+    backend: Backend
 
 
 def parameter_names(group: dict[str, Any]) -> list[str]:

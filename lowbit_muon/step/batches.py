@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import Backend
 from lowbit_muon.state.gradients import count_skipped, is_usable
 from lowbit_muon.state.offload import Fetched
 from lowbit_muon.state.operands import SCRATCH_FLOATS
@@ -38,7 +36,6 @@ class _Item:
     momentum: QuantizedMatrix
     rounding: Rounding | None
     one: ParameterStep
-    backend: Backend
     counts: bool  # whether its parameter is counted by it
     usable: Tensor | None  # for a parameter of several matrices: whether its whole gradient is
 
@@ -50,7 +47,7 @@ def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[
         for item in _items(one, group):
             momentum, weight = item.momentum, item.weight
             dtypes = (weight.dtype, item.grad.dtype)
-            key = (momentum.shape, momentum.state_format, dtypes, item.backend, weight.device)
+            key = (momentum.shape, momentum.state_format, dtypes, item.one.backend, weight.device)
             buckets[key].append(item)
     batches = [part for items in buckets.values() for part in _parts(items)]
     for items, momenta in _with_momenta(batches, offload=group["offload"]):
@@ -61,13 +58,13 @@ def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[
             [item.rounding for item in items],
             _flags([item.usable for item in items]),
         )
-        _count(items, update(batch, rule, items[0].backend))
+        _count(items, update(batch, rule, items[0].one.backend))
 
 
 def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
     """The matrices of a parameter; none if a host finds that its gradient is not usable."""
     state, views = one.state, one.views
-    backend = get_backend(group["backend"], one.param.device)
+    backend = one.backend
     grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
     # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
     usable = is_usable(grad) if len(views) > 1 else None
@@ -86,17 +83,14 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
             weights[view.rows],
             grad[view.rows],
             read_matrix(state, view, state_format),
-            _rounding(one, index, group, backend),
+            _rounding(one, index, group),
             one,
-            backend,
             index == 0,
             usable,
         )
 
 
-def _rounding(
-    one: ParameterStep, index: int, group: dict[str, Any], backend: Backend
-) -> Rounding | None:
+def _rounding(one: ParameterStep, index: int, group: dict[str, Any]) -> Rounding | None:
     """How a matrix's new weights are rounded, if not to the nearest."""
     if "remainder" in one.state:
         rows = one.views[index].rows
@@ -104,7 +98,9 @@ def _rounding(
     if not (group["stochastic_rounding"] and one.param.dtype == torch.bfloat16):
         return None
     device = one.param.device
-    step = _counter(one.state, "step", device) if backend.asynchronous else int(one.state["step"])
+    step = (
+        _counter(one.state, "step", device) if one.backend.asynchronous else int(one.state["step"])
+    )
     seed = seed_of_step(rounding_seed(group["seed"], one.number, index), step)
     if isinstance(seed, Tensor):
         return seed.int()
@@ -113,7 +109,7 @@ def _rounding(
 
 def _parts(items: list[_Item]) -> Iterator[list[_Item]]:
     """What goes into one batch, by the memory that it takes."""
-    momentum, asynchronous = items[0].momentum, items[0].backend.asynchronous
+    momentum, asynchronous = items[0].momentum, items[0].one.backend.asynchronous
     m, n = sorted(momentum.shape)
     # The spectral encoder holds nine m x m matrices, all else some three of m x n.
     encoder = 3 * m * m if momentum.state_format.spectral else 0
@@ -154,7 +150,7 @@ def _flags(flags: Sequence[Tensor | None]) -> Tensor | None:
 
 def _count(items: Sequence[_Item], accepted: Tensor) -> None:
     """Count the steps of parameters, and the gradients that were skipped."""
-    if not items[0].backend.asynchronous:
+    if not items[0].one.backend.asynchronous:
         for item, is_accepted in zip(items, accepted.tolist(), strict=True):
             if item.counts and is_accepted:
                 item.one.state["step"] += 1

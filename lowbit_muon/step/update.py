@@ -60,12 +60,13 @@ class MuonRule:
         coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
         return cls(coefficients=coefficients, **{name: group[name] for name in names})
 
-    def scale(self, shape: Sequence[int]) -> float:
-        """Factor of the learning rate for a matrix [rows, columns] (see `lowbit_muon.Muon`)."""
-        rows, columns = shape
-        if self.adjust_lr_fn == "match_rms_adamw":
-            return 0.2 * math.sqrt(max(rows, columns))
-        return math.sqrt(max(1.0, rows / columns))
+
+def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
+    """Factor of the learning rate for a matrix [rows, columns] (see `lowbit_muon.Muon`)."""
+    rows, columns = shape
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def _update_weights(batch: Batch, direction: _Direction, accepted: Tensor, rule:
     """W <- (1 - lr*wd)*W - lr*scale*O, where accepted."""
     backend, lr = direction.backend, rule.lr
     weights = [orient(weight) for weight in batch.weights]
-    scale = rule.scale(batch.weights[0].shape)
+    scale = update_scale(rule.adjust_lr_fn, batch.weights[0].shape)
     rounding = batch.rounding
     if backend.asynchronous:
         if isinstance(lr, Tensor):  # a CPU scalar would have to be copied to the device

@@ -19,7 +19,7 @@ from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
 from lowbit_muon.state.coded_products import lut_gram
 from lowbit_muon.state.parameter import matrix_views, read_matrix
 from lowbit_muon.state.stored import QuantizedMatrix, orient, quantize
-from lowbit_muon.step.group_step import update_scale
+from lowbit_muon.step.update import update_scale
 from lowbit_muon.tools.benchmark.gates import (
     Passed,
     allowed_gram_error,
@@ -86,7 +86,7 @@ class Problem:
 
     def decoded(self, stored: QuantizedMatrix) -> Tensor:
         """Float32 [rows, columns]."""
-        return stored.dequantize(get_backend(self.backend, self.device))
+        return stored.dequantize(self.backend)
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.parameter import ParameterStep, matrix_views, write_matrix
 from lowbit_muon.state.stored import QuantizedMatrix
-from lowbit_muon.step.batched_update import BATCH_ELEMENTS
-from lowbit_muon.step.device_step import DeviceStep
-from lowbit_muon.step.group_step import GroupStep
+from lowbit_muon.step.batches import DEVICE_ELEMENTS, step_parameters
+from lowbit_muon.step.update import MuonRule
 
 META = torch.device("meta")
 # Of the Triton kernels of integer products (backends/triton/kernels/{gram,limbs,levels}.py, which a
@@ -90,10 +89,11 @@ def _hidden_bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     return args[0].numel() * dtype.itemsize
 
 
-class SizingBackend(DeviceReferenceBackend):
-    """A `DeviceBackend` that allocates like the Triton adapters and computes nothing."""
+class SizingBackend(Backend):
+    """A backend that allocates like the Triton adapters and computes nothing."""
 
     name = "sizing"
+    asynchronous = True
 
     def quantize(
         self, x: Tensor, codebook: Codebook, layout: CodeLayout, *, packed: Tensor | None = None,
@@ -101,7 +101,7 @@ class SizingBackend(DeviceReferenceBackend):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `Backend.quantize`."""
         if scales is None:
-            scales = x.new_empty(x.shape[0], layout.blocks(x.shape[1]))
+            scales = x.new_empty(*x.shape[:-1], layout.blocks(x.shape[-1]))
         return self.encode(x, scales, codebook, layout, packed=packed), scales
 
     def encode(
@@ -109,23 +109,20 @@ class SizingBackend(DeviceReferenceBackend):
         packed: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `Backend.encode`."""
-        size = (x.shape[0], layout.row_bytes(x.shape[1]))
+        size = (*x.shape[:-1], layout.row_bytes(x.shape[-1]))
         return x.new_empty(size, dtype=torch.uint8) if packed is None else packed
 
-    def accumulate_rows(
-        self, buffer: Tensor, *, buffer_weight: float = 0.0, codes: PackedCodes | None = None,
-        code_weight: float = 1.0, grad: Tensor | None = None, grad_weight: float = 1.0,
-    ) -> Tensor:  # fmt: skip
-        """See `DeviceBackend.accumulate_rows`."""
-        return buffer.new_empty(buffer.shape[0], dtype=torch.float64)
+    def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        """See `Backend.accumulate`."""
+        return buffer.new_empty(buffer.shape[:-1], dtype=torch.float64)
 
     def update_codes(
-        self, codes: PackedCodes, grad: Tensor, *, code_weight: float, grad_weight: float,
-        packed: Tensor, scales: Tensor, out: Tensor | None = None, out_value_weight: float = 1.0,
-        out_grad_weight: float = 0.0,
-    ) -> Tensor:  # fmt: skip
-        """See `DeviceBackend.update_codes`."""
-        return grad.new_empty(2, grad.shape[0], dtype=torch.float64)
+        self, terms: Terms, *, packed: Tensor, scales: Tensor, out: Tensor | None = None,
+        out_weights: tuple[float, float] = (1.0, 0.0),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `Backend.update_codes`."""
+        squares = packed.new_empty(2, *packed.shape[:-1], dtype=torch.float64)
+        return squares[0], squares[1]
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
@@ -150,10 +147,10 @@ class SizingBackend(DeviceReferenceBackend):
         return out
 
     def product(
-        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, alpha: float = 1.0,
-        beta: float = 0.0, active: Tensor | None = None,
+        self, a: Tensor, b: Tensor, *, out: Tensor | None = None,
+        alpha: float | Tensor = 1.0, beta: float = 0.0, active: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """See `DeviceBackend.product`."""
+        """See `Backend.product`."""
         return a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
 
     def symmetric_product(
@@ -161,18 +158,18 @@ class SizingBackend(DeviceReferenceBackend):
         alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """See `DeviceBackend.symmetric_product`."""
+        """See `Backend.symmetric_product`."""
         return a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
 
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
-        """See `DeviceBackend.scaled`."""
+        """See `Backend.scaled`."""
         return out
 
     def update_weight(
         self, weight: Tensor, update: Tensor, *, decay: Tensor, step_size: Tensor,
         seed: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """See `DeviceBackend.update_weight`."""
+        """See `Backend.update_weight`."""
 
 
 def _packed_columns(codes: PackedCodes) -> int:
@@ -202,18 +199,16 @@ def muon_step_bytes(
     """
     matrices = math.prod(shape[:-2]) if stack else 1
     elements = max(1, math.prod(shape) // matrices)
-    # No batch is larger, so parameters beyond these only repeat it (`DeviceStep.run`).
-    count = min(count, math.ceil(max(1, BATCH_ELEMENTS // elements) / matrices))
+    # No batch is larger, so parameters beyond these only repeat it (`step.batches`).
+    count = min(count, math.ceil(max(1, DEVICE_ELEMENTS // elements) / matrices))
     params = [nn.Parameter(torch.empty(*shape, dtype=dtype, device=META)) for _ in range(count)]
     optimizer = Muon(
         [{"params": params, "batch_experts": stack}],
         state_format=state_format,
         nesterov=not state_format.normalize,
     )
-    group = optimizer.param_groups[0]
-    step = GroupStep.from_group(group)
-    batches, backend = DeviceStep(step, group), SizingBackend()
-    added: list[ParameterStep] = []
+    group, backend = optimizer.param_groups[0], SizingBackend()
+    steps: list[ParameterStep] = []
     existing: list[Tensor] = []
     for number, param in enumerate(params):
         views = matrix_views(param, group)
@@ -223,11 +218,9 @@ def muon_step_bytes(
                 state, view, QuantizedMatrix.zeros(view.shape, state_format, seed=0, device=META)
             )
         grad = torch.empty_like(param)
-        added.append(ParameterStep(param, grad, state, views, number))
+        steps.append(ParameterStep(param, grad, state, views, number, backend))
         existing += [param, grad, *(v for v in state.values() if isinstance(v, Tensor))]
     with torch.no_grad(), LiveBytes() as memory:
         memory.ignore(existing)
-        for one in added:
-            batches.add(one, backend)
-        batches.run()
+        step_parameters(steps, MuonRule.from_group(group), group)
     return memory.peak

@@ -22,14 +22,14 @@ from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import gram_operator
 from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
-from lowbit_muon.state.rows import SCRATCH_FLOATS
-from lowbit_muon.tools.plan.device_workspace import META, LiveBytes
+from lowbit_muon.state.operands import SCRATCH_FLOATS
+from lowbit_muon.tools.plan.device_workspace import META, LiveBytes, SizingBackend
 
 FLOAT_BYTES = 4
 # Of csrc/cpu: rows of a strip, steps and rows of a streamed block, words packed at once
 # (kStrip, kFloatSteps, kStreamBlock, kPackedWords).
 _STRIP, _STREAM, _PACKED_WORDS = 16, 192, 2**20
-# lowbit_muon/state/rows.py: rows that panels of a Gram matrix have at least.
+# lowbit_muon/state/operands.py: rows that panels of a Gram matrix have at least.
 _FEWEST_ROWS = 64
 # Coefficients and steps of torch.optim.Muon, our default.
 _COEFFICIENTS = resolve_coefficients("muon", 5)
@@ -57,7 +57,7 @@ def muon_step_bytes(
 def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> int:
     """Floats for one matrix."""
     in_memory = f.spectral or m * n <= SCRATCH_FLOATS
-    # rows of a panel, `RowSource.height`
+    # rows of a panel, `row_slices`
     panel = n * (m if m * n <= SCRATCH_FLOATS else max(1, SCRATCH_FLOATS // n))
     rank = f.rank(m, n)
     # the decoder keeps factors; storing new ones takes the old, their directions, P, R and copies
@@ -114,7 +114,7 @@ def _packed_symmetric(size: int, depth: int, operands: int) -> int:
 @functools.cache
 def _operator_floats(m: int) -> int:
     """Of the Newton-Schulz operator of a Gram matrix [m, m], that matrix included."""
-    return _traced_floats(m, lambda gram: gram_operator(gram, _COEFFICIENTS, overwrite=True))
+    return _traced_floats(m, lambda gram: gram_operator(gram, _COEFFICIENTS, SizingBackend()))
 
 
 @functools.cache
@@ -122,7 +122,9 @@ def _root_floats(m: int, shift: float) -> int:
     """Of the spectral encoder's operator, the Gram matrix included."""
     if shift < ROOT_TABLE[-1].shift:  # eigh: R, its copy, vectors, LAPACK's workspace, the result
         return 7 * m * m
-    return _traced_floats(m, lambda gram: iterate_root(gram, shift, overwrite=True))
+    return _traced_floats(
+        m, lambda gram: iterate_root(gram, shift, SizingBackend(), overwrite=True)
+    )
 
 
 def _traced_floats(m: int, run: Callable[[Tensor], Tensor]) -> int:
