@@ -7,7 +7,7 @@ PROCESSES ?= 2
 ISAS ?= avx2 avx512 avx512vnni
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
-CXX_SOURCES := $(shell find csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc bench/csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: venv finetune finetune-distributed test fuzz docs bench lint format clean
 

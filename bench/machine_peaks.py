@@ -4,7 +4,7 @@
 
 fp32, int16, int8 LEVEL  independent chains of the instructions that our matrix products of floats
                          and codes take on that instruction-set level (int8 only with VNNI), on
-                         operands in registers; csrc/cpu/kernels/throughput.inl
+                         operands in registers; bench/csrc/peaks.cpp, compiled when first asked for
 copy from memory, in L2  torch's copy of 128 MiB, and of 256 KiB a thread; bytes read and written
 torch.mm bf16            a product of 1024 x 1024 matrices: the best seen in bfloat16, not a peak
 
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 
+from bench.chains import multiply_adds
 from bench.harness import Record, Run, add_options, product_operations, runs
 from lowbit_muon.backends.cpu import adapter as cpu
-from lowbit_muon.tools.benchmark.cases import Case, Prepared
+from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
 from lowbit_muon.tools.benchmark.gates import GateError
 from lowbit_muon.tools.benchmark.measure import Result, measure_cases
 
@@ -41,15 +42,9 @@ def best_isa() -> str:
     return cpu.supported_isas()[-1]
 
 
-@cache
 def code_type(isa: str) -> str:
     """What the kernels of a level multiply codes as: "int8" or "int16"."""
-    with Run(isa, 1).applied():
-        try:
-            cpu.multiply_adds("int8", 1)
-        except ValueError:
-            return "int16"
-    return "int8"
+    return "int8" if isa.endswith("vnni") else "int16"
 
 
 def roofs(keys: Iterable[str]) -> list[Case]:
@@ -67,12 +62,11 @@ def _roof(key: str) -> Case:
 
 
 def _prepare_chains(dtype: str, isa: str) -> Prepared:
-    def chains(iterations: int) -> int:
-        # The level in use may be another: the roof of what torch does is the highest level's.
-        with Run(isa, torch.get_num_threads()).applied():
-            return cpu.multiply_adds(WORDS[dtype], iterations)
-
-    products = chains(ITERATIONS)
+    chains = partial(multiply_adds, isa, WORDS[dtype])
+    try:
+        products = chains(ITERATIONS)
+    except RuntimeError as error:  # there is no compiler
+        raise UnavailableError(str(error)) from error
     if products != ITERATIONS * chains(1):
         raise GateError(f"products: expected {ITERATIONS} times {chains(1)}, got {products}")
     return Prepared(lambda: chains(ITERATIONS), work=2.0 * products, roof=f"{dtype} {isa}")

@@ -62,36 +62,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("isa", ISAS)
-def test_chains_multiply_as_often_as_they_say(isa: str, threads: int) -> None:
-    with harness.Run(isa, threads).applied():
-        for dtype in {"fp32", "int16", machine_peaks.code_type(isa)}:
-            word = machine_peaks.WORDS[dtype]
-            once = cpu.multiply_adds(word, 1)
-            per_lane = {"float32": 1, "int16": 2, "int8": 4}[word]
-            # sixteen lanes in each chain, and enough chains to hide a latency of four cycles
-            assert once % (16 * per_lane * threads) == 0
-            assert once >= 2 * 16 * per_lane * threads
-            for iterations in (2, 1000, 12345):
-                assert cpu.multiply_adds(word, iterations) == iterations * once
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_wrong_arguments_of_the_chains(isa: str) -> None:
-    with harness.Run(isa, 1).applied():
-        with pytest.raises(ValueError, match=r"type: expected 'float32', .* got 'int4'"):
-            cpu.multiply_adds("int4", 1)
-        for iterations in (0, 2**24 + 1):
-            with pytest.raises(ValueError, match=rf"iterations: expected 1 to .*{iterations}"):
-                cpu.multiply_adds("float32", iterations)
-        if machine_peaks.code_type(isa) == "int16":
-            with pytest.raises(ValueError, match=f"type: level '{isa}' has no products of bytes"):
-                cpu.multiply_adds("int8", 1)
-        else:
-            assert isa == "avx512vnni"
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("isa", ISAS)
 def test_peaks_are_positive_and_finite(isa: str, threads: int) -> None:
     rows = machine_peaks.measure(harness.Run(isa, threads), 2, shared=True)
     names = {row.name for row in rows}

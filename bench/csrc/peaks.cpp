@@ -1,0 +1,131 @@
+// The most that cores multiply and add: independent chains in registers, with the instructions of
+// the matrix products of one ISA level. bench/chains.py compiles it once for each level, with the
+// level's flags and its LOWBIT_LANES_FILE.
+//
+// All factors are one, so that the sum of all lanes is the number of products: nothing was left
+// out.
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "interface.hpp"
+
+namespace lowbit {
+namespace {
+
+#include LOWBIT_LANES_FILE
+#include "words.inl"
+
+// More than latency times throughput of a fused multiply-add (4 or 5 cycles, two each cycle), and
+// fewer than there are registers. Narrow levels need two or four registers for sixteen lanes.
+constexpr int kChains = kRegisterRows * kRegisterStrips + (kRegisterStrips == 1 ? 1 : 0);
+
+template <WordType TYPE>
+struct Ones;
+template <>
+struct Ones<WordType::float32> {
+    static constexpr uint32_t left = 0x3f800000, right = 0x3f800000;
+};
+template <>
+struct Ones<WordType::int16> {
+    static constexpr uint32_t left = 0x00010001, right = 0x00010001;
+};
+template <>
+struct Ones<WordType::int8> {
+    static constexpr uint32_t left = 0x01010101, right = 0x81818181;  // strips have 128 added
+};
+
+// The compiler knows nothing of x from here on, so that what is made of it stays in its loop.
+template <typename Lanes>
+inline void forget(Lanes& x) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(x.v));
+#elif defined(__AVX2__)
+    __asm__("" : "+x"(x.low), "+x"(x.high));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(x.v[0]), "+x"(x.v[1]), "+x"(x.v[2]), "+x"(x.v[3]));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x.v[0]), "+w"(x.v[1]), "+w"(x.v[2]), "+w"(x.v[3]));
+#else
+    __asm__("" : "+m"(x));
+#endif
+}
+
+inline void store_lanes(float* to, F32x16 x) {
+    store(to, x);
+}
+inline void store_lanes(int32_t* to, I32x16 x) {
+    store_words(to, x);
+}
+
+// Not inlined, or its needs would decide what the loop before it keeps in registers.
+template <typename Element>
+__attribute__((noinline)) double sum_all(const Element* lanes, size_t count) {
+    double sum = 0;
+    for (size_t i = 0; i < count; ++i) {
+        sum += lanes[i];
+    }
+    return sum;
+}
+
+template <WordType TYPE>
+double run_chains(size_t iterations) {
+    using W = Words<TYPE>;
+    uint32_t left = Ones<TYPE>::left;
+    __asm__("" : "+r"(left));  // or products with one would be none
+    uint32_t words[kStrip];
+    for (uint32_t& word : words) {
+        word = Ones<TYPE>::right;
+    }
+    typename W::Lanes right = W::load_strip(words);
+    typename W::Lanes sums[kChains];
+#pragma GCC unroll 32
+    for (int c = 0; c < kChains; ++c) {
+        sums[c] = W::zero();
+    }
+    for (size_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 32
+        for (int c = 0; c < kChains; ++c) {
+            forget(right);  // or a product that is not fused would leave the loop
+            sums[c] = W::multiply(sums[c], &left, right);
+        }
+    }
+    typename W::Element lanes[kChains][kStrip];
+#pragma GCC unroll 32
+    for (int c = 0; c < kChains; ++c) {
+        store_lanes(lanes[c], sums[c]);
+    }
+    return sum_all(lanes[0], kChains * kStrip);
+}
+
+double run_thread(WordType type, size_t iterations) {
+    switch (type) {
+        case WordType::float32:
+            return run_chains<WordType::float32>(iterations);
+        case WordType::int16:
+            return run_chains<WordType::int16>(iterations);
+        case WordType::int8:
+#if defined(LOWBIT_HAS_DOT_4)
+            return run_chains<WordType::int8>(iterations);
+#else
+            break;
+#endif
+    }
+    return 0;
+}
+
+}  // namespace
+}  // namespace lowbit
+
+// The number of products of `iterations` rounds on each of `threads` threads; 0 for a type that the
+// level has no instruction for. type: of `WordType`, in its order.
+extern "C" __attribute__((visibility("default"))) double multiply_adds(int type, size_t iterations,
+                                                                       int threads) {
+    double total = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
+    for (int thread = 0; thread < threads; ++thread) {
+        total += lowbit::run_thread(static_cast<lowbit::WordType>(type), iterations);
+    }
+    return total;
+}
