@@ -146,7 +146,7 @@ def test_product_bit_for_bit(bits: int, rows: int) -> None:
 
 @pytest.mark.parametrize("shape", [(130, 513, 65), (300, 1030, 200), (1100, 70, 64)], ids=str)
 def test_two_threads_change_nothing(level: str, shape: tuple[int, int, int]) -> None:
-    """Shapes with more work than one thread takes (kWorkPerThread in csrc/cpu/product.cpp)."""
+    """Shapes with more work than one thread takes (kWorkPerThread in csrc/cpu/workspace.hpp)."""
     rows, columns, out_rows = shape
     assert min(rows * rows * columns / 8, out_rows * rows * columns / 4) >= 2 * 2**19
     codes = random_codes(rows, columns, 4)

@@ -301,7 +301,7 @@ def test_wrong_tensors_raise(backend: CpuBackend) -> None:
         return backend.quantize(x, book(4), layout(4), **out)
 
     def decode(**fields: object) -> object:
-        codes = PackedCodes(**{**good.__dict__, **fields})  # type: ignore[arg-type]
+        codes = PackedCodes(**{**good.__dict__, **fields})
         return backend.accumulate(torch.empty(4, 200), Terms(codes=codes))
 
     cases = [

@@ -23,7 +23,7 @@ LEVELS = cpu.supported_isas()
 # What the surroundings of an output hold; read by mistake, it spoils any bound.
 SENTINEL = 1e30
 OUT_KINDS = ("rows", "columns", "wide", "neither")
-# Enough multiply-adds that two threads are used (kWorkPerThread in csrc/cpu/product.cpp).
+# Enough multiply-adds that two threads are used (kWorkPerThread in csrc/cpu/workspace.hpp).
 WORK_OF_TWO_THREADS = 2 * 2**19
 
 

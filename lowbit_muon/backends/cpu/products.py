@@ -50,7 +50,6 @@ class CpuProducts(Backend):
         columns = check_matrices(b, "b", dtype)[-1]
         check(b, "b", (*batch, depth, columns), dtype)
         _check_out(out, (*batch, rows, columns))
-        alphas = 0
         if isinstance(alpha, Tensor):
             check(alpha, "alpha", batch or (1,), torch.float32)
         if not _has_kernel(dtype, out, active, batch):
@@ -62,9 +61,7 @@ class CpuProducts(Backend):
                 self.product(b.mT, a.mT, out=out.mT, alpha=alpha, beta=beta)
                 return out
             return out.copy_(self.product(a, b, out=out.contiguous(), alpha=alpha, beta=beta))
-        if isinstance(alpha, Tensor):
-            alpha = alpha.contiguous()
-            alphas = alpha.data_ptr()
+        alphas = alpha.contiguous() if isinstance(alpha, Tensor) else None
         self._extension.product(
             batch=batch[0] if batch else 1,
             rows=rows,
@@ -73,8 +70,8 @@ class CpuProducts(Backend):
             a=memory(a),
             b=memory(b),
             c=memory(changed(out)),
-            alphas=alphas,
-            alpha=1.0 if alphas else alpha,
+            alphas=0 if alphas is None else alphas.data_ptr(),
+            alpha=alpha if alphas is None else 1.0,
             beta=beta,
             threads=torch.get_num_threads(),
         )
