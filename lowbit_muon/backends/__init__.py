@@ -44,6 +44,7 @@ _REGISTRY: dict[str, _Registered] = {
 BACKEND_NAMES = ("auto", *_REGISTRY)
 
 
+@functools.lru_cache(maxsize=256)
 def get_backend(name: str, device: torch.device) -> Backend:
     """The backend for tensors on `device`.
 

@@ -6,6 +6,7 @@ Matrices are oriented: the short side is rows (m), the long side columns (n).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,32 +59,37 @@ class Terms:
     grad_weight: float = 1.0
 
 
-def reads_integer_codes(codes: PackedCodes) -> bool:
-    """Whether `code_gram` and `code_product` take these codes."""
-    try:
-        check_integer_codes(codes)
-    except ValueError:
-        return False
-    return True
-
-
-def check_integer_codes(codes: PackedCodes, *, blocks: bool = False) -> None:
-    """Raise ValueError unless integer products can read the codes.
+@functools.lru_cache(maxsize=1024)
+def integer_codes_problem(
+    codebook: Codebook, layout: CodeLayout, rows: int, columns: int, *, blocks: bool = False
+) -> str | None:
+    """Why integer products cannot read codes of [rows, columns], or None if they can.
 
     They need levels that are whole numbers of at most 127, sums that stay within int32, and one
     scale a row or, where `blocks` are taken, blocks of a multiple of four columns that divides
     INTEGER_SEGMENT or is a multiple of it.
     """
-    levels, columns = codes.codebook.levels, codes.columns
+    levels = codebook.levels
     if any(level != int(level) or abs(level) > 127 for level in levels):
-        raise ValueError(f"codes: expected whole levels of at most 127, got {levels}")
-    block = codes.layout.effective_block(columns)
+        return f"codes: expected whole levels of at most 127, got {levels}"
+    block = layout.effective_block(columns)
     aligned = INTEGER_SEGMENT % block == 0 or block % INTEGER_SEGMENT == 0
     if block < columns and not (blocks and block % 4 == 0 and aligned):
         expected = "one scale a row"
         if blocks:
             expected += f" or blocks of a multiple of 4 that goes with {INTEGER_SEGMENT}"
-        raise ValueError(f"codes: expected {expected}, got one for {block} of {columns} columns")
-    terms = max(columns, codes.packed.shape[-2])
+        return f"codes: expected {expected}, got one for {block} of {columns} columns"
+    terms = max(columns, rows)
     if terms > MAX_INTEGER_TERMS:
-        raise ValueError(f"codes: expected at most {MAX_INTEGER_TERMS} terms a sum, got {terms}")
+        return f"codes: expected at most {MAX_INTEGER_TERMS} terms a sum, got {terms}"
+    return None
+
+
+def check_integer_codes(codes: PackedCodes, *, blocks: bool = False) -> None:
+    """Raise ValueError with `integer_codes_problem`, if there is one."""
+    rows = codes.packed.shape[-2]
+    problem = integer_codes_problem(
+        codes.codebook, codes.layout, rows, codes.columns, blocks=blocks
+    )
+    if problem is not None:
+        raise ValueError(problem)

@@ -340,14 +340,10 @@ class Sharing:
     """What of an optimizer's groups is shared with other processes, found once for each group."""
 
     def __init__(self, process_group: dist.ProcessGroup | None, update_dtype: UpdateDtype) -> None:
-        self._process_group = process_group
+        self.process_group = process_group
         self._update_dtype = update_dtype
         self._found: dict[int, tuple[list[Tensor], list[Shared]]] = {}  # by the group's place
         self._loads: dict[dist.ProcessGroup, list[int]] = {}  # what its processes own, in cost
-
-    def takes(self, group: Group) -> bool:
-        """Whether other processes take part in a step of any of a group's parameters."""
-        return self._process_group is not None or any(map(is_dtensor, group["params"]))
 
     def of(self, place: int, group: Group) -> list[Shared]:
         """The shared parameters of a Muon group, by process group.
@@ -387,17 +383,17 @@ class Sharing:
             parts = sharded_group(param) if is_dtensor(param) else None
             if parts is not None:
                 sharded[parts].append(index)
-            elif self._process_group is not None:
+            elif self.process_group is not None:
                 replicated.append(index)
         found: list[Shared] = [
             ShardedParameters(group, indices, processes, self._update_dtype, self._load(processes))
             for processes, indices in sharded.items()
         ]
-        if replicated and self._process_group is not None:
-            load = self._load(self._process_group)
+        if replicated and self.process_group is not None:
+            load = self._load(self.process_group)
             found.append(
                 ReplicatedParameters(
-                    group, replicated, self._process_group, self._update_dtype, load
+                    group, replicated, self.process_group, self._update_dtype, load
                 )
             )
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ class CodeLayout:
         """Bits of each plane, low bits first."""
         return (2, 1) if self.bits == 3 else (self.bits,)
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (a few frozen layouts, for ever)
     def row_bytes(self, columns: int) -> int:
         """Bytes of one packed row of `columns` codes."""
         total = 0
@@ -77,10 +79,12 @@ class CodeLayout:
             total += full * CHUNK_BYTES + -(-rest * plane_bits // 8)
         return total
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (a few frozen layouts, for ever)
     def effective_block(self, columns: int) -> int:
         """Codes that share a scale in a row of `columns` codes; at least 1."""
         return max(1, min(self.block_size or columns, columns))
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (a few frozen layouts, for ever)
     def blocks(self, columns: int) -> int:
         """Scales of one row of `columns` codes."""
         return -(-columns // self.effective_block(columns))

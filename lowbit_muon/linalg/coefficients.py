@@ -56,6 +56,9 @@ def resolve_coefficients(coefficients: Coefficients, steps: int) -> tuple[Triple
     return triples + triples[-1:] * (steps - len(triples))
 
 
+cached_coefficients = functools.lru_cache(maxsize=64)(resolve_coefficients)
+
+
 def _triples(coefficients: Coefficients) -> tuple[Triple, ...]:
     if isinstance(coefficients, str):
         if coefficients not in NS_COEFFICIENTS:
@@ -82,7 +85,8 @@ def _is_triple(value: object) -> bool:
     )
 
 
-def gram_is_precise(coefficients: Sequence[Triple], dtype: torch.dtype) -> bool:
+@functools.lru_cache(maxsize=256)
+def gram_is_precise(coefficients: tuple[Triple, ...], dtype: torch.dtype) -> bool:
     """Whether the Gram form in `dtype` is safe for these steps without a restart.
 
     Rounding gives R spurious eigenvalues of up to -eps where X has no direction at all. Each step

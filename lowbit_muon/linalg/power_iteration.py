@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowbit_muon.linalg.precision import one_thread
+from lowbit_muon.linalg.lapack import one_thread
 
 _EPS = 1e-7  # MuonQ's guard against columns that have died
 

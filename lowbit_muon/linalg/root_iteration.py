@@ -27,6 +27,7 @@ and use every thread, which `eigh` does not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,6 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import is_real_number
-from lowbit_muon.linalg.precision import full_precision_products
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class RootCoefficients:
         return 3 * len(self.chain) + len(self.forms)
 
 
+@functools.lru_cache(maxsize=64)
 def root_coefficients(shift: float) -> RootCoefficients:
     """The cheapest tabulated program that can serve `shift`.
 
@@ -94,30 +95,29 @@ def iterate_root(
     if gram_matrix.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"gram_matrix: expected float32 or float64, got {gram_matrix.dtype}")
     program = root_coefficients(shift)
-    with full_precision_products():
-        # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
-        # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
-        p = gram_matrix if overwrite else gram_matrix.clone()
-        p.mul_((program.shift / shift) ** 3)
-        p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
-        (a, b), *rest = program.chain
-        w = _affine(p, program.shift * a, program.shift * b)
+    # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
+    # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
+    p = gram_matrix if overwrite else gram_matrix.clone()
+    p.mul_((program.shift / shift) ** 3)
+    p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
+    (a, b), *rest = program.chain
+    w = _affine(p, program.shift * a, program.shift * b)
+    p = _raise(p, a, b, backend)
+    for a, b in rest:
+        w = backend.symmetric_product(w, p, addend=w, beta=a, alpha=b)
         p = _raise(p, a, b, backend)
-        for a, b in rest:
-            w = backend.symmetric_product(w, p, addend=w, beta=a, alpha=b)
-            p = _raise(p, a, b, backend)
-        terms = [p, w]
-        for left, right in program.forms:
-            # (operands have no names, so that they are gone when the next are made)
-            terms.append(
-                backend.symmetric_product(
-                    _combine(left, terms), _combine(right, terms), alpha=left[0] * right[0]
-                )
+    terms = [p, w]
+    for left, right in program.forms:
+        # (operands have no names, so that they are gone when the next are made)
+        terms.append(
+            backend.symmetric_product(
+                _combine(left, terms), _combine(right, terms), alpha=left[0] * right[0]
             )
-        constant, *linear = program.output
-        root = backend.symmetric_product(
-            w, _combine(linear, terms), addend=w, beta=constant / shift, alpha=linear[0] / shift
         )
+    constant, *linear = program.output
+    root = backend.symmetric_product(
+        w, _combine(linear, terms), addend=w, beta=constant / shift, alpha=linear[0] / shift
+    )
     return (root + root.mT).mul_(0.5)
 
 

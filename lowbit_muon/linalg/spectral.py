@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.linalg.precision import one_thread
+from lowbit_muon.linalg.lapack import one_thread
 from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
 
 EncodingMethod = Literal["auto", "eigh", "products"]
@@ -45,7 +45,7 @@ def encoding_operator(
 ) -> Tensor:
     """C [.., m, m] with Y = C M, from R = M M^T / ||M||_F^2 [.., m, m].
 
-    R has to come from products within `full_precision_products`. method: "eigh": exactly, by
+    method: "eigh": exactly, by
     eigendecomposition; "products": by matrix products alone (`root_iteration`), which is faster and
     uses all threads; "auto": "products" for every shift that it can serve. `gram` is overwritten.
     """

@@ -26,7 +26,6 @@ from lowbit_muon.distributed.sharing import ReplicatedParameters, Shared, Sharin
 from lowbit_muon.distributed.state_dicts import gathered, own_state, spread_states
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.optimizers.compiled_regions import outside_compiled_regions
 from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
 from lowbit_muon.state.format_choice import revise_format
 from lowbit_muon.state.gradients import NonFiniteGradientError, check_gradient, describe, is_usable
@@ -46,8 +45,8 @@ from lowbit_muon.state.parameter import (
 )
 from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
 from lowbit_muon.step.batches import host_counters, step_parameters
-from lowbit_muon.step.options import AdjustLr, NsDtype, check_group, check_ns_dtype
-from lowbit_muon.step.update import MuonRule
+from lowbit_muon.step.options import AdjustLr, NsDtype, check_group
+from lowbit_muon.step.update import MuonRule, check_ns_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,6 +54,24 @@ if TYPE_CHECKING:
 # KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
 DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
+
+
+def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method at which a region of torch.compile ends, to go on behind it.
+
+    Kernels are called by pointer, which the compiler cannot follow. `torch.compiler.disable` itself
+    imports the compiler, and Triton with it, so it waits for the first call.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def disabled() -> Callable[..., Any]:
+        return torch.compiler.disable(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled()(*args, **kwargs)
+
+    return call
 
 
 class Muon(Optimizer):
@@ -221,12 +238,15 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            place_gradients(group["params"])
+            if any(map(is_dtensor, group["params"])):
+                place_gradients(group["params"])
             self._check_step(group, self._unshared(group))
             for part in self._shared(group):
                 part.look_at_gradients(group)
         for group in self.param_groups:
-            self._step_group(group)
+            self._step_parameters(group, self._unshared(group))
+            for part in self._shared(group):
+                self._step_shared(group, part)
         return loss
 
     def state_bytes(self) -> int:
@@ -397,28 +417,32 @@ class Muon(Optimizer):
     def is_shared(self) -> bool:
         """Whether other processes take part in its steps."""
         return any(
-            self._sharing.takes(group) for group in self.param_groups if group.get("use_muon", True)
+            self._sharing.process_group is not None or any(map(is_dtensor, group["params"]))
+            for group in self.param_groups
+            if group.get("use_muon", True)
         )
 
     def _shared(self, group: dict[str, Any]) -> list[Shared]:
-        if not group.get("use_muon", True) or not self._sharing.takes(group):
+        """The parameters of a group that other processes share; empty without any."""
+        takes_part = self._sharing.process_group is not None
+        if not (takes_part or any(map(is_dtensor, group["params"]))) or not group.get(
+            "use_muon", True
+        ):
             return []
-        place = next(index for index, other in enumerate(self.param_groups) if other is group)
-        return self._sharing.of(place, group)
+        index = next(index for index, other in enumerate(self.param_groups) if other is group)
+        return self._sharing.of(index, group)
 
     def _unshared(self, group: dict[str, Any]) -> list[int]:
         """Indices of the parameters that this process steps without any other."""
         taken = {index for part in self._shared(group) for index in part.indices}
         return [index for index in range(len(group["params"])) if index not in taken]
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        self._step_parameters(group, self._unshared(group))
-        for part in self._shared(group):
-            self._prepare_shared(group, part)
-            if isinstance(part, ReplicatedParameters):
-                part.step(group, self.state, functools.partial(self._step_parameters, group))
-            else:
-                part.step(group, self.state, self._number_of_first(group))
+    def _step_shared(self, group: dict[str, Any], part: Shared) -> None:
+        self._prepare_shared(group, part)
+        if isinstance(part, ReplicatedParameters):
+            part.step(group, self.state, functools.partial(self._step_parameters, group))
+        else:
+            part.step(group, self.state, self._number_of_first(group))
 
     def _number_of_first(self, group: dict[str, Any]) -> int:
         """The place in the optimizer of a group's first parameter."""

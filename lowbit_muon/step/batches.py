@@ -75,19 +75,17 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
         usable = None
     grad, weights = flatten(grad, group), flatten(one.param, group)
     state_format = momentum_format(group, state)
-    views = [view for view in views if view.shape[0] * view.shape[1]]
-    if not views:  # nothing in it, and nothing to wait for
-        state["step"] += 1
+    counts = True
     for index, view in enumerate(views):
-        yield _Item(
-            weights[view.rows],
-            grad[view.rows],
-            read_matrix(state, view, state_format),
-            _rounding(one, index, group),
-            one,
-            index == 0,
-            usable,
-        )
+        if not view.shape[0] * view.shape[1]:
+            continue
+        weight = weights[view.rows]
+        matrix = read_matrix(state, view, state_format)
+        rounding = _rounding(one, index, group)
+        yield _Item(weight, grad[view.rows], matrix, rounding, one, counts, usable)
+        counts = False
+    if counts:  # nothing in it, and nothing to wait for
+        state["step"] += 1
 
 
 def _rounding(one: ParameterStep, index: int, group: dict[str, Any]) -> Rounding | None:
@@ -98,12 +96,10 @@ def _rounding(one: ParameterStep, index: int, group: dict[str, Any]) -> Rounding
     if not (group["stochastic_rounding"] and one.param.dtype == torch.bfloat16):
         return None
     device = one.param.device
-    step = (
-        _counter(one.state, "step", device) if one.backend.asynchronous else int(one.state["step"])
-    )
-    seed = seed_of_step(rounding_seed(group["seed"], one.number, index), step)
-    if isinstance(seed, Tensor):
-        return seed.int()
+    start = rounding_seed(group["seed"], one.number, index)
+    if one.backend.asynchronous:
+        return seed_of_step(start, _counter(one.state, "step", device)).int()
+    seed = seed_of_step(start, int(one.state["step"]))
     return torch.tensor(seed, dtype=torch.int32, device=device)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from lowbit_muon.backends import check_backend_name
-from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import is_real_number
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.parameter import resolve_group_format
@@ -73,12 +72,3 @@ def check_group(group: dict[str, Any]) -> None:
         raise type(error)(f"ns_{error}") from None
     resolve_group_format(group)
     check_backend_name(group["backend"])
-
-
-def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
-    """Raise ValueError unless a backend takes a group's `ns_dtype`."""
-    if group["ns_dtype"] not in ("auto", "float32") and not backend.asynchronous:
-        raise ValueError(
-            f"ns_dtype: expected 'auto' or 'float32' with backend '{backend.name}', which "
-            f"computes in float32, got {group['ns_dtype']!r}"
-        )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.codes import Terms, reads_integer_codes
-from lowbit_muon.linalg.coefficients import Triple, resolve_coefficients
+from lowbit_muon.backends.codes import Terms
+from lowbit_muon.linalg.coefficients import Triple, cached_coefficients, resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import (
     gram_operator,
     orthogonalize_half,
@@ -48,7 +48,7 @@ class MuonRule:
     weight_decay: float
     momentum: float
     nesterov: bool
-    coefficients: Sequence[Triple]
+    coefficients: tuple[Triple, ...]
     eps: float
     adjust_lr_fn: AdjustLr | None
     ns_input: Literal["exact", "stored"]
@@ -57,7 +57,11 @@ class MuonRule:
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> MuonRule:
         names = (field.name for field in dataclasses.fields(cls) if field.name in group)
-        coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+        given = group["ns_coefficients"], group["ns_steps"]
+        try:
+            coefficients = cached_coefficients(*given)
+        except TypeError:  # lists
+            coefficients = resolve_coefficients(*given)
         return cls(coefficients=coefficients, **{name: group[name] for name in names})
 
 
@@ -67,6 +71,15 @@ def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
+
+
+def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
+    """Raise ValueError unless a backend takes a group's `ns_dtype`."""
+    if group["ns_dtype"] not in ("auto", "float32") and not backend.asynchronous:
+        raise ValueError(
+            f"ns_dtype: expected 'auto' or 'float32' with backend '{backend.name}', which "
+            f"computes in float32, got {group['ns_dtype']!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -259,14 +272,14 @@ def _stored_operand(
     small singular values by its a, are left out, but for one.
     """
     codec, backend = stored.codec, stored.backend
-    if isinstance(codec, Spectral) and reads_integer_codes(codec.codes(stored)):
+    if isinstance(codec, Spectral) and codec.reads_integers:
         f = codec.state_format
         y = Companded(codec.codes(stored), backend, rotated=f.rotate)
         lift, steps = 1 / (f.spectral_shift * codec.m ** (1 / 3)), list(rule.coefficients)
         while len(steps) > 1 and lift >= steps[0][0]:
             lift /= steps.pop(0)[0]
         scale = torch.where(norm > 0, y.norm() / norm, 1.0)
-        return y, y.norm(), scale, dataclasses.replace(rule, coefficients=steps)
+        return y, y.norm(), scale, dataclasses.replace(rule, coefficients=tuple(steps))
     if codec.by_rows and len(row_slices(stored.shape, backend)) > 1:
         panels = Panels(stored, Terms(1.0))
         x: Dense | Panels = panels

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cuda_emulation import COMPILER, GIVEN_LIBRARY, backend, forwards, library
+from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from test_code_products import random_codes
 from test_cpu_backend import (
     GRAD_TYPES,
@@ -32,7 +33,6 @@ from torch import Tensor
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cuda.adapter import CudaBackend
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout
 from lowbit_muon.formats.presets import PRESETS
 

@@ -19,7 +19,7 @@ from test_checkpoint import (
 )
 
 from lowbit_muon import PRESETS, Muon, quantize
-from lowbit_muon.state.momentum_state import NonFiniteGradientError
+from lowbit_muon.state.gradients import NonFiniteGradientError
 
 
 def test_formats_are_switched_on_the_way() -> None:

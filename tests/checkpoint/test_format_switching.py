@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_muon import PRESETS, Muon
-from lowbit_muon.state.momentum_state import NORM_EPS
+from lowbit_muon.state.gradients import NORM_EPS
 from lowbit_muon.state.parameter import matrix_views, read_matrix
 from lowbit_muon.tools.finetune.text import read_text
 

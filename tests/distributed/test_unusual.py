@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device_reference import DeviceReference
 from several_processes import run
 from test_sharded_step import gradient, start, train, whole
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from torch.distributed.tensor import (
 )
 
 from lowbit_muon import Muon, MuonWithAuxAdam, NonFiniteGradientError
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from lowbit_muon.optimizers import muon as muon_module
 
 
@@ -95,7 +95,7 @@ def test_weights_with_gaps_in_memory_are_sent_as_they_are(tmp_path: Path) -> Non
 
 
 def saved_on_a_device(folder: str) -> tuple[int, bool]:
-    muon_module.get_backend = lambda *_: DeviceReferenceBackend()  # type: ignore[assignment]
+    muon_module.get_backend = lambda *_: DeviceReference()  # type: ignore[assignment]
     params = [nn.Parameter(start((8, 12), i)) for i in range(3)]
     optimizer = Muon(params, process_group=dist.group.WORLD)
     train(params, optimizer, lambda grad: grad, range(2))

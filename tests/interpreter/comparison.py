@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from torch import Tensor
 
 from lowbit_muon.backends.base import PackedCodes
 from lowbit_muon.backends.reference import pack
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from lowbit_muon.backends.triton import TritonBackend
 from lowbit_muon.formats.codebook import Codebook, CodeLayout, nearest_codebook
 from lowbit_muon.formats.presets import PRESETS

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lowbit_muon.linalg.products import gram
+from lowbit_muon.state.rows import DenseRows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +28,6 @@ from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.reference import ReferenceBackend
 from lowbit_muon.linalg import products
-from lowbit_muon.linalg.products import gram
 from lowbit_muon.linalg.root_iteration import (
     ROOT_TABLE,
     RootCoefficients,
@@ -35,7 +36,6 @@ from lowbit_muon.linalg.root_iteration import (
 )
 from lowbit_muon.linalg.spectral import encoding_operator, spectral_compand, spectral_expand
 from lowbit_muon.state import stored as quantized_matrix
-from lowbit_muon.state.rows import DenseRows
 
 # What the docstring of `iterate_root` promises; the encoder needs 2%.
 DEFECT = 0.01

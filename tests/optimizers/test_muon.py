@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lowbit_muon import PRESETS, Muon, NonFiniteGradientError
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import NS_COEFFICIENTS
-from lowbit_muon.step.group_step import update_scale
+from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS
+from lowbit_muon.step.update import update_scale
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 17), (17, 1)]
 MUON = NS_COEFFICIENTS["muon"][0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit_muon import Muon
 from lowbit_muon.optimizers import muon_adamw as aux_adam
 from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
-from lowbit_muon.state.momentum_state import NonFiniteGradientError
+from lowbit_muon.state.gradients import NonFiniteGradientError
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

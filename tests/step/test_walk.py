@@ -79,10 +79,10 @@ def test_a_step_on_the_host_is_a_short_walk(state_format: str) -> None:
 def test_a_step_on_a_device_is_a_short_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     from device_reference import DeviceReference
 
-    from lowbit_muon.step import batches
+    from lowbit_muon.optimizers import muon as muon_module
 
     backend = DeviceReference()
-    monkeypatch.setattr(batches, "get_backend", lambda *_: backend)
+    monkeypatch.setattr(muon_module, "get_backend", lambda *_: backend)
     found = walk("spectral4")
     assert str(PACKAGE / "backends" / "base.py") in found, described(found)
     assert KERNELS not in found, described(found)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from device_reference import DeviceReference
 from torch import Tensor
 
 from lowbit_muon import PRESETS, QuantizedMatrix
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.tools.benchmark import cases as cases_module
 from lowbit_muon.tools.benchmark import command, gates
@@ -85,7 +85,7 @@ def test_gates_accept_every_format(shape: tuple[int, int], dtype: str) -> None:
 def test_gates_accept_the_batched_step_of_devices(
     shape: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(muon_module, "get_backend", lambda *_: DeviceReferenceBackend())
+    monkeypatch.setattr(muon_module, "get_backend", lambda *_: DeviceReference())
     for name in PRESETS:
         assert run(Problem(shape, dtype, CPU), [name], "step").passed is not None
 

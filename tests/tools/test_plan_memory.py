@@ -15,7 +15,7 @@ from bench.step import peak_bytes
 from lowbit_muon import Muon, MuonWithAuxAdam, muon_param_groups
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.step.batched_update import BATCH_ELEMENTS
+from lowbit_muon.step.batches import DEVICE_ELEMENTS
 from lowbit_muon.tools.plan import device_workspace, host_workspace
 from lowbit_muon.tools.plan.memory import (
     ADAMW,
@@ -218,7 +218,7 @@ def test_a_batch_is_planned_once() -> None:
             (1024, 2048), count, PRESETS["linear8"], torch.bfloat16
         )
 
-    full = BATCH_ELEMENTS // (1024 * 2048)
+    full = DEVICE_ELEMENTS // (1024 * 2048)
     assert planned(1) < planned(full) == planned(10 * full)
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.codes import PackedCodes, Terms, reads_integer_codes
+from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.linalg.precision import full_precision_products
+from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.spectral import decoding_operator, encoding_operator
 from lowbit_muon.state.codec import Decoder, Stored
 from lowbit_muon.state.codecs.coded import Coded
@@ -23,6 +23,11 @@ class Spectral(Coded):
     and noise float64 [1]: squared Frobenius norm of the error that Y was quantised with."""
 
     by_rows = False
+
+    def __init__(self, state_format: StateFormat, shape: tuple[int, int]) -> None:
+        super().__init__(state_format, shape)
+        problem = integer_codes_problem(self.book, self.layout, self.m, self.n)
+        self.reads_integers = problem is None  # of the codes, by integer products
 
     def empty(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         """See `Codec.empty`."""
@@ -53,19 +58,18 @@ class Spectral(Coded):
         divisor = self.divisor(stored, norm, scale)
         assert divisor is not None
         unit = 1 / math.sqrt(self.m * self.n)
-        with full_precision_products():
-            if backend.asynchronous:
-                half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-                matrix = backend.scaled(matrix, (1 / (divisor * unit)).float(), out=half)
-                gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
-                backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
-                operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
-                operator = operator.to(dtype)
-            else:
-                size, unit = divisor.float().view(-1, 1, 1), 1.0
-                gram = x.gram().div_(size).div_(size)
-                operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
-                operator.div_(size)
+        if backend.asynchronous:
+            half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+            matrix = backend.scaled(matrix, (1 / (divisor * unit)).float(), out=half)
+            gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
+            backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
+            operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
+            operator = operator.to(dtype)
+        else:
+            size, unit = divisor.float().view(-1, 1, 1), 1.0
+            gram = x.gram().div_(size).div_(size)
+            operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
+            operator.div_(size)
 
         def companded() -> Iterator[tuple[slice, Tensor]]:
             slices = row_slices(matrix.shape, backend)
@@ -97,7 +101,7 @@ class _SpectralDecoder(Decoder):
         codec, backend = self.codec, self.stored.backend
         codes, norm, noise = codec.codes(self.stored), self.stored["norm"], self.stored["noise"]
         shift = codec.state_format.spectral_shift
-        if reads_integer_codes(codes):
+        if codec.reads_integers:
             operator = decoding_operator(
                 backend.code_gram(codes), norm[:, 0], noise[:, 0], shift, codec.n, backend
             )
@@ -105,10 +109,9 @@ class _SpectralDecoder(Decoder):
         else:
             y = torch.empty_like(out)
             backend.accumulate(y, Terms(codes=codes))
-            with full_precision_products():
-                gram = backend.symmetric_product(y)
-                operator = decoding_operator(gram, norm[:, 0], noise[:, 0], shift, codec.n, backend)
-                backend.product(operator, y, out=out)
+            gram = backend.symmetric_product(y)
+            operator = decoding_operator(gram, norm[:, 0], noise[:, 0], shift, codec.n, backend)
+            backend.product(operator, y, out=out)
         if codec.state_format.rotate:
             backend.rotate(out, inverse=True)
         return backend.accumulate(out, terms).sum(dim=-1)

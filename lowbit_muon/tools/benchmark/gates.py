@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.reference import float32_means_float32
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS
-from lowbit_muon.linalg.root_iteration import full_precision_products
 
 # Root of the mean squared error of a unit Gaussian in codes of so many bits (presets.py; 8 bits:
 # tests/state/test_stored.py), and rounding of dense formats, two of them in a step.
@@ -76,7 +76,7 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 def exact_newton_schulz(x: Tensor) -> Tensor:
     """`newton_schulz` of float32 x, whatever precision the process allows its products."""
-    with full_precision_products():
+    with float32_means_float32():
         return newton_schulz(x)
 
 
