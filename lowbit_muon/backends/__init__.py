@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,40 +12,30 @@ import torch
 
 from lowbit_muon.backends import triton
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.cpu.adapter import CpuBackend
-from lowbit_muon.backends.cpu.adapter import unavailable_reason as cpu_unavailable_reason
-from lowbit_muon.backends.cuda import library as cuda_library
+from lowbit_muon.backends.cpu import adapter as cpu
+from lowbit_muon.backends.cuda import library as cuda
 
 
 @dataclass(frozen=True)
 class _Registered:
-    create: Callable[[], Backend]
+    path: str  # of the class, which is imported when it is first asked for
     unavailable_reason: Callable[[], str | None]  # None if it can be used
     device_types: tuple[str, ...] | None  # None: any
 
 
-def _create_triton() -> Backend:
-    return triton.TritonBackend()
-
-
-def _create_cuda() -> Backend:
-    from lowbit_muon.backends.cuda.adapter import CudaBackend
-
-    return CudaBackend()
-
-
 # In the order of preference for a device. Nobody has measured "cuda" ahead of "triton" yet.
 _REGISTRY: dict[str, _Registered] = {
-    "cpu": _Registered(CpuBackend, cpu_unavailable_reason, ("cpu",)),
-    "triton": _Registered(_create_triton, triton.unavailable_reason, ("cuda", "xpu")),
-    "cuda": _Registered(_create_cuda, cuda_library.unavailable_reason, ("cuda",)),
-    "reference": _Registered(Backend, lambda: None, None),
+    "cpu": _Registered("cpu.adapter.CpuBackend", cpu.unavailable_reason, ("cpu",)),
+    "triton": _Registered(
+        "triton.backend.TritonBackend", triton.unavailable_reason, triton.DEVICE_TYPES
+    ),
+    "cuda": _Registered("cuda.adapter.CudaBackend", cuda.unavailable_reason, ("cuda",)),
+    "reference": _Registered("base.Backend", lambda: None, None),
 }
 
 BACKEND_NAMES = ("auto", *_REGISTRY)
 
 
-@functools.lru_cache(maxsize=256)
 def get_backend(name: str, device: torch.device) -> Backend:
     """The backend for tensors on `device`.
 
@@ -57,7 +48,7 @@ def get_backend(name: str, device: torch.device) -> Backend:
     if name == "auto":
         return _automatic(device.type)
     _check_known(name)
-    allowed = _device_types(name)
+    allowed = _REGISTRY[name].device_types
     if allowed is not None and device.type not in allowed:
         raise ValueError(
             f"backend: '{name}' works on devices {allowed}, got a tensor on '{device}'"
@@ -77,7 +68,7 @@ def describe_backends() -> list[tuple[str, bool, str]]:
     rows = []
     for name, entry in _REGISTRY.items():
         reason = entry.unavailable_reason()
-        types = _device_types(name)
+        types = entry.device_types
         devices = "any device" if types is None else ", ".join(types)
         rows.append((name, reason is None, reason or f"for {devices}"))
     return rows
@@ -88,20 +79,20 @@ def _check_known(name: str) -> None:
         raise ValueError(f"backend: expected one of {BACKEND_NAMES}, got {name!r}")
 
 
-def _device_types(name: str) -> tuple[str, ...] | None:
-    """Where a backend works. Triton's interpreter, which is for tests, works on CPUs instead."""
-    if name == "triton" and triton.interpreted():
-        return ("cpu",)
-    return _REGISTRY[name].device_types
-
-
 @functools.cache
 def _create(name: str) -> Backend:
     entry = _REGISTRY[name]
     reason = entry.unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"backend: '{name}' is not available: {reason}")
-    return entry.create()
+    return _load(entry.path)
+
+
+def _load(path: str) -> Backend:
+    """The backend of a class that is given by its path in this package."""
+    module, _, name = path.rpartition(".")
+    backend: Backend = getattr(importlib.import_module(f"{__name__}.{module}"), name)()
+    return backend
 
 
 @functools.cache

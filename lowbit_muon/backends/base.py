@@ -89,8 +89,7 @@ class Backend:
         squares of X, and of `out` before it was rounded (zeros without `out`), as `accumulate`
         does.
         """
-        codes, grad = terms.codes, terms.grad
-        assert codes is not None and grad is not None
+        codes, grad = terms.codes_and_grad()
         x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
         squares = self.accumulate(x, terms)
         self.quantize(x, codes.codebook, codes.layout, packed=packed, scales=scales)
@@ -118,14 +117,15 @@ class Backend:
         b: Tensor,  # [.., k, n], any strides
         *,
         out: Tensor | None = None,  # [.., m, n]
-        alpha: float | Tensor = 1.0,  # a tensor: float32 [b], one for each matrix of a batch
+        alpha: float | Tensor = 1.0,  # a tensor: float32 [b], one for each matrix
         beta: float = 0.0,
         active: Tensor | None = None,  # bool [b]; matrices where it is False are left as they are
     ) -> Tensor:
         """out <- alpha * a b + beta * out; out is not read if beta is 0 and overlaps no factor.
 
         Factors of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of
-        `out`, by default the factors'.
+        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded
+        to its dtype. Of a single matrix alpha and `active` have one element.
         """
         return reference.product(a, b, out, alpha, beta, active)
 

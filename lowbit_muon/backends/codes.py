@@ -58,6 +58,18 @@ class Terms:
     grad: Tensor | None = None
     grad_weight: float = 1.0
 
+    def codes_and_grad(self) -> tuple[PackedCodes, Tensor]:
+        """What `Backend.update_codes` adds up; ValueError if the terms are others."""
+        if self.codes is None or self.grad is None or self.buffer_weight != 0:
+            present = {
+                "buffer": self.buffer_weight != 0,
+                "codes": self.codes is not None,
+                "grad": self.grad is not None,
+            }
+            got = [name for name, there in present.items() if there]
+            raise ValueError(f"terms: expected codes and grad, got {got}")
+        return self.codes, self.grad
+
 
 @functools.lru_cache(maxsize=1024)
 def integer_codes_problem(

@@ -153,7 +153,7 @@ def product(
     """`Backend.product`."""
     with float32_means_float32():
         result = _wide(a) @ _wide(b)
-    result.mul_(alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha)
+    result.mul_(by_matrix(alpha, a.ndim) if isinstance(alpha, Tensor) else alpha)
     if out is None:
         return result.to(a.dtype)
     if beta != 0:
@@ -179,6 +179,11 @@ def symmetric_product(
     return result.to(a.dtype) if out is None else _write(result, out, active)
 
 
+def by_matrix(values: Tensor, dimensions: int) -> Tensor:
+    """[b] beside matrices [b, m, n], or [1] beside one [m, n]."""
+    return values.view(-1, *(1,) * (dimensions - 1))
+
+
 def _wide(x: Tensor) -> Tensor:
     """In the dtype that products are summed in."""
     return x if x.dtype == torch.float64 else x.float()
@@ -188,8 +193,7 @@ def _write(result: Tensor, out: Tensor, active: Tensor | None) -> Tensor:
     """out <- result, where active."""
     if active is None:
         return out.copy_(result)
-    shape = (-1, 1, 1) if out.ndim == 3 else (1, 1)
-    return out.copy_(torch.where(active.view(shape), result.to(out.dtype), out))
+    return out.copy_(torch.where(by_matrix(active, out.ndim), result.to(out.dtype), out))
 
 
 def integer_levels(codes: PackedCodes) -> Tensor:

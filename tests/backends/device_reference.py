@@ -1,4 +1,4 @@
-"""The torch operations of `Backend`, taken for a device: how its step is tested on a CPU."""
+"""The reference as a device that the host must never wait for: the device path, on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from lowbit_muon.backends.base import Backend
 
 
 class DeviceReference(Backend):
-    """The reference, taken for a device that the host must not wait for."""
+    """Batches, masks and counters as on a GPU."""
 
-    name = "device reference"
     asynchronous = True

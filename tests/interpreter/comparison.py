@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.reference import pack
-from lowbit_muon.backends.triton import TritonBackend
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes
+from lowbit_muon.backends.packing import pack
+from lowbit_muon.backends.triton.backend import TritonBackend
 from lowbit_muon.formats.codebook import Codebook, CodeLayout, nearest_codebook
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.formats.state_format import StateFormat
 
-TRITON, REFERENCE = TritonBackend(), DeviceReferenceBackend()
+TRITON, REFERENCE = TritonBackend(), Backend()
 GRAD_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("contiguous", "padded", "tall", "tall padded", "every other")
 CODED_PRESETS = sorted(name for name, f in PRESETS.items() if not f.is_dense)

@@ -7,7 +7,6 @@ import torch
 
 from bench.gpu.correctness import CHECKS, Check, Sizes
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.base import is_device_backend
 
 SIZES = Sizes(
     matrices=((1, 1), (5, 129)),
@@ -23,5 +22,4 @@ CHECKS_OF_KERNELS = [check for check in CHECKS if check.name != "host offload"]
 @pytest.mark.parametrize("check", CHECKS_OF_KERNELS, ids=lambda check: check.name)
 def test_the_checks_of_the_gpu_script(check: Check) -> None:
     backend = get_backend("triton", torch.device("cpu"))
-    assert is_device_backend(backend)
     assert check.run(backend, torch.device("cpu"), SIZES) > 0

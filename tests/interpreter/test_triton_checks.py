@@ -9,12 +9,14 @@ import torch
 from comparison import TRITON, codebooks, layout, random_codes
 from torch import Tensor
 
+from lowbit_muon.backends.codes import Terms
 from lowbit_muon.backends.triton import unavailable_reason
 
 
 def test_available_in_the_interpreter() -> None:
     assert unavailable_reason() is None
     assert TRITON.name == "triton"
+    assert TRITON.asynchronous
 
 
 def test_wrong_tensors_raise() -> None:
@@ -25,11 +27,11 @@ def test_wrong_tensors_raise() -> None:
 
     def decode(**fields: object) -> object:
         codes = dataclasses.replace(good, **fields)  # type: ignore[arg-type]
-        return TRITON.accumulate(torch.empty(4, 200), codes=codes)
+        return TRITON.accumulate(torch.empty(4, 200), Terms(codes=codes))
 
-    def update(grad: Tensor, **outputs: Tensor) -> object:
+    def update(grad: Tensor | None, weight: float = 0.0, **outputs: Tensor) -> object:
         places = {"packed": good.packed.clone(), "scales": good.scales.clone(), **outputs}
-        return TRITON.update_codes(good, grad, code_weight=1.0, grad_weight=1.0, **places)
+        return TRITON.update_codes(Terms(weight, good, grad=grad), **places)
 
     cases = [
         (TypeError, "x", lambda: quantize(x.double())),
@@ -45,14 +47,17 @@ def test_wrong_tensors_raise() -> None:
         (ValueError, "codes.scales", lambda: decode(scales=good.scales.expand(4, 2))),
         (TypeError, "codes.scales", lambda: decode(scales=good.scales.half())),
         (ValueError, "codes", lambda: decode(columns=199)),
-        (ValueError, "buffer", lambda: TRITON.accumulate(x[:1].expand(4, 200))),
-        (ValueError, "buffer", lambda: TRITON.accumulate(x.T)),
-        (TypeError, "buffer", lambda: TRITON.accumulate(x.half())),
-        (ValueError, "grad", lambda: TRITON.accumulate(x, grad=x.T)),
-        (TypeError, "grad", lambda: TRITON.accumulate(x, grad=x.int())),
-        (ValueError, "grad", lambda: TRITON.accumulate(x, grad=x.to("meta"))),
+        (ValueError, "buffer", lambda: TRITON.accumulate(x[:1].expand(4, 200), Terms())),
+        (ValueError, "buffer", lambda: TRITON.accumulate(x.T, Terms())),
+        (TypeError, "buffer", lambda: TRITON.accumulate(x.half(), Terms())),
+        (ValueError, "buffer", lambda: TRITON.accumulate(torch.ones(2, 9, 8)[:, :4], Terms())),
+        (ValueError, "grad", lambda: TRITON.accumulate(x, Terms(grad=x.T))),
+        (TypeError, "grad", lambda: TRITON.accumulate(x, Terms(grad=x.int()))),
+        (ValueError, "grad", lambda: TRITON.accumulate(x, Terms(grad=x.to("meta")))),
         (ValueError, "bits", lambda: TRITON.quantize(x, book, layout(5))),
         (ValueError, "codebook", lambda: TRITON.quantize(x, codebooks(8)[0], layout(4))),
+        (ValueError, "terms", lambda: update(None)),
+        (ValueError, "terms", lambda: update(x, weight=1.0)),
         (TypeError, "grad", lambda: update(x.double())),
         (ValueError, "scales", lambda: update(x, scales=torch.empty(4, 2))),
         (TypeError, "out", lambda: update(x, out=x.double())),

@@ -88,6 +88,17 @@ def test_batches_and_what_is_not_active(dtype: torch.dtype) -> None:
         assert_close(out[kept], a[kept], a[kept].mT)
 
 
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+def test_factors_by_matrix(dtype: torch.dtype) -> None:
+    """Multiplied into the first factor, rounded to its dtype; by both kernels."""
+    a, b = torch.randn(3, 20, 40).to(dtype), torch.randn(3, 40, 70).to(dtype)
+    alpha = torch.tensor([0.3, 0.0, -2.0])
+    scaled = (a * alpha.view(3, 1, 1)).to(dtype)
+    for active in (None, torch.ones(3, dtype=torch.bool)):
+        assert_close(TRITON.product(a, b, alpha=alpha, active=active), scaled, b)
+    assert_close(TRITON.product(a[0], b[0], alpha=alpha[:1]), scaled[0], b[0])
+
+
 def test_inactive_may_hold_anything() -> None:
     a = torch.full((2, 5, 6), float("nan"))
     out = torch.zeros(2, 5, 5)
@@ -154,6 +165,8 @@ def test_wrong_tensors_raise() -> None:
         (TypeError, "out", lambda: symmetric(a, out=square.double())),
         (ValueError, "active", lambda: symmetric(a, active=torch.ones(2, dtype=torch.bool))),
         (TypeError, "active", lambda: symmetric(a, active=torch.ones(1))),
+        (ValueError, "alpha", lambda: product(a, a.mT, alpha=torch.ones(2))),
+        (TypeError, "alpha", lambda: product(a, a.mT, alpha=torch.ones(1).double())),
         (ValueError, "b", lambda: product(a, a)),
         (ValueError, "b", lambda: product(a, torch.ones(1, 5, 4))),
         (TypeError, "b", lambda: product(a, a.mT.bfloat16())),

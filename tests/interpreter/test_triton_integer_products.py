@@ -1,4 +1,4 @@
-"""Products of codes and of rounded matrices, against the reference without tolerance."""
+"""Products of codes, against the reference without tolerance."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from comparison import KINDS, REFERENCE, TRITON, assert_same, random_codes, strided_like
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes, check_integer_codes
+from lowbit_muon.backends.codes import PackedCodes, check_integer_codes
 from lowbit_muon.backends.cpu.adapter import CpuBackend
-from lowbit_muon.backends.reference import pack
+from lowbit_muon.backends.packing import pack
 from lowbit_muon.backends.triton import integer_products
-from lowbit_muon.backends.triton.checks import Target
+from lowbit_muon.backends.triton.device import Target
 from lowbit_muon.formats.codebook import CODE_BITS, nearest_codebook
 
 CPU = CpuBackend()
@@ -122,30 +122,10 @@ def test_product_of_what_is_not_finite() -> None:
     assert found.isfinite().all(dim=1).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (17, 255), (65, 256), (66, 257), (5, 1000)])
-def test_rounded_gram(shape: tuple[int, int]) -> None:
-    for kind in KINDS[shape[0] % 2 :: 2]:
-        x = torch.randn(shape) * torch.logspace(-20, 15, shape[0]).view(-1, 1)
-        found = TRITON.rounded_gram(strided_like(x, kind))
-        assert_same(found, REFERENCE.rounded_gram(x))
-        assert_same(found, CPU.rounded_gram(x))
-
-
-def test_rounded_gram_of_the_largest_sums() -> None:
-    """Whole numbers of WHOLE_LIMIT throughout, zeros, and what is not finite."""
-    x = torch.ones(5, 600)
-    x[1] = -1
-    x[2] = 0
-    x[3, 7] = float("inf")
-    x[4] = 1e-42
-    assert_same(TRITON.rounded_gram(x), REFERENCE.rounded_gram(x))
-
-
 def test_empty() -> None:
     for rows, columns in ((0, 0), (0, 5), (5, 0)):
         codes = random_codes(rows, columns, 4)
         assert torch.equal(TRITON.code_gram(codes), torch.zeros(rows, rows))
-        assert torch.equal(TRITON.rounded_gram(torch.empty(rows, columns)), torch.zeros(rows, rows))
         out = torch.full((3, columns), 2.0)
         result = TRITON.code_product(torch.ones(3, rows), codes, out=out, beta=0.5)
         assert torch.equal(result, torch.ones(3, columns))
@@ -176,14 +156,25 @@ def wrong(codes: PackedCodes, **fields: Tensor) -> PackedCodes:
 def test_wrong_tensors_raise() -> None:
     codes, a = random_codes(4, 200, 4), torch.ones(3, 4)
     cases = [
-        (ValueError, "packed", lambda: TRITON.code_gram(wrong(codes, packed=codes.packed[:, 1:]))),
-        (TypeError, "packed", lambda: TRITON.code_gram(wrong(codes, packed=codes.packed.char()))),
-        (ValueError, "scales", lambda: TRITON.code_gram(wrong(codes, scales=codes.scales[1:]))),
+        (
+            ValueError,
+            "codes.packed",
+            lambda: TRITON.code_gram(wrong(codes, packed=codes.packed[:, 1:])),
+        ),
+        (
+            TypeError,
+            "codes.packed",
+            lambda: TRITON.code_gram(wrong(codes, packed=codes.packed.char())),
+        ),
+        (
+            ValueError,
+            "codes.scales",
+            lambda: TRITON.code_gram(wrong(codes, scales=codes.scales[1:])),
+        ),
         (ValueError, "a", lambda: TRITON.code_product(a[:, 1:], codes)),
         (TypeError, "a", lambda: TRITON.code_product(a.double(), codes)),
         (ValueError, "out", lambda: TRITON.code_product(a, codes, out=torch.ones(3, 199))),
         (ValueError, "out", lambda: TRITON.code_product(a, codes, out=torch.ones(200, 3).T)),
-        (ValueError, "x", lambda: TRITON.rounded_gram(a[0])),
     ]
     for error, parameter, call in cases:
         with pytest.raises(error, match=f"^{parameter}: expected .* got "):

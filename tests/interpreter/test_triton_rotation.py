@@ -29,6 +29,14 @@ def test_rotation_bit_for_bit(columns: int, inverse: bool) -> None:
     assert torch.equal(padded[:, columns:], gaps)
 
 
+def test_rotation_of_a_batch() -> None:
+    x = torch.randn(3, 2, 48)
+    expected = x.clone()
+    TRITON.rotate(x)
+    REFERENCE.rotate(expected)
+    assert torch.equal(x, expected)
+
+
 def test_rotation_of_nothing() -> None:
-    for shape in ((0, 5), (5, 0)):
+    for shape in ((0, 5), (5, 0), (0, 2, 5)):
         TRITON.rotate(torch.empty(shape))

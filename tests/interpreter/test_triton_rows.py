@@ -24,7 +24,7 @@ from comparison import (
 )
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout
 from lowbit_muon.formats.presets import PRESETS
@@ -46,8 +46,8 @@ def test_every_byte_decodes(bits: int) -> None:
     for codebook in codebooks(bits):
         codes = PackedCodes(packed, torch.rand(3, 1) + 0.5, codebook, codes_layout, columns)
         found, expected = torch.empty(3, columns), torch.empty(3, columns)
-        TRITON.accumulate_rows(found, codes=codes)
-        REFERENCE.accumulate_rows(expected, codes=codes)
+        TRITON.accumulate(found, Terms(codes=codes))
+        REFERENCE.accumulate(expected, Terms(codes=codes))
         assert_same(found, expected)
 
 
@@ -71,8 +71,8 @@ def test_quantize_and_decode(bits: int, place: int) -> None:
             assert torch.equal(packed, TRITON.encode(x, scales, book, codes_layout))
             codes = PackedCodes(packed, scales, book, codes_layout, columns)
             found, expected = torch.empty(6, columns), torch.empty(6, columns)
-            TRITON.accumulate_rows(found, codes=codes)
-            REFERENCE.accumulate_rows(expected, codes=codes)
+            TRITON.accumulate(found, Terms(codes=codes))
+            REFERENCE.accumulate(expected, Terms(codes=codes))
             assert_same(found, expected)
 
 
@@ -123,22 +123,22 @@ def test_accumulate(dtype: torch.dtype, shape: tuple[int, int]) -> None:
             if weight:
                 found.copy_(start)
             expected = start.clone()
-            arguments = {"codes": codes, "code_weight": 0.7, "grad": grad, "grad_weight": 0.05}
-            squares = TRITON.accumulate_rows(found, buffer_weight=weight, **arguments)
-            wanted = REFERENCE.accumulate_rows(expected, buffer_weight=weight, **arguments)
+            terms = Terms(weight, codes, 0.7, grad, 0.05)
+            squares = TRITON.accumulate(found, terms)
+            wanted = REFERENCE.accumulate(expected, terms)
             assert_same(found, expected)
             assert wide[:, columns:].isnan().all()
             assert_same_squares(squares, wanted, columns)
 
 
 def test_accumulate_of_one_term_and_of_wide_rows() -> None:
-    """Also the sum over all rows, and rows that several programs share."""
+    """Also rows that several programs share."""
     start = torch.randn(2, 10000)
     buffer = start.clone()
-    squares = TRITON.accumulate_rows(buffer, buffer_weight=0.5)
+    squares = TRITON.accumulate(buffer, Terms(0.5))
     assert_same(buffer, start * 0.5)
     assert_same_squares(squares, buffer.double().square().sum(dim=1), 10000)
-    assert TRITON.accumulate(buffer.fill_(math.nan)) == 0.0
+    assert not TRITON.accumulate(buffer.fill_(math.nan), Terms()).any()
     assert torch.equal(buffer, torch.zeros(2, 10000))
 
 
@@ -146,9 +146,9 @@ def test_accumulate_is_that_of_the_cpu() -> None:
     codes, grad = random_codes(3, 515, 3), torch.randn(515, 3).T
     found, expected = torch.randn(2, 3, 515).unbind()
     expected.copy_(found)
-    terms = {"buffer_weight": 0.9, "codes": codes, "code_weight": 0.3, "grad": grad}
-    squares = TRITON.accumulate(found, **terms)
-    assert squares == pytest.approx(CpuBackend().accumulate(expected, **terms), rel=1e-12)
+    terms = Terms(0.9, codes, 0.3, grad)
+    squares = TRITON.accumulate(found, terms)
+    assert_same_squares(squares, CpuBackend().accumulate(expected, terms), 515)
     assert_same(found, expected)
 
 
@@ -158,36 +158,29 @@ def test_every_half_precision_gradient(dtype: torch.dtype) -> None:
     grad = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(8, 8192)
     for values in (grad, grad.T.contiguous().T):
         found = torch.empty(values.shape)
-        TRITON.accumulate_rows(found, grad=values)
+        TRITON.accumulate(found, Terms(grad=values))
         assert_same(found, values.float())
 
 
 def assert_same_update(codes: PackedCodes, grad: Tensor, out_dtype: torch.dtype | None) -> None:
     """`update_codes` with every result, also where it is not read."""
-    shape = grad.shape
+    shape, terms = grad.shape, Terms(0.0, codes, 0.95, grad, 0.05)
     results = []
     for backend in (TRITON, REFERENCE):
         packed, scales = torch.empty_like(codes.packed), torch.empty_like(codes.scales)
         out = None if out_dtype is None else torch.empty(shape, dtype=out_dtype)
         squares = backend.update_codes(
-            codes,
-            grad,
-            code_weight=0.95,
-            grad_weight=0.05,
-            packed=packed,
-            scales=scales,
-            out=out,
-            out_value_weight=0.9,
-            out_grad_weight=0.1,
+            terms, packed=packed, scales=scales, out=out, out_weights=(0.9, 0.1)
         )
         results.append((packed, scales, squares, out))
     (packed, scales, squares, out), (_, wanted_scales, wanted_squares, wanted_out) = results
     if out is not None:
         assert_same(out, wanted_out)
-    assert_same_squares(squares, wanted_squares, shape[1])
+    for sums, wanted_sums in zip(squares, wanted_squares, strict=True):
+        assert_same_squares(sums, wanted_sums, shape[-1])
     assert_same_scales(scales, wanted_scales, codes.layout.statistic)
     x = torch.empty(shape)
-    REFERENCE.accumulate_rows(x, codes=codes, code_weight=0.95, grad=grad, grad_weight=0.05)
+    REFERENCE.accumulate(x, terms)
     assert torch.equal(packed, REFERENCE.encode(x, scales, codes.codebook, codes.layout))
 
 
@@ -204,6 +197,37 @@ def test_update_codes(name: str) -> None:
         assert_same_update(codes, grad, (None, *GRAD_TYPES)[(index + len(name)) % 4])
 
 
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_batches_are_their_rows(bits: int) -> None:
+    """Gradients in any layout, and a result whose rows are not at even distances."""
+    codes = random_codes(5, 129, bits, block_size=(0, 100)[bits % 2], batch=3)
+    values = torch.randn(3, 5, 129).to(GRAD_TYPES[bits % 3])
+    turned = values.transpose(0, 1).contiguous().transpose(0, 1)
+    for grad in (values, values.mT.contiguous().mT, turned):
+        found, expected = torch.randn(2, 3, 5, 129).unbind()
+        expected.copy_(found)
+        terms = Terms(0.9, codes, 0.7, grad, 0.05)
+        squares = TRITON.accumulate(found, terms)
+        assert_same_squares(squares, REFERENCE.accumulate(expected, terms), 129)
+        assert_same(found, expected)
+        assert_same_update(codes, grad, GRAD_TYPES[(bits + 1) % 3])
+    out, wanted = torch.empty(3, 129, 5).mT, torch.empty(3, 5, 129)
+    for result in (out, wanted):
+        TRITON.update_codes(
+            Terms(codes=codes, grad=turned),
+            packed=torch.empty_like(codes.packed),
+            scales=torch.empty_like(codes.scales),
+            out=result,
+        )
+    assert torch.equal(out, wanted)
+    x, book, codes_layout = turned.float(), codes.codebook, codes.layout
+    packed, scales = TRITON.quantize(x, book, codes_layout)
+    assert torch.equal(TRITON.encode(x, scales, book, codes_layout), packed)
+    for i, one in enumerate(x):
+        assert torch.equal(TRITON.quantize(one, book, codes_layout)[0], packed[i])
+        assert torch.equal(TRITON.quantize(one, book, codes_layout)[1], scales[i])
+
+
 def test_update_of_what_is_not_finite() -> None:
     book, codes_layout = codebooks(3)[0], layout(3, 100)
     codes = PackedCodes(
@@ -217,15 +241,11 @@ def test_update_reads_no_value_of_weight_zero() -> None:
     codes.scales.fill_(math.inf)
     grad, out = torch.randn(2, 65), torch.empty(2, 65)
     TRITON.update_codes(
-        codes,
-        grad,
-        code_weight=1.0,
-        grad_weight=1.0,
+        Terms(codes=codes, grad=grad),
         packed=torch.empty_like(codes.packed),
         scales=torch.empty_like(codes.scales),
         out=out,
-        out_value_weight=0.0,
-        out_grad_weight=2.0,
+        out_weights=(0.0, 2.0),
     )
     assert_same(out, 2 * grad)
 
@@ -237,13 +257,11 @@ def test_empty(shape: tuple[int, int]) -> None:
     assert packed.shape == (shape[0], codes_layout.row_bytes(shape[1]))
     codes = PackedCodes(packed, scales, book, codes_layout, shape[1])
     grad = torch.empty(shape, dtype=torch.bfloat16)
-    assert TRITON.accumulate(torch.empty(shape), buffer_weight=1.0, codes=codes, grad=grad) == 0.0
-    squares = TRITON.update_codes(
-        codes,
-        grad,
-        code_weight=1.0,
-        grad_weight=1.0,
+    squares = TRITON.accumulate(torch.empty(shape), Terms(1.0, codes, grad=grad))
+    both = TRITON.update_codes(
+        Terms(codes=codes, grad=grad),
         packed=torch.empty_like(packed),
         scales=torch.empty_like(scales),
     )
-    assert torch.equal(squares, torch.zeros(2, shape[0], dtype=torch.float64))
+    for sums in (squares, *both):
+        assert torch.equal(sums, torch.zeros(shape[0], dtype=torch.float64))

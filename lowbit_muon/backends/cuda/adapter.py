@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.codes import Terms
 from lowbit_muon.backends.cuda.library import (
     NUMBER_TYPES,
     STATISTICS,
@@ -15,23 +17,21 @@ from lowbit_muon.backends.cuda.library import (
 )
 from lowbit_muon.backends.cuda.memory import (
     codebook_arguments,
-    has_plain_rows,
-    mark_changed,
     number_arguments,
+    plain_rows,
     share_memory,
     strided_arguments,
 )
 from lowbit_muon.backends.cuda.products import CudaProducts
+from lowbit_muon.backends.memory import KERNEL_DTYPES, changed, check_book, has_plain_rows
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 # The longest row that the rotation holds in shared memory (csrc/cuda/rotation.cu).
 ROTATED_COLUMNS = 24 * 1024
 
-__all__ = ["CudaBackend", "unavailable_reason"]
-
 
 class CudaBackend(CudaProducts):
-    """`DeviceBackend` in CUDA C++. No method makes the host wait, `accumulate` excepted.
+    """`Backend` in CUDA C++. No method makes the host wait.
 
     Construction raises RuntimeError if the library or a GPU is not there. All methods raise
     ValueError or TypeError for tensors with another device, dtype or shape than the contract
@@ -39,6 +39,7 @@ class CudaBackend(CudaProducts):
     """
 
     name = "cuda"
+    asynchronous = True
 
     def __init__(self, library: CudaLibrary | None = None) -> None:
         if library is None:
@@ -58,14 +59,14 @@ class CudaBackend(CudaProducts):
         scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.quantize`."""
-        x = self._checks.rows(x, "x")
-        rows, columns = x.shape
+        self._checks.tensor(x, "x", None, torch.float32)
+        check_book(codebook, layout)
+        *leading, n = x.shape
         output = self._checks.output
-        scales_shape = (rows, layout.blocks(columns))
-        packed_shape = (rows, layout.row_bytes(columns))
-        packed = output(packed, "packed", packed_shape, torch.uint8, like=x)
-        scales = output(scales, "scales", scales_shape, torch.float32, like=x)
-        self._update(x, codebook, layout, packed, scales)
+        packed = output(packed, "packed", (*leading, layout.row_bytes(n)), torch.uint8, like=x)
+        scales = output(scales, "scales", (*leading, layout.blocks(n)), torch.float32, like=x)
+        changed(packed, scales)
+        self._update(Terms(grad=plain_rows(x)), codebook, layout, packed, scales)
         return packed, scales
 
     def encode(
@@ -78,83 +79,78 @@ class CudaBackend(CudaProducts):
         packed: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.encode`."""
-        x = self._checks.rows(x, "x")
-        rows, columns = x.shape
-        scales_shape = (rows, layout.blocks(columns))
-        self._checks.tensor(scales, "scales", scales_shape, torch.float32, like=x)
-        packed_shape = (rows, layout.row_bytes(columns))
+        self._checks.tensor(x, "x", None, torch.float32)
+        check_book(codebook, layout)
+        *leading, n = x.shape
+        self._checks.tensor(scales, "scales", (*leading, layout.blocks(n)), torch.float32, like=x)
+        packed_shape = (*leading, layout.row_bytes(n))
         packed = self._checks.output(packed, "packed", packed_shape, torch.uint8, like=x)
-        self._update(x, codebook, layout, packed, scales.contiguous(), statistic="given")
+        changed(packed)
+        terms = Terms(grad=plain_rows(x))
+        self._update(terms, codebook, layout, packed, scales.contiguous(), statistic="given")
         return packed
 
     def update_codes(
         self,
-        codes: PackedCodes,
-        grad: Tensor,
+        terms: Terms,
         *,
-        code_weight: float,
-        grad_weight: float,
         packed: Tensor,
         scales: Tensor,
         out: Tensor | None = None,
-        out_value_weight: float = 1.0,
-        out_grad_weight: float = 0.0,
-    ) -> Tensor:
-        """See `DeviceBackend.update_codes`."""
-        rows, columns = shape = tuple(grad.shape)
-        grad = self._checks.numbers(grad, "grad", shape, like=codes.packed)
+        out_weights: tuple[float, float] = (1.0, 0.0),
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.update_codes`."""
+        codes, grad = terms.codes_and_grad()
+        self._checks.tensor(grad, "grad", None, KERNEL_DTYPES)
+        shape = tuple(grad.shape)
         codes = self._checks.codes(codes, shape, like=grad)
-        layout = codes.layout
         output = self._checks.output
-        packed_shape = (rows, layout.row_bytes(columns))
-        packed = output(packed, "packed", packed_shape, torch.uint8, like=grad)
-        scales = output(scales, "scales", (rows, layout.blocks(columns)), torch.float32, like=grad)
+        output(packed, "packed", tuple(codes.packed.shape), torch.uint8, like=grad)
+        output(scales, "scales", tuple(codes.scales.shape), torch.float32, like=grad)
+        grad = plain_rows(grad)
         written = None
         if out is not None:
-            self._checks.tensor(out, "out", shape, (torch.float32, torch.bfloat16, torch.float16))
-            mark_changed(out)
-            written = out if has_plain_rows(out) else torch.empty_like(grad, dtype=out.dtype)
+            self._checks.tensor(out, "out", shape, KERNEL_DTYPES, like=grad)
+            changed(out)
+            written = out.flatten(0, -2)  # a copy where rows are not at even distances
+            if not has_plain_rows(written):
+                written = torch.empty_like(grad, dtype=out.dtype)
             if share_memory(grad, written):
                 grad = grad.clone()  # rows too long to keep are read again after `out` is written
+        changed(packed, scales)
         new = torch.empty if grad.numel() else torch.zeros
-        squares = new(2, rows, dtype=torch.float64, device=grad.device)
+        squares = new(2, *shape[:-1], dtype=torch.float64, device=grad.device)
         self._update(
-            grad,
+            replace(terms, codes=codes, grad=grad),
             codes.codebook,
-            layout,
+            codes.layout,
             packed,
             scales,
-            codes=codes,
-            code_weight=code_weight,
-            grad_weight=grad_weight,
             out=written,
-            out_value_weight=out_value_weight,
-            out_grad_weight=out_grad_weight,
+            out_weights=out_weights,
             squares=squares,
         )
-        if out is not None and written is not None and written is not out:
-            out.copy_(written)
-        return squares
+        if out is not None and written is not None and written.data_ptr() != out.data_ptr():
+            out.copy_(written.view(shape))
+        return squares[0], squares[1]
 
     def _update(
         self,
-        grad: Tensor,
+        terms: Terms,  # of a gradient [rows, n] with plain rows, and contiguous codes
         codebook: Codebook,
         layout: CodeLayout,
         packed: Tensor,
         scales: Tensor,
         *,
-        statistic: str | None = None,
-        codes: PackedCodes | None = None,
-        code_weight: float = 0.0,
-        grad_weight: float = 1.0,
-        out: Tensor | None = None,
-        out_value_weight: float = 0.0,
-        out_grad_weight: float = 0.0,
+        statistic: str | None = None,  # None: the layout's
+        out: Tensor | None = None,  # [rows, n]
+        out_weights: tuple[float, float] = (1.0, 0.0),
         squares: Tensor | None = None,
     ) -> None:
+        """Quantise the terms' sum into (packed, scales)."""
+        codes, grad = terms.codes, terms.grad
+        assert grad is not None
         rows, columns = grad.shape
-        tables = codebook_arguments(codebook, layout.bits)
         if grad.numel() == 0:
             scales.zero_()
             return
@@ -165,100 +161,90 @@ class CudaBackend(CudaProducts):
             columns=columns,
             bits=layout.bits,
             block=layout.effective_block(columns),
-            **tables,
+            **codebook_arguments(codebook),
             old_packed=None if codes is None else codes.packed.data_ptr(),
             old_scales=None if codes is None else codes.scales.data_ptr(),
-            code_weight=code_weight,
+            code_weight=terms.code_weight,
             **number_arguments("grad", grad),
-            grad_weight=grad_weight,
+            grad_weight=terms.grad_weight,
             statistic=STATISTICS[statistic or layout.statistic],
             clip=layout.clip,
             packed=packed.data_ptr(),
             scales=scales.data_ptr(),
             **({} if out is None else number_arguments("out", out)),
-            out_value_weight=out_value_weight,
-            out_grad_weight=out_grad_weight,
+            out_value_weight=out_weights[0],
+            out_grad_weight=out_weights[1],
             squares=None if squares is None else squares.data_ptr(),
         )
 
-    def accumulate_rows(
-        self,
-        buffer: Tensor,
-        *,
-        buffer_weight: float = 0.0,
-        codes: PackedCodes | None = None,
-        code_weight: float = 1.0,
-        grad: Tensor | None = None,
-        grad_weight: float = 1.0,
-    ) -> Tensor:
-        """See `DeviceBackend.accumulate_rows`."""
-        self._checks.writable(buffer, "buffer")
-        rows, columns = shape = tuple(buffer.shape)
+    def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        """See `Backend.accumulate`."""
+        target = self._checks.rows_in_place(buffer, "buffer")
+        rows, columns = target.shape
         arguments: dict[str, object] = {}
-        kept: list[object] = []  # alive until the kernel is queued
+        codes, grad = terms.codes, terms.grad  # alive until the kernel is queued
         if codes is not None:
-            codes = self._checks.codes(codes, shape, like=buffer)
-            tables = codebook_arguments(codes.codebook, codes.layout.bits)
-            kept.append(codes)
+            codes = self._checks.codes(codes, tuple(buffer.shape), like=buffer)
+            tables = codebook_arguments(codes.codebook)
             arguments = {
                 "bits": codes.layout.bits,
                 "levels": tables["levels"],
                 "level_count": tables["level_count"],
                 "packed": codes.packed.data_ptr(),
                 "scales": codes.scales.data_ptr(),
-                "code_weight": code_weight,
+                "code_weight": terms.code_weight,
             }
         if grad is not None:
-            grad = self._checks.numbers(grad, "grad", shape, like=buffer)
-            arguments |= {**number_arguments("grad", grad), "grad_weight": grad_weight}
-        if buffer.numel() == 0:
-            return torch.zeros(rows, dtype=torch.float64, device=buffer.device)
-        squares = torch.empty(rows, dtype=torch.float64, device=buffer.device)
-        self._library.call(
-            "lowbit_accumulate_rows",
-            buffer.device,
-            rows=rows,
-            columns=columns,
-            buffer=buffer.data_ptr(),
-            buffer_stride=buffer.stride(0),
-            buffer_weight=buffer_weight,
-            block=1 if codes is None else codes.layout.effective_block(columns),
-            squares=squares.data_ptr(),
-            **arguments,
-        )
+            self._checks.tensor(grad, "grad", tuple(buffer.shape), KERNEL_DTYPES, like=buffer)
+            grad = plain_rows(grad)
+            arguments |= {**number_arguments("grad", grad), "grad_weight": terms.grad_weight}
+        changed(buffer)
+        new = torch.empty if buffer.numel() else torch.zeros
+        squares = new(buffer.shape[:-1], dtype=torch.float64, device=buffer.device)
+        if buffer.numel():
+            self._library.call(
+                "lowbit_accumulate_rows",
+                buffer.device,
+                rows=rows,
+                columns=columns,
+                buffer=target.data_ptr(),
+                buffer_stride=target.stride(0),
+                buffer_weight=terms.buffer_weight,
+                block=1 if codes is None else codes.layout.effective_block(columns),
+                squares=squares.data_ptr(),
+                **arguments,
+            )
         return squares
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
-        self._checks.writable(x, "x")
-        rows, columns = x.shape
+        target = self._checks.rows_in_place(x, "x")
+        rows, columns = target.shape
         if columns > ROTATED_COLUMNS:
-            return super().rotate(x, inverse=inverse)
-        if x.numel():
+            super().rotate(x, inverse=inverse)
+        elif x.numel():
+            changed(x)
             self._library.call(
                 "lowbit_rotate",
                 x.device,
                 rows=rows,
                 columns=columns,
-                x=x.data_ptr(),
-                x_stride=x.stride(0),
+                x=target.data_ptr(),
+                x_stride=target.stride(0),
                 inverse=inverse,
             )
-        return None
 
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
-        """See `DeviceBackend.scaled`."""
+        """See `Backend.scaled`."""
+        self._checks.tensor(x, "x", None, torch.float32, dimensions=(3,))
         shape = tuple(x.shape)
-        self._checks.tensor(x, "x", shape, torch.float32)
-        if x.ndim != 3:
-            raise ValueError(f"x: expected three dimensions, got shape {shape}")
         self._checks.tensor(factor, "factor", shape[:1], torch.float32, like=x)
-        self._checks.tensor(out, "out", shape, tuple(NUMBER_TYPES), like=x)
+        self._checks.tensor(out, "out", shape, KERNEL_DTYPES, like=x)
         if not out.is_contiguous():
             return super().scaled(x, factor, out=out)
         if out.numel():
             x, factor = x.contiguous(), factor.contiguous()
-            mark_changed(out)
+            changed(out)
             self._library.call(
                 "lowbit_scaled",
                 x.device,
@@ -280,24 +266,16 @@ class CudaBackend(CudaProducts):
         step_size: Tensor,
         seed: Tensor | None = None,
     ) -> None:
-        """See `DeviceBackend.update_weight`."""
-        self._checks.tensor(weight, "weight", None, tuple(NUMBER_TYPES))
-        shape = tuple(weight.shape)
-        self._checks.tensor(update, "update", shape, tuple(NUMBER_TYPES), like=weight)
-        self._checks.element(decay, "decay", torch.float32, like=weight)
-        self._checks.element(step_size, "step_size", torch.float32, like=weight)
-        if seed is not None:
-            self._checks.element(seed, "seed", torch.int32, like=weight)
-            if weight.dtype != torch.bfloat16:
-                raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
+        """See `Backend.update_weight`."""
+        self._checks.weight_update(weight, update, decay, step_size, seed)
         if weight.numel() == 0:
             return
-        mark_changed(weight)
+        changed(weight)
         self._library.call(
             "lowbit_update_weight",
             weight.device,
-            rows=shape[0],
-            columns=shape[1],
+            rows=weight.shape[0],
+            columns=weight.shape[1],
             **strided_arguments("weight", weight),
             **strided_arguments("update", update),
             decay=decay.data_ptr(),

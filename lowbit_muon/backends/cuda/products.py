@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes, check_integer_codes
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, check_integer_codes
 from lowbit_muon.backends.cuda.library import CudaLibrary
-from lowbit_muon.backends.cuda.memory import Checks, integer_levels
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.backends.cuda.memory import integer_levels
+from lowbit_muon.backends.memory import KERNEL_DTYPES, Checks, changed
 
 # Columns that one instruction of the tensor cores sums over.
 SLICE = 32
@@ -18,16 +19,17 @@ SLICE = 32
 LIMB_DEPTH = 64
 
 
-class CudaProducts(DeviceReferenceBackend):
-    """`DeviceBackend`'s products; what has no kernel of its own runs as torch operations."""
+class CudaProducts(Backend):
+    """The integer products; what has no kernel of its own runs as torch operations."""
 
     def __init__(self, library: CudaLibrary) -> None:
         self._library = library
-        self._checks = Checks(library.device_type)
+        self._checks = Checks((library.device_type,))
 
     def code_gram(self, codes: PackedCodes, *, tile: int = 0) -> Tensor:
         """See `Backend.code_gram`. `tile`: 64 or 128 rows, or 0 to have it chosen, for tests."""
         check_integer_codes(codes, blocks=True)
+        self._checks.tensor(codes.packed, "codes.packed", None, torch.uint8)
         shape = (*codes.packed.shape[:-1], codes.columns)
         codes = self._checks.codes(codes, shape, like=codes.packed)
         *leading, rows, columns = shape
@@ -59,6 +61,7 @@ class CudaProducts(DeviceReferenceBackend):
     ) -> Tensor:
         """See `Backend.code_product`."""
         check_integer_codes(codes)
+        self._checks.tensor(codes.packed, "codes.packed", None, torch.uint8)
         *leading, rows, _ = codes.packed.shape
         columns = codes.columns
         codes = self._checks.codes(codes, (*leading, rows, columns), like=codes.packed)
@@ -66,10 +69,11 @@ class CudaProducts(DeviceReferenceBackend):
         out_rows = a.shape[-2] if isinstance(a, Tensor) and a.ndim > 1 else 0
         self._checks.tensor(a, "a", (*leading, out_rows, rows), torch.float32, like=packed)
         shape = (*leading, out_rows, columns)
-        if out is not None and out.dtype in (torch.bfloat16, torch.float16):
+        out = self._checks.output(out, "out", shape, KERNEL_DTYPES, like=packed)
+        if out.dtype != torch.float32:
             result = self.code_product(a, codes)
             return out.copy_(result if beta == 0 else out.float().mul_(beta).add_(result))
-        out = self._checks.output(out, "out", shape, torch.float32, like=packed)
+        changed(out)
         if out.numel() == 0 or rows == 0:
             return out.mul_(beta) if beta else out.zero_()
         depth = -(-rows // LIMB_DEPTH) * LIMB_DEPTH

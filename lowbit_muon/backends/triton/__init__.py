@@ -1,25 +1,23 @@
-"""Triton backend: GPU kernels in Python, for NVIDIA and AMD.
+"""Triton backend: GPU kernels in Python, for NVIDIA, AMD and Intel.
 
-Triton is imported when `TritonBackend` is first asked for, and not needed before.
+Triton is imported by `backend`, and not needed before.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
 
 import torch
-
-if TYPE_CHECKING:
-    from lowbit_muon.backends.triton.backend import TritonBackend
-
-__all__ = ["TritonBackend", "interpreted", "unavailable_reason"]
 
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+# Where tensors may be; the CPU's memory only for the interpreter, which is for tests.
+DEVICE_TYPES = ("cpu",) if interpreted() else ("cuda", "xpu")
 
 
 def unavailable_reason() -> str | None:
@@ -29,11 +27,3 @@ def unavailable_reason() -> str | None:
     if not (interpreted() or torch.cuda.is_available() or torch.xpu.is_available()):
         return "triton finds no GPU here (its interpreter, TRITON_INTERPRET=1, is for tests)"
     return None
-
-
-def __getattr__(name: str) -> Any:
-    if name == "TritonBackend":
-        from lowbit_muon.backends.triton.backend import TritonBackend
-
-        return TritonBackend
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`DeviceBackend` in Triton."""
+"""`Backend` in Triton."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class TritonBackend(Elementwise, IntegerProducts, DenseProducts):
     """The kernels for any GPU that Triton compiles for.
 
     Construction raises RuntimeError if there is no triton or no GPU. All methods raise ValueError
-    or TypeError for tensors with another device, dtype or shape than the contract states; none but
-    `accumulate` makes the host wait, and after a first call of its kind each can be captured in a
-    graph.
+    or TypeError for tensors with another device, dtype or shape than the contract states; none
+    makes the host wait, and after a first call of its kind each can be captured in a graph.
     """
 
     name = "triton"
+    asynchronous = True
 
     def __init__(self) -> None:
         reason = unavailable_reason()

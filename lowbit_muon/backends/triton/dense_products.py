@@ -6,13 +6,16 @@ import torch
 import triton
 from torch import Tensor
 
-from lowbit_muon.backends.triton.checks import FLOAT_TYPES, changed, check, on_device, target
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.memory import KERNEL_DTYPES, changed
+from lowbit_muon.backends.reference import by_matrix
+from lowbit_muon.backends.triton.device import CHECKS, on_device, target
 from lowbit_muon.backends.triton.kernels import dense
 from lowbit_muon.backends.triton.kernels.gram import triangle_programs
 
 
-class DenseProducts:
-    """`product` and `symmetric_product` of matrices and batches."""
+class DenseProducts(Backend):
+    """`product` and `symmetric_product`."""
 
     def product(
         self,
@@ -20,12 +23,15 @@ class DenseProducts:
         b: Tensor,
         *,
         out: Tensor | None = None,
-        alpha: float = 1.0,
+        alpha: float | Tensor = 1.0,
         beta: float = 0.0,
         active: Tensor | None = None,
     ) -> Tensor:
-        """See `Backend.product` and `DeviceBackend`. The vendor's kernels where they can do it."""
+        """See `Backend.product`. The vendor's kernels where they can do it."""
         shape = _check_factors(a, b, active)
+        if isinstance(alpha, Tensor):
+            CHECKS.tensor(alpha, "alpha", _by_matrix(a), torch.float32, like=a)
+            a, alpha = (a * by_matrix(alpha, a.ndim)).to(a.dtype), 1.0
         out = _given_or_new(out, shape, a)
         if not out.numel():
             return out
@@ -49,14 +55,15 @@ class DenseProducts:
         active: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.symmetric_product`; exactly symmetric."""
-        check(a, "a", None, FLOAT_TYPES, dimensions=(2, 3))
+        CHECKS.tensor(a, "a", None, KERNEL_DTYPES)
         if b is None:
             b = a.mT
         else:
-            check(b, "b", (*a.shape[:-2], a.shape[-1], a.shape[-2]), a.dtype, a)
+            square = (*a.shape[:-2], a.shape[-1], a.shape[-2])
+            CHECKS.tensor(b, "b", square, a.dtype, like=a)
         shape = _check_factors(a, b, active)
         if addend is not None:
-            check(addend, "addend", shape, FLOAT_TYPES, a)
+            CHECKS.tensor(addend, "addend", shape, KERNEL_DTYPES, like=a)
         out = _given_or_new(out, shape, a)
         if out.numel():
             _launch(a, b, addend, out, alpha, beta, active, symmetric=True)
@@ -65,19 +72,24 @@ class DenseProducts:
 
 def _check_factors(a: Tensor, b: Tensor, active: Tensor | None) -> tuple[int, ...]:
     """The shape of a b."""
-    check(a, "a", None, FLOAT_TYPES, dimensions=(2, 3))
-    check(b, "b", None, a.dtype, a, dimensions=(a.ndim,))
+    CHECKS.tensor(a, "a", None, KERNEL_DTYPES)
+    CHECKS.tensor(b, "b", None, a.dtype, like=a, dimensions=(a.ndim,))
     columns = b.shape[-1]
-    check(b, "b", (*a.shape[:-2], a.shape[-1], columns), a.dtype)
+    CHECKS.tensor(b, "b", (*a.shape[:-2], a.shape[-1], columns), a.dtype)
     if active is not None:
-        check(active, "active", (a.shape[0] if a.ndim == 3 else 1,), torch.bool, a)
+        CHECKS.tensor(active, "active", _by_matrix(a), torch.bool, like=a)
     return (*a.shape[:-1], columns)
+
+
+def _by_matrix(a: Tensor) -> tuple[int]:
+    """The shape of what there is one of for each matrix."""
+    return (a.shape[0] if a.ndim == 3 else 1,)
 
 
 def _given_or_new(out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if out is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    check(out, "out", shape, FLOAT_TYPES, like)
+    CHECKS.tensor(out, "out", shape, KERNEL_DTYPES, like=like)
     changed(out)
     return out
 

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes, SumsRows
-from lowbit_muon.backends.triton.checks import (
-    FLOAT_TYPES,
-    changed,
-    check,
-    check_book,
-    check_codes,
-    check_writable_rows,
-    on_device,
-    output,
-    tables,
-)
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import Terms
+from lowbit_muon.backends.memory import KERNEL_DTYPES, changed, check_apart, check_book
+from lowbit_muon.backends.triton.device import CHECKS, on_device, tables
 from lowbit_muon.backends.triton.kernels import rotation, rows, weights
 from lowbit_muon.formats.codebook import Codebook, CodeLayout, rotation_signs
 
 
-class Elementwise(SumsRows):
-    """`Backend` and `DeviceBackend` without the products; results are the reference's bits."""
+class Elementwise(Backend):
+    """All but the products; results are the reference's bits."""
 
     def quantize(
         self,
@@ -39,12 +32,14 @@ class Elementwise(SumsRows):
         scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.quantize`."""
-        check(x, "x", None, torch.float32)
+        CHECKS.tensor(x, "x", None, torch.float32)
         check_book(codebook, layout)
-        m, n = x.shape
-        packed = output(packed, "packed", (m, layout.row_bytes(n)), torch.uint8, x)
-        scales = output(scales, "scales", (m, layout.blocks(n)), torch.float32, x)
-        _update(x, codebook, layout, packed, scales, layout.statistic)
+        *leading, n = x.shape
+        packed_shape, scales_shape = (*leading, layout.row_bytes(n)), (*leading, layout.blocks(n))
+        packed = CHECKS.output(packed, "packed", packed_shape, torch.uint8, like=x)
+        scales = CHECKS.output(scales, "scales", scales_shape, torch.float32, like=x)
+        changed(packed, scales)
+        _update(Terms(grad=x), codebook, layout, packed, scales)
         return packed, scales
 
     def encode(
@@ -57,92 +52,82 @@ class Elementwise(SumsRows):
         packed: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.encode`."""
-        check(x, "x", None, torch.float32)
+        CHECKS.tensor(x, "x", None, torch.float32)
         check_book(codebook, layout)
-        m, n = x.shape
-        check(scales, "scales", (m, layout.blocks(n)), torch.float32, x)
-        packed = output(packed, "packed", (m, layout.row_bytes(n)), torch.uint8, x)
-        _update(x, codebook, layout, packed, scales.contiguous(), "given")
+        *leading, n = x.shape
+        CHECKS.tensor(scales, "scales", (*leading, layout.blocks(n)), torch.float32, like=x)
+        packed_shape = (*leading, layout.row_bytes(n))
+        packed = CHECKS.output(packed, "packed", packed_shape, torch.uint8, like=x)
+        changed(packed)
+        _update(Terms(grad=x), codebook, layout, packed, scales.contiguous(), statistic="given")
         return packed
 
     def update_codes(
         self,
-        codes: PackedCodes,
-        grad: Tensor,
+        terms: Terms,
         *,
-        code_weight: float,
-        grad_weight: float,
         packed: Tensor,
         scales: Tensor,
         out: Tensor | None = None,
-        out_value_weight: float = 1.0,
-        out_grad_weight: float = 0.0,
-    ) -> Tensor:
-        """See `DeviceBackend.update_codes`. `out` is not `grad`, which is read after it."""
-        check(grad, "grad", None, FLOAT_TYPES)
-        m, n = grad.shape
-        old = check_codes(codes, (m, n), grad)
-        layout = codes.layout
-        output(packed, "packed", (m, layout.row_bytes(n)), torch.uint8, grad)
-        output(scales, "scales", (m, layout.blocks(n)), torch.float32, grad)
-        _check_apart(packed, "packed", codes.packed, "codes.packed")
-        _check_apart(scales, "scales", codes.scales, "codes.scales")
+        out_weights: tuple[float, float] = (1.0, 0.0),
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.update_codes`. `out` is not the gradient, which is read after it."""
+        codes, grad = terms.codes_and_grad()
+        CHECKS.tensor(grad, "grad", None, KERNEL_DTYPES)
+        shape = tuple(grad.shape)
+        codes = CHECKS.codes(codes, shape, like=grad)
+        CHECKS.output(packed, "packed", tuple(codes.packed.shape), torch.uint8, like=grad)
+        CHECKS.output(scales, "scales", tuple(codes.scales.shape), torch.float32, like=grad)
+        check_apart(packed, "packed", codes.packed, "codes.packed")
+        check_apart(scales, "scales", codes.scales, "codes.scales")
+        written = None
         if out is not None:
-            check(out, "out", (m, n), FLOAT_TYPES, grad)
-            _check_apart(out, "out", grad, "grad")
+            CHECKS.tensor(out, "out", shape, KERNEL_DTYPES, like=grad)
+            check_apart(out, "out", grad, "grad")
             changed(out)
-        squares = torch.empty(2, m, dtype=torch.float64, device=grad.device)
-        if not grad.numel():
-            return squares.zero_()
+            written = out.flatten(0, -2)  # a copy where rows are not at even distances
+        changed(packed, scales)
+        new = torch.empty if grad.numel() else torch.zeros
+        squares = new(2, *shape[:-1], dtype=torch.float64, device=grad.device)
         _update(
-            grad,
+            replace(terms, codes=codes),
             codes.codebook,
-            layout,
+            codes.layout,
             packed,
             scales,
-            layout.statistic,
-            old=old,
-            code_weight=code_weight,
-            grad_weight=grad_weight,
-            out=out,
-            out_value_weight=out_value_weight,
-            out_grad_weight=out_grad_weight,
+            out=written,
+            out_weights=out_weights,
             squares=squares,
         )
-        return squares
+        if out is not None and written is not None and written.data_ptr() != out.data_ptr():
+            out.copy_(written.view(shape))
+        return squares[0], squares[1]
 
-    def accumulate_rows(
-        self,
-        buffer: Tensor,
-        *,
-        buffer_weight: float = 0.0,
-        codes: PackedCodes | None = None,
-        code_weight: float = 1.0,
-        grad: Tensor | None = None,
-        grad_weight: float = 1.0,
-    ) -> Tensor:
-        """See `DeviceBackend.accumulate_rows`."""
-        check_writable_rows(buffer, "buffer")
-        changed(buffer)
-        m, n = buffer.shape
-        packed, scales, levels = buffer, buffer, buffer  # not read without codes
+    def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        """See `Backend.accumulate`."""
+        target = CHECKS.rows_in_place(buffer, "buffer")
+        m, n = target.shape
+        packed, scales, levels = target, target, target  # not read without codes
         bits, scale_block = 0, 0
-        if codes is not None:
-            packed, scales = check_codes(codes, (m, n), buffer)
+        if terms.codes is not None:
+            codes = CHECKS.codes(terms.codes, tuple(buffer.shape), like=buffer).flat()
+            packed, scales = codes.packed, codes.scales
             bits, scale_block = codes.layout.bits, _scale_block(codes.layout, n)
             levels, _ = tables(codes.codebook, bits, buffer.device)
-        if grad is not None:
-            check(grad, "grad", (m, n), FLOAT_TYPES, buffer)
+        source = target
+        if terms.grad is not None:
+            CHECKS.tensor(terms.grad, "grad", tuple(buffer.shape), KERNEL_DTYPES, like=buffer)
+            source = terms.grad.flatten(0, -2)
+        changed(buffer)
         if not buffer.numel():
-            return torch.zeros(m, dtype=torch.float64, device=buffer.device)
-        source = buffer if grad is None else grad
+            return torch.zeros(buffer.shape[:-1], dtype=torch.float64, device=buffer.device)
         block_m, block_n = _tile(source, n)
         span = block_n * rows.ACCUMULATE_STEPS
         squares = torch.empty(m, triton.cdiv(n, span), dtype=torch.float64, device=buffer.device)
         with on_device(buffer):
             rows.accumulate_kernel[(triton.cdiv(m, block_m), squares.shape[1])](
-                buffer,
-                buffer.stride(0),
+                target,
+                target.stride(0),
                 packed,
                 packed.stride(0),
                 scales,
@@ -154,11 +139,11 @@ class Elementwise(SumsRows):
                 squares,
                 m,
                 n,
-                float(buffer_weight),
-                float(code_weight),
-                float(grad_weight),
-                HAS_BUFFER=buffer_weight != 0,
-                HAS_GRAD=grad is not None,
+                float(terms.buffer_weight),
+                float(terms.code_weight),
+                float(terms.grad_weight),
+                HAS_BUFFER=terms.buffer_weight != 0,
+                HAS_GRAD=terms.grad is not None,
                 BITS=bits,
                 SCALE_BLOCK=scale_block,
                 BLOCK_M=block_m,
@@ -166,21 +151,22 @@ class Elementwise(SumsRows):
                 STEPS=rows.ACCUMULATE_STEPS,
                 **rows.OPTIONS,
             )
-        return squares[:, 0] if squares.shape[1] == 1 else squares.sum(dim=1)
+        row_squares = squares[:, 0] if squares.shape[1] == 1 else squares.sum(dim=1)
+        return row_squares.view(buffer.shape[:-1])
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """See `Backend.rotate`."""
-        check_writable_rows(x, "x")
+        target = CHECKS.rows_in_place(x, "x")
+        m, n = target.shape
         changed(x)
-        m, n = x.shape
         if not x.numel():
             return
         size = 1 << (n.bit_length() - 1)
         first_signs, second_signs = _signs(n, x.device)
         with on_device(x):
             rotation.rotate_kernel[(m,)](
-                x,
-                x.stride(0),
+                target,
+                target.stride(0),
                 first_signs,
                 second_signs,
                 n,
@@ -193,11 +179,11 @@ class Elementwise(SumsRows):
             )
 
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
-        """See `DeviceBackend.scaled`."""
-        check(x, "x", None, torch.float32, dimensions=(3,))
+        """See `Backend.scaled`."""
+        CHECKS.tensor(x, "x", None, torch.float32, dimensions=(3,))
         batch, m, n = x.shape
-        check(factor, "factor", (batch,), torch.float32, x)
-        check(out, "out", (batch, m, n), FLOAT_TYPES, x)
+        CHECKS.tensor(factor, "factor", (batch,), torch.float32, like=x)
+        CHECKS.tensor(out, "out", (batch, m, n), KERNEL_DTYPES, like=x)
         changed(out)
         if not x.numel():
             return out
@@ -226,16 +212,9 @@ class Elementwise(SumsRows):
         step_size: Tensor,
         seed: Tensor | None = None,
     ) -> None:
-        """See `DeviceBackend.update_weight`."""
-        check(weight, "weight", None, FLOAT_TYPES)
+        """See `Backend.update_weight`."""
+        CHECKS.weight_update(weight, update, decay, step_size, seed)
         m, n = weight.shape
-        check(update, "update", (m, n), FLOAT_TYPES, weight)
-        _check_element(decay, "decay", torch.float32, weight)
-        _check_element(step_size, "step_size", torch.float32, weight)
-        if seed is not None:
-            _check_element(seed, "seed", torch.int32, weight)
-            if weight.dtype != torch.bfloat16:
-                raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
         changed(weight)
         if not weight.numel():
             return
@@ -258,26 +237,25 @@ class Elementwise(SumsRows):
 
 
 def _update(
-    grad: Tensor,
+    terms: Terms,  # of a gradient, and codes with contiguous rows
     codebook: Codebook,
     layout: CodeLayout,
     packed: Tensor,
     scales: Tensor,
-    statistic: str,
     *,
-    old: tuple[Tensor, Tensor] | None = None,  # (packed, scales)
-    code_weight: float = 1.0,
-    grad_weight: float = 1.0,
-    out: Tensor | None = None,
-    out_value_weight: float = 1.0,
-    out_grad_weight: float = 0.0,
+    statistic: str | None = None,  # None: the layout's
+    out: Tensor | None = None,  # [rows, n]
+    out_weights: tuple[float, float] = (1.0, 0.0),
     squares: Tensor | None = None,
 ) -> None:
-    """Quantise code_weight*old + grad_weight*grad into (packed, scales)."""
+    """Quantise the terms' sum into (packed, scales)."""
+    assert terms.grad is not None
+    grad, packed, scales = (x.flatten(0, -2) for x in (terms.grad, packed, scales))
     m, n = grad.shape
     if not grad.numel():
         return
-    old_packed, old_scales = (packed, scales) if old is None else old
+    old = terms.codes.flat() if terms.codes is not None else None
+    old_packed, old_scales = (packed, scales) if old is None else (old.packed, old.scales)
     levels, thresholds = tables(codebook, layout.bits, grad.device)
     block = layout.effective_block(n)
     block_m, tile = _tile(grad, n)
@@ -285,9 +263,9 @@ def _update(
     target = grad if out is None else out
     arguments: dict[str, Any] = {
         "HAS_CODES": old is not None,
-        "STATISTIC": statistic,
+        "STATISTIC": statistic or layout.statistic,
         "HAS_OUT": out is not None,
-        "OUT_VALUE": out_value_weight != 0,
+        "OUT_VALUE": out_weights[0] != 0,
         "HAS_SQUARES": squares is not None,
         "BITS": layout.bits,
         "SCALE_BLOCK": _scale_block(layout, n),
@@ -319,10 +297,10 @@ def _update(
             layout.blocks(n),
             layout.row_bytes(n),
             layout.clip,
-            float(code_weight),
-            float(grad_weight),
-            float(out_value_weight),
-            float(out_grad_weight),
+            float(terms.code_weight),
+            float(terms.grad_weight),
+            float(out_weights[0]),
+            float(out_weights[1]),
             **arguments,
             **rows.OPTIONS,
         )
@@ -342,18 +320,6 @@ def _scale_block(layout: CodeLayout, columns: int) -> int:
 
 def _weight_tiles(m: int, n: int) -> int:
     return int(triton.cdiv(m, weights.BLOCK_M) * triton.cdiv(n, weights.BLOCK_N))
-
-
-def _check_apart(written: Tensor, name: str, read: Tensor, other: str) -> None:
-    """Raise for the overlap that is easy to make: results in the place of what is read again."""
-    if written.numel() and written.data_ptr() == read.data_ptr():
-        raise ValueError(f"{name}: expected other memory than that of {other}, got the same")
-
-
-def _check_element(x: Tensor, name: str, dtype: torch.dtype, like: Tensor) -> None:
-    check(x, name, None, dtype, like, dimensions=(0, 1, 2, 3))
-    if x.numel() != 1:
-        raise ValueError(f"{name}: expected one element, got shape {tuple(x.shape)}")
 
 
 @functools.lru_cache(maxsize=64)

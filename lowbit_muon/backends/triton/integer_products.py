@@ -1,4 +1,4 @@
-"""Adapter of the products of codes and of rounded matrices (`kernels.gram`, `kernels.limbs`)."""
+"""Adapter of the products of codes (`kernels.gram`, `kernels.limbs`)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ import torch
 import triton
 from torch import Tensor
 
-from lowbit_muon.backends.base import (
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import (
     INTEGER_SEGMENT,
     LIMB_LIMIT,
-    WHOLE_LIMIT,
-    WHOLE_SEGMENT,
     PackedCodes,
     check_integer_codes,
 )
-from lowbit_muon.backends.triton.checks import (
-    FLOAT_TYPES,
-    changed,
-    check,
-    check_codes,
-    on_device,
-    target,
-)
+from lowbit_muon.backends.memory import KERNEL_DTYPES, changed
+from lowbit_muon.backends.triton.device import CHECKS, on_device, target
 from lowbit_muon.backends.triton.kernels import gram, levels, limbs
 from lowbit_muon.formats.codebook import Codebook
 
 
-class IntegerProducts:
-    """`code_gram`, `rounded_gram` and `code_product`; results are the reference's bits."""
+class IntegerProducts(Backend):
+    """`code_gram` and `code_product`; results are the reference's bits."""
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """See `Backend.code_gram`."""
@@ -48,29 +41,6 @@ class IntegerProducts:
                     _segment_gram(operand, out, block)
         return out if operand.batched else out[0]
 
-    def rounded_gram(self, x: Tensor) -> Tensor:
-        """See `Backend.rounded_gram`."""
-        check(x, "x", None, torch.float32)
-        m = x.shape[0]
-        out = torch.empty(m, m, dtype=torch.float32, device=x.device)
-        if not x.numel():
-            return out.zero_()
-        with on_device(x):
-            high, low, scales = _limbs(x.unsqueeze(0), None, WHOLE_LIMIT, limbs.GRAM_PIECE)
-            limbs.limb_gram_kernel[(gram.triangle_programs(m, limbs.GRAM_BLOCK),)](
-                high,
-                low,
-                scales,
-                out,
-                m,
-                high.shape[2],
-                SEGMENT=WHOLE_SEGMENT,
-                PIECE=limbs.GRAM_PIECE,
-                BLOCK=limbs.GRAM_BLOCK,
-                **limbs.GRAM_OPTIONS,
-            )
-        return out
-
     def code_product(
         self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
@@ -79,21 +49,17 @@ class IntegerProducts:
         operand = _Operand(codes)
         batch, depth, columns = operand.shape
         dimensions = (3,) if operand.batched else (2,)
-        check(a, "a", None, torch.float32, operand.packed, dimensions)
-        out_rows = a.shape[-2]
+        CHECKS.tensor(a, "a", None, torch.float32, like=operand.packed, dimensions=dimensions)
         leading = (batch,) if operand.batched else ()
-        check(a, "a", (*leading, out_rows, depth), torch.float32)
-        if out is None:
-            out = torch.empty(*leading, out_rows, columns, dtype=torch.float32, device=a.device)
-        check(out, "out", (*leading, out_rows, columns), FLOAT_TYPES, a)
-        if not out.is_contiguous():
-            raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+        rows = (*leading, a.shape[-2])
+        CHECKS.tensor(a, "a", (*rows, depth), torch.float32)
+        out = CHECKS.output(out, "out", (*rows, columns), KERNEL_DTYPES, like=a)
         changed(out)
         if not out.numel():
             return out
         with on_device(a):
             a = a if operand.batched else a.unsqueeze(0)
-            high, low, scales = _limbs(a, operand.scales[..., 0], LIMB_LIMIT, limbs.PRODUCT_BLOCK_K)
+            high, low, scales = _limbs(a, operand.scales[..., 0])
             if operand.full:
                 _launch_product(operand, high, low, scales, out, beta, packed=True)
             if operand.full < columns:
@@ -109,13 +75,12 @@ class _Operand:
     """
 
     def __init__(self, codes: PackedCodes) -> None:
-        packed = codes.packed
-        check(packed, "packed", None, torch.uint8, dimensions=(2, 3))
-        self.batched = packed.ndim == 3
-        shape = (*packed.shape[:-1], codes.columns)
-        packed, scales = check_codes(codes, shape, packed, name="")
-        self.packed = packed if self.batched else packed.unsqueeze(0)  # uint8 [b, m, bytes]
-        self.scales = scales if self.batched else scales.unsqueeze(0)  # float32 [b, m, blocks]
+        CHECKS.tensor(codes.packed, "codes.packed", None, torch.uint8)
+        codes = CHECKS.codes(codes, (*codes.packed.shape[:-1], codes.columns), like=codes.packed)
+        self.batched = codes.packed.ndim == 3
+        self.packed, self.scales = (  # uint8 [b, m, bytes], float32 [b, m, blocks]
+            x if self.batched else x.unsqueeze(0) for x in (codes.packed, codes.scales)
+        )
         self.bits = codes.layout.bits
         self.shape = (*self.packed.shape[:2], codes.columns)
         self.codebook = codes.codebook
@@ -241,31 +206,24 @@ def _launch_product(
     )
 
 
-def _limbs(
-    a: Tensor, factors: Tensor | None, limit: int, multiple: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(high, low, scales) of a * factors: int8 [b, k, m'] twice, m' a multiple; float32 [b, k]."""
+def _limbs(a: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(high, low, scales) of a * factors: int8 [b, k, m'] twice, filled up; float32 [b, k]."""
     batch, m, n = a.shape
-    padded = -(-n // multiple) * multiple
-    limbs_shape = (batch, m, padded)
-    high = torch.empty(limbs_shape, dtype=torch.int8, device=a.device)
-    low = torch.empty(limbs_shape, dtype=torch.int8, device=a.device)
+    padded = -(-n // limbs.PRODUCT_BLOCK_K) * limbs.PRODUCT_BLOCK_K
+    high, low = (torch.empty(batch, m, padded, dtype=torch.int8, device=a.device) for _ in range(2))
     scales = torch.empty(batch, m, dtype=torch.float32, device=a.device)
-    given = scales if factors is None else factors
     limbs.limbs_kernel[(m, batch)](
         a,
         *a.stride(),
-        given,
-        given.stride(0),
-        given.stride(1),
+        factors,
+        *factors.stride(),
         high,
         low,
         scales,
         m,
         n,
         padded,
-        HAS_FACTORS=factors is not None,
-        LIMIT=limit,
+        LIMIT=LIMB_LIMIT,
         TILE=limbs.LIMB_TILE,
         **limbs.LIMB_OPTIONS,
     )

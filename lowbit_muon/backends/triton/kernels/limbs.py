@@ -10,13 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowbit_muon.backends.triton.kernels.gram import (
-    PAIR,
-    load_pair,
-    pair_column,
-    store_both,
-    triangle_tile,
-)
+from lowbit_muon.backends.triton.kernels.gram import PAIR, load_pair, pair_column
 
 # Two limbs by a pair of 64 columns: four sums of 64 x 64, 64 registers of each of 256 threads.
 PRODUCT_BLOCK_M, PRODUCT_BLOCK_K = 64, 64
@@ -24,10 +18,6 @@ PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
 # Rows are read twice in pieces of eight elements a thread.
 LIMB_TILE = 1024
 LIMB_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# Three sums of 64 x 64 integers and one of floats are 128 registers of each of 128 threads; every
-# warp holds all 64 columns of the right operands, so they are as short as integer units take.
-GRAM_BLOCK, GRAM_PIECE = 64, 32
-GRAM_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
 
 _SMALLEST_SCALE = tl.constexpr(2.0**-126)  # `reference.SMALLEST_SCALE`
 _ROUND = tl.constexpr(1.5 * 2.0**23)  # x + _ROUND - _ROUND is x rounded, ties to even
@@ -48,7 +38,6 @@ def limbs_kernel(
     rows,
     columns,
     padded,  # columns and zeros
-    HAS_FACTORS: tl.constexpr,
     LIMIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -61,8 +50,7 @@ def limbs_kernel(
     for first in range(0, columns, TILE):
         column = (first + tl.arange(0, TILE)).to(tl.int64)
         value = tl.load(row_ptr + column * stride_an, mask=column < columns, other=0.0)
-        if HAS_FACTORS:
-            value *= tl.load(factor_ptr + column * stride_fn, mask=column < columns, other=0.0)
+        value *= tl.load(factor_ptr + column * stride_fn, mask=column < columns, other=0.0)
         # Magnitudes compare like their bits, and a NaN is the largest of all.
         largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     bits = tl.max(largest, axis=0)
@@ -77,58 +65,13 @@ def limbs_kernel(
     for first in range(0, padded, TILE):
         column = (first + tl.arange(0, TILE)).to(tl.int64)
         value = tl.load(row_ptr + column * stride_an, mask=column < columns, other=0.0)
-        if HAS_FACTORS:
-            value *= tl.load(factor_ptr + column * stride_fn, mask=column < columns, other=0.0)
+        value *= tl.load(factor_ptr + column * stride_fn, mask=column < columns, other=0.0)
         whole = tl.where(usable, value, 0.0) * inverse + _ROUND - _ROUND
         number = whole.to(tl.int32)
         low = ((number + 128) & 255) - 128
         offset = place * padded + column
         tl.store(low_ptr + offset, low.to(tl.int8), mask=column < padded)
         tl.store(high_ptr + offset, ((number - low) >> 8).to(tl.int8), mask=column < padded)
-
-
-@triton.jit
-def limb_gram_kernel(
-    high_ptr,  # int8 [rows, padded], contiguous
-    low_ptr,  # int8 [rows, padded], contiguous
-    scales_ptr,  # float32 [rows]
-    out_ptr,  # float32 [rows, rows], contiguous
-    rows,
-    padded,  # a multiple of PIECE; the padding is zeros
-    SEGMENT: tl.constexpr,  # columns of a sum
-    PIECE: tl.constexpr,  # columns of one step
-    BLOCK: tl.constexpr,
-):
-    """`base.Backend.rounded_gram` of whole numbers 256*high + low."""
-    tile_m, tile_n, wanted = triangle_tile(tl.program_id(0), tl.cdiv(rows, BLOCK))
-    if not wanted:
-        return
-    row = tile_m * BLOCK + tl.arange(0, BLOCK)
-    column = tile_n * BLOCK + tl.arange(0, BLOCK)
-    safe_row = tl.minimum(row, rows - 1).to(tl.int64)
-    safe_column = tl.minimum(column, rows - 1).to(tl.int64)
-    left = safe_row[:, None] * padded
-    right = safe_column[:, None] * padded
-    scale = tl.load(scales_ptr + safe_row)[:, None] * tl.load(scales_ptr + safe_column)[None, :]
-    value = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for start in range(0, padded, SEGMENT):
-        squares = tl.zeros((BLOCK, BLOCK), dtype=tl.int32)  # high * high
-        mixed = tl.zeros((BLOCK, BLOCK), dtype=tl.int32)
-        small = tl.zeros((BLOCK, BLOCK), dtype=tl.int32)  # low * low
-        for first in range(0, SEGMENT, PIECE):
-            k = start + first + tl.arange(0, PIECE)[None, :]
-            high = tl.load(high_ptr + left + k, mask=k < padded, other=0)
-            low = tl.load(low_ptr + left + k, mask=k < padded, other=0)
-            other_high = tl.trans(tl.load(high_ptr + right + k, mask=k < padded, other=0))
-            other_low = tl.trans(tl.load(low_ptr + right + k, mask=k < padded, other=0))
-            squares = tl.dot(high, other_high, squares, out_dtype=tl.int32)
-            mixed = tl.dot(high, other_low, mixed, out_dtype=tl.int32)
-            mixed = tl.dot(low, other_high, mixed, out_dtype=tl.int32)
-            small = tl.dot(low, other_low, small, out_dtype=tl.int32)
-        # Fits: SEGMENT * WHOLE_LIMIT**2 < 2**31, and what wraps on the way wraps back.
-        total = squares * 65536 + mixed * 256 + small
-        value += total.to(tl.float32) * scale
-    store_both(out_ptr, value, row, column, rows)
 
 
 @triton.jit
