@@ -108,6 +108,8 @@ class StoredBatch(Stored):
         terms: with grad [b, m, n]. X: float32 [b, m, n]; the squares: float64 [b].
         """
         x = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        if not x.numel():
+            return x, x.sum(dim=(1, 2), dtype=accumulation_dtype(self.device))
         return x, self.codec.decoder(self).add(x, terms, slice(0, self.shape[1]))
 
     def add_and_encode(
