@@ -36,6 +36,7 @@ _REGISTRY: dict[str, _Registered] = {
 BACKEND_NAMES = ("auto", *_REGISTRY)
 
 
+@functools.lru_cache(maxsize=256)
 def get_backend(name: str, device: torch.device) -> Backend:
     """The backend for tensors on `device`.
 
@@ -95,7 +96,6 @@ def _load(path: str) -> Backend:
     return backend
 
 
-@functools.cache
 def _automatic(device_type: str) -> Backend:
     reasons = []
     for name, entry in _REGISTRY.items():

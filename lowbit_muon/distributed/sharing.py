@@ -113,7 +113,7 @@ class SharedParameters(abc.ABC):
     def owns(self, index: int, matrix: int) -> bool:
         """Whether this process keeps the momentum of a matrix of the group's parameter."""
 
-    def look_at_gradients(self, group: Group) -> None:
+    def check_gradients_finite(self, group: Group) -> None:
         """Find which gradients the next step takes (`usable_gradients`), before anything changes.
 
         Raises NonFiniteGradientError where the group asks for it.
@@ -131,7 +131,7 @@ class SharedParameters(abc.ABC):
     def _start(self, group: Group, states: States) -> list[int]:
         """Places in `indices` of what is stepped; what is not finite is counted as skipped."""
         usable, self._usable = self._usable, None
-        assert usable is not None  # `look_at_gradients` comes first
+        assert usable is not None  # `check_gradients_finite` comes first
         for param, finite in zip(self.params, usable, strict=True):
             if finite is False:
                 count_skipped(states[param], param)

@@ -101,7 +101,8 @@ def iterate_root(
     p.mul_((program.shift / shift) ** 3)
     p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
     (a, b), *rest = program.chain
-    w = _affine(p, program.shift * a, program.shift * b)
+    w = p * (program.shift * b)
+    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * a)
     p = _raise(p, a, b, backend)
     for a, b in rest:
         w = backend.symmetric_product(w, p, addend=w, beta=a, alpha=b)
@@ -119,13 +120,6 @@ def iterate_root(
         w, _combine(linear, terms), addend=w, beta=constant / shift, alpha=linear[0] / shift
     )
     return (root + root.mT).mul_(0.5)
-
-
-def _affine(x: Tensor, constant: float, slope: float) -> Tensor:
-    """constant*I + slope*x."""
-    result = x * slope
-    result.diagonal(dim1=-2, dim2=-1).add_(constant)
-    return result
 
 
 def _raise(p: Tensor, a: float, b: float, backend: Backend) -> Tensor:

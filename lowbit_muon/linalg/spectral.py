@@ -73,7 +73,7 @@ def decoding_operator(
     unbiased = unbiased_shift(shift, noise, gram.shape[-1], columns)
     operator.diagonal(dim1=1, dim2=2).add_(unbiased.float().unsqueeze(1))
     squares = backend.symmetric_product(operator, gram).mul_(operator)
-    decoded = squares.sum(dim=(1, 2), dtype=accumulation_dtype(gram.device))
+    decoded = squares.sum(dim=(1, 2), dtype=norm.dtype)
     gain = torch.where(decoded > 0, norm * decoded.rsqrt(), 0.0)
     return operator.mul_(gain.float().view(-1, 1, 1))
 

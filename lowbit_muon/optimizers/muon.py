@@ -28,7 +28,7 @@ from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
 from lowbit_muon.state.format_choice import revise_format
-from lowbit_muon.state.gradients import NonFiniteGradientError, check_gradient, describe, is_usable
+from lowbit_muon.state.gradients import NonFiniteGradientError, describe, is_usable, refuse_gradient
 from lowbit_muon.state.offload import finish_copies
 from lowbit_muon.state.parameter import (
     ParameterStep,
@@ -240,12 +240,14 @@ class Muon(Optimizer):
         for group in self.param_groups:
             if any(map(is_dtensor, group["params"])):
                 place_gradients(group["params"])
-            self._check_step(group, self._unshared(group))
-            for part in self._shared(group):
-                part.look_at_gradients(group)
+            shared = self._shared(group)
+            self._check_step(group, self._unshared(group, shared))
+            for part in shared:
+                part.check_gradients_finite(group)
         for group in self.param_groups:
-            self._step_parameters(group, self._unshared(group))
-            for part in self._shared(group):
+            shared = self._shared(group)
+            self._step_parameters(group, self._unshared(group, shared))
+            for part in shared:
                 self._step_shared(group, part)
         return loss
 
@@ -432,9 +434,9 @@ class Muon(Optimizer):
         index = next(index for index, other in enumerate(self.param_groups) if other is group)
         return self._sharing.of(index, group)
 
-    def _unshared(self, group: dict[str, Any]) -> list[int]:
+    def _unshared(self, group: dict[str, Any], shared: Iterable[Shared]) -> Sequence[int]:
         """Indices of the parameters that this process steps without any other."""
-        taken = {index for part in self._shared(group) for index in part.indices}
+        taken = {index for part in shared for index in part.indices}
         return [index for index in range(len(group["params"])) if index not in taken]
 
     def _step_shared(self, group: dict[str, Any], part: Shared) -> None:
@@ -451,17 +453,18 @@ class Muon(Optimizer):
 
     def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
         """Step the parameters of a group with these indices, if they have a gradient."""
-        first, names = self._number_of_first(group), parameter_names(group)
+        first = self._number_of_first(group)
         auto = resolve_group_format(group)
         steps = []
         for index in indices:
-            param, name = group["params"][index], names[index]
+            param = group["params"][index]
             if param.grad is None:
                 continue
-            grad, views = local_part(check_gradient(param)), matrix_views(stand_in(param), group)
+            grad, views = local_part(param.grad), matrix_views(stand_in(param), group)
             if isinstance(auto, AutoFormat):
                 if group["offload"]:
                     finish_copies(grad.device)  # of what is about to be read
+                name = parameter_names(group)[index]
                 revise_format(auto, grad, self.state[param], views, group, name)
             state = self.state[param]
             prepare_state(state, param, group, views)
@@ -483,16 +486,20 @@ class Muon(Optimizer):
         """States of the parameters of a group that are not shared."""
         if isinstance(resolve_group_format(group), AutoFormat):
             return  # formats are chosen with the first gradients
-        for index in self._unshared(group):
+        for index in self._unshared(group, self._shared(group)):
             param = group["params"][index]
             views = matrix_views(stand_in(param), group)
             prepare_state(self.state[param], param, group, views)
 
     def _check_step(self, group: dict[str, Any], indices: Sequence[int]) -> None:
         """Raise what a step of these parameters would raise, before any changes."""
-        if group.get("use_muon", True):
+        if group.get("use_muon", True) and group["ns_dtype"] not in ("auto", "float32"):
             for device in {local_part(param).device for param in group["params"]}:
                 check_ns_dtype(group, get_backend(group["backend"], device))
+        for index in indices:
+            grad = group["params"][index].grad
+            if grad is not None and (grad.is_sparse or grad.is_complex()):
+                refuse_gradient(group["params"][index])
         if group["nonfinite"] != "raise":
             return
         names = parameter_names(group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,14 +21,11 @@ class NonFiniteGradientError(ValueError):
     """A gradient with inf, nan or values near float32's end; raised before anything changes."""
 
 
-def check_gradient(param: Tensor) -> Tensor:
-    """The gradient; raises, as torch.optim.Muon does, for one that Muon cannot take."""
+def refuse_gradient(param: Tensor) -> NoReturn:
+    """Raise, as torch.optim.Muon does, for a gradient that is complex or sparse."""
     if torch.is_complex(param):
         raise RuntimeError("Muon does not support complex parameters")
-    assert param.grad is not None
-    if param.grad.is_sparse:
-        raise RuntimeError("Muon does not support sparse gradients")
-    return param.grad
+    raise RuntimeError("Muon does not support sparse gradients")
 
 
 def frobenius_norm(grad: Tensor) -> Tensor:

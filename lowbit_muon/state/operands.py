@@ -51,9 +51,12 @@ class Operand(ABC):
 
     @abstractmethod
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: float | Tensor = 1.0, beta: float = 0.0
+        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
-        """out <- alpha * a X + beta * out for a [b, k, m] and float32 out [b, k, n]."""
+        """out <- alpha * a X + beta * out for a [b, k, m] and float32 out [b, k, n].
+
+        alpha: float64 [b], None for one.
+        """
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -79,10 +82,11 @@ class Dense(Operand):
         return gram
 
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: float | Tensor = 1.0, beta: float = 0.0
+        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
         """See `Operand.multiply`."""
-        return self.backend.product(a, self.matrix, out=out, alpha=alpha, beta=beta)
+        factor = 1.0 if alpha is None else float(alpha) if len(alpha) == 1 else alpha.float()
+        return self.backend.product(a, self.matrix, out=out, alpha=factor, beta=beta)
 
     def dense(self) -> Tensor:
         """See `Operand.dense`; not held here any longer."""
@@ -200,11 +204,12 @@ class Panels(Operand):
         return result.unsqueeze(0)
 
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: float | Tensor = 1.0, beta: float = 0.0
+        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
         """See `Operand.multiply`."""
+        factor = 1.0 if alpha is None else float(alpha)
         for rows, panel in self.panels():
-            self.backend.product(a[..., rows], panel, out=out, alpha=alpha, beta=beta)
+            self.backend.product(a[..., rows], panel, out=out, alpha=factor, beta=beta)
             beta = 1.0
         return out
 
@@ -256,18 +261,17 @@ class Companded(Operand):
         return self._gram
 
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: float | Tensor = 1.0, beta: float = 0.0
+        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
         """See `Operand.multiply`; by panels of the result, which are rotated back."""
-        if isinstance(alpha, Tensor):
-            alpha = alpha.view(-1, 1, 1)
+        factor = 1.0 if alpha is None else alpha.float().view(-1, 1, 1)
         for rows in row_slices(out.shape, self.backend):
             product = self._unrotated(self.backend.code_product(a[:, rows], self._codes))
             part = out[:, rows]
             if beta == 0:
-                part.copy_(product.mul_(alpha))
+                part.copy_(product.mul_(factor))
             else:
-                part.mul_(beta).add_(product.mul_(alpha))
+                part.mul_(beta).add_(product.mul_(factor))
         return out
 
     def dense(self) -> Tensor:

@@ -185,7 +185,8 @@ def prepare_state(
     for name in ("step", "skipped"):
         state.setdefault(name, 0)
     for index, view in enumerate(views):
-        if stored_keys(state, [view]) or not (own is None or own[index]):
+        kept_here = own is None or own[index]
+        if not kept_here or view.prefix + "codes" in state or view.prefix + "dense" in state:
             continue
         matrix = QuantizedMatrix.zeros(
             view.shape,

@@ -51,7 +51,7 @@ class StoredBatch(Stored):
         first = matrices[0]
         self.matrices = matrices
         self.backend = backend
-        self.device = first.device
+        self.device = next(iter(first.tensors.values())).device
         self.codec: Codec = codec_of(first.state_format, first.shape)
         self.shape = (len(matrices), self.codec.m, self.codec.n)
         self.accepted: Tensor | None = None

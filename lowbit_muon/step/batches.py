@@ -50,13 +50,14 @@ def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[
             key = (momentum.shape, momentum.state_format, dtypes, item.one.backend, weight.device)
             buckets[key].append(item)
     batches = [part for items in buckets.values() for part in _parts(items)]
-    for items, momenta in _with_momenta(batches, offload=group["offload"]):
+    fetched = _fetched(batches) if group["offload"] else ((items, None) for items in batches)
+    for items, momenta in fetched:
         batch = Batch(
             [item.weight for item in items],
             [item.grad for item in items],
-            momenta,
+            momenta or [item.momentum for item in items],
             [item.rounding for item in items],
-            _flags([item.usable for item in items]),
+            None if items[0].usable is None else _flags([item.usable for item in items]),
         )
         _count(items, update(batch, rule, items[0].one.backend))
 
@@ -75,13 +76,14 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
         usable = None
     grad, weights = flatten(grad, group), flatten(one.param, group)
     state_format = momentum_format(group, state)
+    rounds = "remainder" in state or group["stochastic_rounding"]
     counts = True
     for index, view in enumerate(views):
         if not view.shape[0] * view.shape[1]:
             continue
         weight = weights[view.rows]
         matrix = read_matrix(state, view, state_format)
-        rounding = _rounding(one, index, group)
+        rounding = _rounding(one, index, group) if rounds else None
         yield _Item(weight, grad[view.rows], matrix, rounding, one, counts, usable)
         counts = False
     if counts:  # nothing in it, and nothing to wait for
@@ -115,17 +117,14 @@ def _parts(items: list[_Item]) -> Iterator[list[_Item]]:
         yield items[start : start + size]
 
 
-def _with_momenta(
-    batches: Sequence[list[_Item]], *, offload: bool
+def _fetched(
+    batches: Sequence[list[_Item]],
 ) -> Iterator[tuple[list[_Item], Sequence[QuantizedMatrix]]]:
-    """Each batch with its stored matrices, prefetched one batch ahead if they are offloaded."""
+    """Each batch with its offloaded matrices, prefetched one batch ahead."""
 
     def fetch(items: list[_Item]) -> Fetched:
         return Fetched([item.momentum for item in items], items[0].weight.device)
 
-    if not offload:
-        yield from ((items, [item.momentum for item in items]) for items in batches)
-        return
     ahead = fetch(batches[0]) if batches else None
     for index, items in enumerate(batches):
         here = ahead

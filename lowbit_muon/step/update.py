@@ -75,7 +75,7 @@ def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
 
 def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
     """Raise ValueError unless a backend takes a group's `ns_dtype`."""
-    if group["ns_dtype"] not in ("auto", "float32") and not backend.asynchronous:
+    if not (group["ns_dtype"] in ("auto", "float32") or backend.asynchronous):
         raise ValueError(
             f"ns_dtype: expected 'auto' or 'float32' with backend '{backend.name}', which "
             f"computes in float32, got {group['ns_dtype']!r}"
@@ -142,7 +142,10 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
         x, x_norm = _look_ahead(fresh, terms, rule)
     else:
         x, x_norm = fresh, norm if scale is None else norm * scale
-    inverse = torch.where(accepted, _inverse(x_norm, rule.eps, scale), 0.0)
+    divisor = (
+        x_norm.clamp_min(rule.eps) if scale is None else torch.maximum(x_norm, rule.eps * scale)
+    )
+    inverse = torch.where(accepted, 1 / divisor.clamp_min(_SMALLEST_DIVISOR), 0.0)
     _update_weights(batch, _orthogonalize(x, x_norm, inverse, rule), accepted, rule)
     if encode_last:
         _encode(stored, fresh, norm, scale, rule)
@@ -159,23 +162,19 @@ class _Ahead(Dense):
 
 def _terms(grads: Tensor, stored: StoredBatch, rule: MuonRule) -> Terms:
     """What the new momentum is the sum of."""
-    weight: float | Tensor = 1 - rule.momentum
-    if stored.codec.state_format.normalize:
-        norms = torch.stack([frobenius_norm(grad) for grad in grads])
-        weight = 1 / (norms + NORM_EPS)
-    return _weighted(Terms(rule.momentum, grad=grads), weight, stored.backend)
+    if not stored.codec.state_format.normalize:
+        return Terms(rule.momentum, grad=grads, grad_weight=1 - rule.momentum)
+    norms = torch.stack([frobenius_norm(grad) for grad in grads])
+    return _weighted(Terms(rule.momentum, grad=grads), 1 / (norms + NORM_EPS), stored.backend)
 
 
-def _weighted(terms: Terms, weight: float | Tensor, backend: Backend) -> Terms:
-    """The terms with the gradients times `weight`, a number or float64 [b]."""
-    if isinstance(weight, Tensor):
-        if not backend.asynchronous and len(weight) == 1:
-            weight = float(weight)
-        else:  # which are numbers on a device, or several
-            assert terms.grad is not None
-            grad = terms.grad.float() * weight.float().view(-1, 1, 1)
-            return dataclasses.replace(terms, grad=grad)
-    return dataclasses.replace(terms, grad_weight=terms.grad_weight * weight)
+def _weighted(terms: Terms, weights: Tensor, backend: Backend) -> Terms:
+    """The terms with the gradients times `weights`, float64 [b]."""
+    if not backend.asynchronous and len(weights) == 1:
+        return dataclasses.replace(terms, grad_weight=terms.grad_weight * float(weights))
+    assert terms.grad is not None
+    grad = terms.grad.float() * weights.float().view(-1, 1, 1)
+    return dataclasses.replace(terms, grad=grad)
 
 
 def _add_gradient(
@@ -225,12 +224,6 @@ def _multiply(x: Dense | Panels, factors: Tensor) -> None:
         x.scale(float(factors))
     else:
         x.matrix.mul_(factors.float().view(-1, 1, 1))
-
-
-def _inverse(norm: Tensor, eps: float, scale: Tensor | None) -> Tensor:
-    """1 / max(norm, eps), float64 [b], of matrices that are `scale` times too large."""
-    divisor = norm.clamp_min(eps) if scale is None else torch.maximum(norm, eps * scale)
-    return 1 / divisor.clamp_min(_SMALLEST_DIVISOR)
 
 
 def _encode(
@@ -314,7 +307,7 @@ class _Direction:
         a = self.operator[:, rows]
         shape = (*a.shape[:2], self.x.shape[2])
         out = torch.empty(shape, dtype=torch.float32, device=self.x.device)
-        return self.x.multiply(a, out, alpha=_number(self.inverse))
+        return self.x.multiply(a, out, alpha=self.inverse)
 
 
 def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) -> _Direction:
@@ -392,11 +385,6 @@ def _multiply_into(
     assert operator is not None
     assert inverse is not None
     out = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
-    x.multiply(operator, out, alpha=_number(-step_size * inverse), beta=decay)
+    x.multiply(operator, out, alpha=-step_size * inverse, beta=decay)
     if len(weights) > 1:
         torch._foreach_copy_(weights, list(out.unbind()))
-
-
-def _number(values: Tensor) -> float | Tensor:
-    """Factors of a product's matrices, float64 [b], as `Backend.product` takes them."""
-    return float(values) if len(values) == 1 else values.float()

@@ -20,19 +20,17 @@ NO_MEMORY: Memory = (0, 0, 0, 0)
 
 def check_matrices(x: Tensor, name: str, dtype: torch.dtype = torch.float32) -> torch.Size:
     """The shape of x, [m, n] or [b, m, n]. Raises unless it is dense CPU memory of this dtype."""
-    if _is_dense(x, dtype) and 2 <= x.ndim <= 3:
+    dense = isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+    if dense and 2 <= x.ndim <= 3:
         return x.shape
     _refuse(x, name, "two dimensions, or three of a batch", dtype)
 
 
 def check(x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless x is dense CPU memory of this shape and dtype."""
-    if not (_is_dense(x, dtype) and x.shape == tuple(shape)):
+    dense = isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+    if not (dense and x.shape == tuple(shape)):
         _refuse(x, name, f"shape {tuple(shape)}", dtype)
-
-
-def _is_dense(x: Tensor, dtype: torch.dtype) -> bool:
-    return isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
 
 
 def _refuse(x: object, name: str, shape: str, dtype: torch.dtype) -> NoReturn:

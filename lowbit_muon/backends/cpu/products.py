@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.codes import PackedCodes, check_integer_codes
+from lowbit_muon.backends.codes import PackedCodes, integer_codes_problem
 from lowbit_muon.backends.cpu.memory import (
     NO_MEMORY,
     changed,
@@ -106,8 +106,8 @@ class CpuProducts(Backend):
             out = torch.empty(square, dtype=torch.float32, device="cpu")
         rows = out if has_plain_rows(out) else out.mT
         check_plain_rows(rows, "out")
-        if addend is not None:
-            addend = _with_contiguous_rows(addend)
+        if addend is not None and addend.stride(-1) != 1:  # or else symmetric, or copied
+            addend = addend.mT if addend.stride(-2) == 1 else addend.contiguous()
         self._extension.symmetric_product(
             batch=batch[0] if batch else 1,
             size=size,
@@ -124,8 +124,12 @@ class CpuProducts(Backend):
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """See `Backend.code_gram`."""
-        check_integer_codes(codes, blocks=True)
         *batch, rows, _ = check_matrices(codes.packed, "codes.packed", torch.uint8)
+        problem = integer_codes_problem(
+            codes.codebook, codes.layout, rows, codes.columns, blocks=True
+        )
+        if problem is not None:
+            raise ValueError(problem)
         packed, scales = contiguous_codes(codes, (*batch, rows))
         out = output(None, "out", (*batch, rows, rows))
         self._extension.code_gram(
@@ -147,8 +151,10 @@ class CpuProducts(Backend):
         self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
         """See `Backend.code_product`."""
-        check_integer_codes(codes)
         *batch, rows, _ = check_matrices(codes.packed, "codes.packed", torch.uint8)
+        problem = integer_codes_problem(codes.codebook, codes.layout, rows, codes.columns)
+        if problem is not None:
+            raise ValueError(problem)
         packed, scales = contiguous_codes(codes, (*batch, rows))
         out_rows = check_matrices(a, "a")[-2]
         check(a, "a", (*batch, out_rows, rows), torch.float32)
@@ -193,13 +199,6 @@ def _has_kernel(
     if active is not None:
         check(active, "active", batch or (1,), torch.bool)
     return active is None and torch.float32 is dtype and (out is None or out.dtype is dtype)
-
-
-def _with_contiguous_rows(symmetric: Tensor) -> Tensor:
-    """Symmetric matrices with contiguous rows: themselves, their transposes, or a copy."""
-    if symmetric.stride(-1) == 1:
-        return symmetric
-    return symmetric.mT if symmetric.stride(-2) == 1 else symmetric.contiguous()
 
 
 @functools.lru_cache(maxsize=64)

@@ -52,6 +52,7 @@ class Coded(Codec):
         super().__init__(state_format, shape)
         f = state_format
         self.book, self.layout = f.code_book(), f.code_layout()
+        self.rank, self.stores_norm = f.rank(*shape), f.stores_norm
         self.single_scale = f.granularity == "tensor"
         self.is_plain = not (f.companded_scale or f.rotate or self.single_scale)
 
@@ -61,7 +62,7 @@ class Coded(Codec):
             self.m, self.n, self.layout, single_scale=self.single_scale, device=device
         )
         tensors = {"codes": packed, "scales": scales}
-        if self.state_format.stores_norm:
+        if self.stores_norm:
             tensors["norm"] = torch.zeros(1, dtype=accumulation_dtype(device), device=device)
         return tensors
 
@@ -73,15 +74,18 @@ class Coded(Codec):
 
     def decoder(self, stored: Stored) -> Decoder:
         """See `Codec.decoder`."""
-        return self.decoder_with(stored, None)
-
-    def decoder_with(self, stored: Stored, factors: tuple[Tensor, Tensor] | None) -> Decoder:
-        """What decodes the codes beside factors [b, m, r] and [b, n, r]."""
         codes = self.codes(stored)
         # its own, since scales of a whole matrix are replaced before its last rows are read
         codes = PackedCodes(codes.packed, codes.scales.clone(), self.book, self.layout, self.n)
-        norm = stored["norm"][:, 0].clone() if self.state_format.stores_norm else None
+        norm = stored["norm"][:, 0].clone() if self.stores_norm else None
+        factors = self.factors(stored) if self.rank else None
         return _CodeDecoder(self, codes, norm, factors, stored.backend)
+
+    def factors(self, stored: Stored) -> tuple[Tensor, Tensor]:
+        """(L [b, m, rank], R [b, n, rank]): L R^T is the low-rank part of the oriented matrix."""
+        raise ValueError(
+            f"factors: expected a format with a low-rank part, got {self.state_format}"
+        )
 
     def encode(
         self,
@@ -97,7 +101,7 @@ class Coded(Codec):
 
     def divisor(self, stored: Stored, norm: Tensor, scale: Tensor | None) -> Tensor | None:
         """What x is divided by, float64 [b], None for one; writes the norm, if one is stored."""
-        if self.state_format.stores_norm:
+        if self.stores_norm:
             norm = torch.where(norm >= SMALLEST_NORM, norm, 0.0)
             stored.blank("norm").copy_(norm.unsqueeze(1))
             divisor = norm if scale is None else norm * scale
@@ -172,22 +176,23 @@ class _CodeDecoder(Decoder):
     def add(self, out: Tensor, terms: Terms, rows: slice) -> Tensor:
         """See `Decoder.add`."""
         f, weight = self.codec.state_format, terms.buffer_weight
-        codes = self.codes.row_slice(rows)
+        whole = rows.stop - rows.start == self.codec.m
+        codes = self.codes if whole else self.codes.row_slice(rows)
         if f.companded_scale or f.rotate:
             self.backend.accumulate(out, Terms(codes=codes))
             self.codec.from_code_domain(out, self.backend)
-            self._add_factors(rows, out, beta=1.0)
+            if self.factors is not None:
+                left, right = self.factors
+                self.backend.product(left[:, rows], right.mT, out=out, beta=1.0)
             if self.norm is not None:
                 out.mul_((weight * self.norm).float().view(-1, 1, 1))
                 weight = 1.0
             terms = Terms(weight, grad=terms.grad, grad_weight=terms.grad_weight)
         else:
-            self._add_factors(rows, out, beta=0.0)
-            buffer_weight = 0.0 if self.factors is None else weight
+            buffer_weight = 0.0
+            if self.factors is not None:
+                left, right = self.factors
+                self.backend.product(left[:, rows], right.mT, out=out)
+                buffer_weight = weight
             terms = Terms(buffer_weight, codes, weight, terms.grad, terms.grad_weight)
         return self.backend.accumulate(out, terms).sum(dim=-1)
-
-    def _add_factors(self, rows: slice, out: Tensor, *, beta: float) -> None:
-        if self.factors is not None:
-            left, right = self.factors
-            self.backend.product(left[:, rows], right.mT, out=out, beta=beta)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.power_iteration import power_iteration, random_right_factor
-from lowbit_muon.state.codec import Decoder, Stored
+from lowbit_muon.state.codec import Stored
 from lowbit_muon.state.codecs.coded import Coded, empty_codes
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ class LowRank(Coded):
     def __init__(self, state_format: StateFormat, shape: tuple[int, int]) -> None:
         super().__init__(state_format, shape)
         self.is_plain = False
-        self.rank = state_format.rank(*shape)
         self.factor_book = state_format.factor_code_book()
         self.factor_layout = state_format.factor_layout()
 
@@ -46,12 +45,8 @@ class LowRank(Coded):
         start = start / start.norm(dim=0, keepdim=True)
         self._write_factor(stored, "right", start.unsqueeze(0))
 
-    def decoder(self, stored: Stored) -> Decoder:
-        """See `Codec.decoder`."""
-        return self.decoder_with(stored, self.factors(stored))
-
     def factors(self, stored: Stored) -> tuple[Tensor, Tensor]:
-        """(L [b, m, rank], R [b, n, rank]): L R^T is the low-rank part of the oriented matrix."""
+        """See `Coded.factors`."""
         return self._oriented(
             *(
                 self._decode_factor(

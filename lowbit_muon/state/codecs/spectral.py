@@ -85,8 +85,8 @@ class Spectral(Coded):
     def written(self, stored: Stored, rows: slice, values: Tensor) -> None:
         """See `Coded.written`: measures the noise."""
         packed, scales = stored.blank("codes"), stored.blank("scales")
-        scales = scales.expand(*packed.shape[:2], -1)
-        codes = PackedCodes(packed, scales, self.book, self.layout, self.n).row_slice(rows)
+        scales = scales.expand(*packed.shape[:2], -1)[:, rows]
+        codes = PackedCodes(packed[:, rows], scales, self.book, self.layout, self.n)
         errors = stored.backend.accumulate(values, Terms(-1.0, codes=codes))
         stored.blank("noise").add_(errors.sum(dim=-1, keepdim=True))
 
