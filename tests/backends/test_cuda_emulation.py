@@ -199,6 +199,38 @@ def test_accumulate(backend: CudaBackend, dtype: torch.dtype, shape: tuple[int, 
     assert backend.accumulate(torch.ones(2, 3), Terms(2.0)).tolist() == [12.0, 12.0]
 
 
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_batches_are_their_rows(backend: CudaBackend, bits: int) -> None:
+    """Gradients in any layout, and a result whose rows are not at even distances."""
+    one = random_codes(15, 129, bits)
+    packed, scales = one.packed.view(3, 5, -1), one.scales.view(3, 5, -1)
+    codes = dataclasses.replace(one, packed=packed, scales=scales)
+    values = torch.randn(3, 5, 129).to(GRAD_TYPES[bits % 3])
+    turned = values.transpose(0, 1).contiguous().transpose(0, 1)
+    for grad in (values, values.mT.contiguous().mT, turned):
+        found, expected = torch.randn(2, 3, 5, 129).unbind()
+        expected.copy_(found)
+        terms = Terms(0.9, codes, 0.7, grad, 0.05)
+        squares = backend.accumulate(found, terms)
+        assert_squares(squares, REFERENCE.accumulate(expected, terms), 129)
+        assert_same(found, expected)
+        assert_update(backend, codes, grad, GRAD_TYPES[(bits + 1) % 3])
+    out, wanted = torch.empty(3, 129, 5).mT, torch.empty(3, 5, 129)
+    assert torch.equal(update(backend, codes, turned, out)[0], update(backend, codes, turned)[0])
+    update(REFERENCE, codes, turned, wanted)
+    assert_same(out, wanted)
+    x, book, codes_layout = turned.float(), codes.codebook, codes.layout
+    packed, scales = backend.quantize(x, book, codes_layout)
+    assert torch.equal(backend.encode(x, scales, book, codes_layout), packed)
+    for i, matrix in enumerate(x):
+        assert torch.equal(backend.quantize(matrix, book, codes_layout)[0], packed[i])
+        assert torch.equal(backend.quantize(matrix, book, codes_layout)[1], scales[i])
+    x, expected = values.float().clone(), values.float().clone()
+    backend.rotate(x)
+    REFERENCE.rotate(expected)
+    assert torch.equal(x, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_precision_number(forwards: CudaBackend, dtype: torch.dtype) -> None:
     """Read exactly, and written as torch rounds: halfway cases, subnormals, infinities."""
