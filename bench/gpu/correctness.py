@@ -1,4 +1,4 @@
-"""Every kernel of a device backend against the reference on the CPU.
+"""Every kernel of a GPU backend against the reference on the CPU.
 
 Each check draws its input on the CPU, runs the reference there and the backend on the device, and
 compares on the CPU: bit for bit where the contract says so, else within the rounding of sums.
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_muon import PRESETS, Muon
-from lowbit_muon.backends.base import DeviceBackend, PackedCodes, reads_integer_codes
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms, reads_integer_codes
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
-REFERENCE = DeviceReferenceBackend()
+REFERENCE = Backend()
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODED = tuple(name for name, f in PRESETS.items() if not f.is_dense)
 
@@ -44,7 +44,7 @@ class Check:
     """One kernel's check; `run` raises AssertionError and returns what it compared."""
 
     name: str
-    run: Callable[[DeviceBackend, torch.device, Sizes], int]
+    run: Callable[[Backend, torch.device, Sizes], int]
 
 
 def normal(shape: Sequence[int], seed: int) -> Tensor:
@@ -114,25 +114,23 @@ def formats_sizes_and_dtypes(
             yield f, m, n, dtype
 
 
-def check_accumulate(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_accumulate(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """Decoding, weighted sums and row sums of squares; strided and half-precision gradients."""
     count = 0
     for f, m, n, dtype in formats_sizes_and_dtypes(sizes):
         codes = every_code(f, m, n, seed=m + n)
         grad = normal((n, m), seed=1).to(dtype).mT
         expected, found = (normal((m, n), seed=2).to(d) for d in ("cpu", device))
-        weights = {"buffer_weight": 0.7, "code_weight": 0.3, "grad_weight": -1.25}
-        squares = REFERENCE.accumulate_rows(expected, codes=codes, grad=grad, **weights)
-        ours = backend.accumulate_rows(
-            found, codes=moved(codes, device), grad=grad.to(device), **weights
-        )
+        squares = REFERENCE.accumulate(expected, Terms(0.7, codes, 0.3, grad, -1.25))
+        there = Terms(0.7, moved(codes, device), 0.3, grad.to(device), -1.25)
+        ours = backend.accumulate(found, there)
         count += same(f"{f.name} {m}x{n} {dtype}", found, expected)
         # a sum of n squares in float64, in another order
         near("squares", ours, squares, squares * n * 2.0**-52)
     return count
 
 
-def check_quantize(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_quantize(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """Statistics, thresholds and packing."""
     count = 0
     for f, m, n in formats_and_sizes(sizes):
@@ -147,7 +145,7 @@ def check_quantize(backend: DeviceBackend, device: torch.device, sizes: Sizes) -
     return count
 
 
-def check_update_codes(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_update_codes(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """The fused pass, non-finite gradients included."""
     count = 0
     for f, m, n, dtype in formats_sizes_and_dtypes(sizes):
@@ -158,32 +156,31 @@ def check_update_codes(backend: DeviceBackend, device: torch.device, sizes: Size
             packed = torch.empty_like(codes.packed, device=place)
             scales = torch.empty_like(codes.scales, device=place)
             out = torch.empty(m, n, device=place)
+            terms = Terms(0.0, moved(codes, place), 0.9, grad.to(place), 0.1)
             squares = chosen.update_codes(
-                moved(codes, place), grad.to(place), code_weight=0.9, grad_weight=0.1,
-                packed=packed, scales=scales, out=out, out_value_weight=0.9, out_grad_weight=0.1,
-            )  # fmt: skip
+                terms, packed=packed, scales=scales, out=out, out_weights=(0.9, 0.1)
+            )
             outcome.append((packed, scales, out, squares))
         (packed, scales, out, squares), (ours, our_scales, our_out, our_squares) = outcome
         near_scales(f"{f.name} {m}x{n} {dtype}", our_scales, scales)
         x = torch.empty(m, n)
-        REFERENCE.accumulate_rows(x, codes=codes, code_weight=0.9, grad=grad, grad_weight=0.1)
+        REFERENCE.accumulate(x, Terms(0.0, codes, 0.9, grad, 0.1))
         packed = REFERENCE.encode(x, our_scales.cpu(), codes.codebook, codes.layout)
         count += same(f"{f.name} {m}x{n} {dtype} codes", ours, packed)
         count += same(f"{f.name} {m}x{n} {dtype} out", our_out, out)
-        near("squares", our_squares, squares, squares * n * 2.0**-52)
+        for our_sums, sums in zip(our_squares, squares, strict=True):
+            near("squares", our_sums, sums, sums * n * 2.0**-52)
         if m * n == 1:
             continue
         grad[0, n // 2] = float("inf")
-        squares = backend.update_codes(
-            moved(codes, device), grad.to(device), code_weight=0.9, grad_weight=0.1,
-            packed=ours, scales=our_scales,
-        )  # fmt: skip
+        terms = Terms(0.0, moved(codes, device), 0.9, grad.to(device), 0.1)
+        squares = backend.update_codes(terms, packed=ours, scales=our_scales)
         if bool(squares[0].sum().isfinite()):
             raise AssertionError(f"{f.name} {m}x{n}: a non-finite gradient was not seen")
     return count
 
 
-def check_rotate(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_rotate(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """The Walsh-Hadamard rotation and its inverse."""
     count = 0
     for (m, n), inverse in itertools.product(sizes.matrices, (False, True)):
@@ -195,7 +192,7 @@ def check_rotate(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> 
     return count
 
 
-def check_code_products(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_code_products(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """Integer Gram matrices and products, batched, for every code that integers can read."""
     count = 0
     for f, m, n in formats_and_sizes(sizes):
@@ -224,7 +221,7 @@ def check_code_products(backend: DeviceBackend, device: torch.device, sizes: Siz
     return count
 
 
-def check_dense_products(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_dense_products(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """Products and symmetric products of three dtypes, addends, and inactive matrices."""
     count = 0
     for (m, n, k), dtype in itertools.product(sizes.products, GRAD_DTYPES):
@@ -257,7 +254,7 @@ def check_dense_products(backend: DeviceBackend, device: torch.device, sizes: Si
     return count
 
 
-def check_weights(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_weights(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """`scaled`, weight updates, and stochastic rounding."""
     count = 0
     for (m, n), dtype in itertools.product(sizes.matrices, GRAD_DTYPES):
@@ -283,7 +280,7 @@ def check_weights(backend: DeviceBackend, device: torch.device, sizes: Sizes) ->
     return count
 
 
-def check_steps(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_steps(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """Three optimizer steps of every format against the CPU's own step, in float32 and float16."""
     shapes = [shape for shape in sizes.matrices if shape[0] * shape[1] < 2**20]
     count = 0
@@ -297,7 +294,7 @@ def check_steps(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> i
         for (expected, start), (found, _) in zip(*trained, strict=True):
             moved_by = float((expected - start).norm())
             # A code that rounding flips is worth up to 4% in a small matrix, where an iteration
-            # (spectral, power) enlarges rounding; half precision: see `half_precision`.
+            # (spectral, power) enlarges rounding; half precision: see `newton_schulz`.
             iterates = PRESETS[name].spectral or PRESETS[name].has_factors
             bound = 0.1 if iterates or ns_dtype == "float16" else 0.01
             error = float((found.cpu() - expected).norm())
@@ -308,7 +305,7 @@ def check_steps(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> i
     return count
 
 
-def check_offload(backend: DeviceBackend, device: torch.device, sizes: Sizes) -> int:
+def check_offload(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """Steps with the codes in host memory are those with the codes on the device, bit for bit.
 
     Several shapes are several batches, so that copies run while others compute.

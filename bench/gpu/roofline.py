@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_muon import PRESETS, Muon
-from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 Unit = Literal["int8", "float16", "tf32x3", "float32", "none"]
@@ -78,38 +78,39 @@ def _unit(x: Tensor) -> Unit:
     return "tf32x3" if x.dtype == torch.float32 else "float16"
 
 
-class PaperBackend(DeviceReferenceBackend):
+class PaperBackend(Backend):
     """Computes nothing; writes down what it would have to do."""
 
     name = "paper"
+    asynchronous = True
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
 
-    def accumulate_rows(
-        self, buffer: Tensor, *, buffer_weight: float = 0.0, codes: PackedCodes | None = None,
-        code_weight: float = 1.0, grad: Tensor | None = None, grad_weight: float = 1.0,
-    ) -> Tensor:  # fmt: skip
-        packed = None if codes is None else codes.packed
-        read = buffer if buffer_weight else None
-        self.ledger.add("accumulate", "none", 0, read, buffer, packed, grad)
-        return torch.empty(buffer.shape[0], dtype=torch.float64, device="meta")
+    def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        packed = None if terms.codes is None else terms.codes.packed
+        read = buffer if terms.buffer_weight else None
+        self.ledger.add("accumulate", "none", 0, read, buffer, packed, terms.grad)
+        return torch.empty(buffer.shape[:-1], dtype=torch.float64, device="meta")
 
     def update_codes(
-        self, codes: PackedCodes, grad: Tensor, *, code_weight: float, grad_weight: float,
-        packed: Tensor, scales: Tensor, out: Tensor | None = None, out_value_weight: float = 1.0,
-        out_grad_weight: float = 0.0,
-    ) -> Tensor:  # fmt: skip
+        self, terms: Terms, *, packed: Tensor, scales: Tensor, out: Tensor | None = None,
+        out_weights: tuple[float, float] = (1.0, 0.0),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        codes, grad = terms.codes_and_grad()
         self.ledger.add("update_codes", "none", 0, codes.packed, grad, packed, out)
-        return torch.empty(2, grad.shape[0], dtype=torch.float64, device="meta")
+        squares, out_squares = (
+            torch.empty(grad.shape[:-1], dtype=torch.float64, device="meta") for _ in range(2)
+        )
+        return squares, out_squares
 
     def quantize(
         self, x: Tensor, codebook: Codebook, layout: CodeLayout, *, packed: Tensor | None = None,
         scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        rows, columns = x.shape
-        packed = torch.empty(rows, layout.row_bytes(columns), dtype=torch.uint8, device="meta")
-        scales = torch.empty(rows, layout.blocks(columns), device="meta")
+        *rows, columns = x.shape
+        packed = torch.empty(*rows, layout.row_bytes(columns), dtype=torch.uint8, device="meta")
+        scales = torch.empty(*rows, layout.blocks(columns), device="meta")
         self.ledger.add("quantize", "none", 0, x, packed)
         return packed, scales
 
@@ -139,7 +140,7 @@ class PaperBackend(DeviceReferenceBackend):
         return out
 
     def product(
-        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, alpha: float = 1.0,
+        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, alpha: float | Tensor = 1.0,
         beta: float = 0.0, active: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         shape = (*a.shape[:-1], b.shape[-1])
@@ -215,11 +216,8 @@ class _TorchOperations(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_paper(ledger: Ledger) -> Iterator[None]:
-    backend = PaperBackend(ledger)
-    with contextlib.ExitStack() as stack:
-        for module in ("optimizers.muon", "linalg.products", "state.stored"):
-            name = f"lowbit_muon.{module}.get_backend"
-            stack.enter_context(mock.patch(name, return_value=backend))
+    """Optimizers with backend="auto" take a `PaperBackend`."""
+    with mock.patch("lowbit_muon.backends._automatic", return_value=PaperBackend(ledger)):
         yield
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bench.gpu.rows import Row
 from lowbit_muon import PRESETS, Muon
-from lowbit_muon.backends.base import DeviceBackend, PackedCodes
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 from lowbit_muon.tools.benchmark.timing import interleaved
 
@@ -70,9 +71,7 @@ def _momentum(shape: tuple[int, int]) -> Tensor:
     return decaying_matrix(*shape, torch.Generator().manual_seed(0))
 
 
-def stored_codes(
-    backend: DeviceBackend, name: str, shape: tuple[int, int]
-) -> tuple[Tensor, PackedCodes]:
+def stored_codes(backend: Backend, name: str, shape: tuple[int, int]) -> tuple[Tensor, PackedCodes]:
     """A matrix [m, n] that looks like a momentum, and its codes."""
     f = PRESETS[name]
     x = _momentum(shape).cuda()
@@ -80,32 +79,25 @@ def stored_codes(
     return x, PackedCodes(packed, scales, f.code_book(), f.code_layout(), shape[1])
 
 
-def codec_rows(backend: DeviceBackend, *, budget: float) -> Iterator[Row]:
+def codec_rows(backend: Backend, *, budget: float) -> Iterator[Row]:
     """GB/s (bytes read and written) of codec passes, against a copy on the device."""
     for shape in KERNEL_SHAPES:
         yield from _codec_rows(backend, shape, budget)
 
 
-def _codec_rows(backend: DeviceBackend, shape: tuple[int, int], budget: float) -> Iterator[Row]:
+def _codec_rows(backend: Backend, shape: tuple[int, int], budget: float) -> Iterator[Row]:
     x, codes = stored_codes(backend, "spectral4", shape)
     target, grad = torch.empty_like(x), x.bfloat16()
     packed, scales = torch.empty_like(codes.packed), torch.empty_like(codes.scales)
     book, layout = codes.codebook, codes.layout
 
     def update_codes() -> object:
-        return backend.update_codes(
-            codes,
-            grad,
-            code_weight=0.95,
-            grad_weight=0.05,
-            packed=packed,
-            scales=scales,
-            out=target,
-        )
+        terms = Terms(0.0, codes, 0.95, grad, 0.05)
+        return backend.update_codes(terms, packed=packed, scales=scales, out=target)
 
     cases: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(x),
-        "decode": lambda: backend.accumulate_rows(target, codes=codes),
+        "decode": lambda: backend.accumulate(target, Terms(codes=codes)),
         "quantize": lambda: backend.quantize(x, book, layout, packed=packed, scales=scales),
         "rotate": lambda: backend.rotate(target),
         "update_codes": update_codes,
@@ -121,13 +113,13 @@ def _codec_rows(backend: DeviceBackend, shape: tuple[int, int], budget: float) -
         yield Row("codec", label, "measured", "", rate, "GB/s", rate / rates["copy"], "copy")
 
 
-def product_rows(backend: DeviceBackend, *, budget: float) -> Iterator[Row]:
+def product_rows(backend: Backend, *, budget: float) -> Iterator[Row]:
     """Gram matrices and products of codes against torch.mm of decoded matrices."""
     for shape in KERNEL_SHAPES:
         yield from _product_rows(backend, shape, budget)
 
 
-def _product_rows(backend: DeviceBackend, shape: tuple[int, int], budget: float) -> Iterator[Row]:
+def _product_rows(backend: Backend, shape: tuple[int, int], budget: float) -> Iterator[Row]:
     m, n = shape
     x, codes = stored_codes(backend, "spectral4", shape)
     half, target = x.bfloat16(), torch.empty_like(x)
@@ -136,7 +128,7 @@ def _product_rows(backend: DeviceBackend, shape: tuple[int, int], budget: float)
     a_half = a.bfloat16()
 
     def decoded() -> Tensor:
-        backend.accumulate_rows(target, codes=codes)
+        backend.accumulate(target, Terms(codes=codes))
         return target.bfloat16()
 
     def decoded_gram() -> Tensor:

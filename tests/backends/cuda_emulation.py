@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.cuda import build as cuda_build
 from lowbit_muon.backends.cuda import library as cuda_library
 from lowbit_muon.backends.cuda.adapter import CudaBackend
@@ -117,9 +117,9 @@ class OnDevice:
         copies: list[tuple[Tensor, Tensor]] = []
 
         def there(value: object) -> object:
-            if isinstance(value, PackedCodes):
-                packed, scales = there(value.packed), there(value.scales)
-                return dataclasses.replace(value, packed=packed, scales=scales)
+            if isinstance(value, (PackedCodes, Terms)):
+                fields = dataclasses.fields(value)
+                return type(value)(*(there(getattr(value, field.name)) for field in fields))
             if not isinstance(value, Tensor):
                 return value
             copies.append((value, value.to(self._device, copy=True)))

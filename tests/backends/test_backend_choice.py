@@ -13,15 +13,15 @@ import torch
 
 from lowbit_muon import Muon, backends
 from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.cpu.adapter import unavailable_reason
-from lowbit_muon.backends.reference import ReferenceBackend
 
 
-class Marked(ReferenceBackend):
+class Marked(Backend):
     """Stands for a backend that this machine lacks."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = name  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -33,10 +33,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         for name, reason in reasons.items():
             registry[name] = dataclasses.replace(
                 registry[name],
-                create=lambda name=name: Marked(name),
+                path=name,
                 unavailable_reason=lambda reason=reason: reason,
             )
         monkeypatch.setattr(backends, "_REGISTRY", registry)
+        load = backends._load
+        monkeypatch.setattr(
+            backends, "_load", lambda path: Marked(path) if path in reasons else load(path)
+        )
         backends._automatic.cache_clear()
         backends._create.cache_clear()
 

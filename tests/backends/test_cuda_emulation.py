@@ -30,7 +30,8 @@ from test_cpu_backend import (
 )
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cuda.adapter import CudaBackend
 from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout
@@ -40,7 +41,7 @@ if COMPILER is None and GIVEN_LIBRARY is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 __all__ = ["backend", "forwards", "library"]  # fixtures
-CPU, REFERENCE = CpuBackend(), DeviceReferenceBackend()
+CPU, REFERENCE = CpuBackend(), Backend()
 COLUMNS = (1, 2, 5, 63, 64, 65, 127, 128, 129, 257, 513, 1300)
 BLOCKS = (0, 1, 3, 32, 100, 512)
 # Rows that do not fit in shared memory (kKeptColumns in csrc/cuda/update.cu).
@@ -58,24 +59,14 @@ def assert_squares(found: Tensor, expected: Tensor, columns: int) -> None:
 
 
 def update(
-    backend: CudaBackend | DeviceReferenceBackend,
-    codes: PackedCodes,
-    grad: Tensor,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    backend: Backend, codes: PackedCodes, grad: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Packed codes, scales and sums of squares of an update in guarded memory."""
     packed, packed_raw = guarded(tuple(codes.packed.shape), torch.uint8)
     scales, scales_raw = guarded(tuple(codes.scales.shape), torch.float32)
+    terms = Terms(0.0, codes, 0.95, grad, 0.05)
     squares = backend.update_codes(
-        codes,
-        grad,
-        code_weight=0.95,
-        grad_weight=0.05,
-        packed=packed,
-        scales=scales,
-        out=out,
-        out_value_weight=0.7,
-        out_grad_weight=0.3,
+        terms, packed=packed, scales=scales, out=out, out_weights=(0.7, 0.3)
     )
     assert_guards_intact(packed_raw, scales_raw)
     return packed, scales, squares
@@ -84,17 +75,18 @@ def update(
 def assert_update(
     backend: CudaBackend, codes: PackedCodes, grad: Tensor, dtype: torch.dtype
 ) -> None:
-    rows, columns = grad.shape
-    out, out_raw = guarded((rows, columns), dtype)
+    shape = tuple(grad.shape)
+    out, out_raw = guarded(shape, dtype)
     packed, scales, squares = update(backend, codes, grad, out)
-    wanted = torch.empty(rows, columns, dtype=dtype)
+    wanted = torch.empty(shape, dtype=dtype)
     _, wanted_scales, wanted_squares = update(REFERENCE, codes, grad, wanted)
     assert_same(out, wanted)
     assert_guards_intact(out_raw)
     assert_same_scales(scales, wanted_scales, codes.layout.statistic)
-    assert_squares(squares, wanted_squares, columns)
-    x = torch.empty(rows, columns)
-    REFERENCE.accumulate_rows(x, codes=codes, code_weight=0.95, grad=grad, grad_weight=0.05)
+    for sums, wanted_sums in zip(squares, wanted_squares, strict=True):
+        assert_squares(sums, wanted_sums, shape[-1])
+    x = torch.empty(shape)
+    REFERENCE.accumulate(x, Terms(0.0, codes, 0.95, grad, 0.05))
     expected = CPU.encode(x, scales, codes.codebook, codes.layout)
     assert torch.equal(packed, expected)
 
@@ -120,9 +112,9 @@ def test_codec(backend: CudaBackend, bits: int) -> None:
 
             codes = PackedCodes(packed, scales, book, codes_layout, columns)
             found, found_raw = guarded((rows, columns), torch.float32)
-            squares = backend.accumulate_rows(found, codes=codes)
+            squares = backend.accumulate(found, Terms(codes=codes))
             expected = torch.empty(rows, columns)
-            assert_squares(squares, REFERENCE.accumulate_rows(expected, codes=codes), columns)
+            assert_squares(squares, REFERENCE.accumulate(expected, Terms(codes=codes)), columns)
             assert_same(found, expected)
             assert_guards_intact(packed_raw, scales_raw, found_raw)
             dtype = GRAD_TYPES[columns % 3]
@@ -178,8 +170,8 @@ def test_every_byte_decodes(forwards: CudaBackend, bits: int) -> None:
     for book in codebooks(bits):
         codes = PackedCodes(packed, scales, book, codes_layout, columns)
         found, expected = torch.empty(256, columns), torch.empty(256, columns)
-        forwards.accumulate_rows(found, codes=codes)
-        CPU.accumulate(expected, codes=codes)
+        forwards.accumulate(found, Terms(codes=codes))
+        CPU.accumulate(expected, Terms(codes=codes))
         assert_same(found, expected)
 
 
@@ -199,13 +191,45 @@ def test_accumulate(backend: CudaBackend, dtype: torch.dtype, shape: tuple[int, 
         found = wide[:, :columns]
         found.copy_(start if weight else torch.full(shape, math.nan))
         expected = start.clone()
-        arguments = {"codes": codes, "code_weight": 0.7, "grad": grad, "grad_weight": 0.05}
-        squares = backend.accumulate_rows(found, buffer_weight=weight, **arguments)
-        wanted = REFERENCE.accumulate_rows(expected, buffer_weight=weight, **arguments)
+        terms = Terms(weight, codes, 0.7, grad, 0.05)
+        squares = backend.accumulate(found, terms)
+        wanted = REFERENCE.accumulate(expected, terms)
         assert torch.equal(found, expected), (kind, bits, weight)
         assert_squares(squares, wanted, columns)
         assert wide[:, columns:].isnan().all()
-    assert backend.accumulate(torch.ones(2, 3), buffer_weight=2.0) == 24.0
+    assert backend.accumulate(torch.ones(2, 3), Terms(2.0)).tolist() == [12.0, 12.0]
+
+
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_batches_are_their_rows(backend: CudaBackend, bits: int) -> None:
+    """Gradients in any layout, and a result whose rows are not at even distances."""
+    one = random_codes(15, 129, bits)
+    packed, scales = one.packed.view(3, 5, -1), one.scales.view(3, 5, -1)
+    codes = dataclasses.replace(one, packed=packed, scales=scales)
+    values = torch.randn(3, 5, 129).to(GRAD_TYPES[bits % 3])
+    turned = values.transpose(0, 1).contiguous().transpose(0, 1)
+    for grad in (values, values.mT.contiguous().mT, turned):
+        found, expected = torch.randn(2, 3, 5, 129).unbind()
+        expected.copy_(found)
+        terms = Terms(0.9, codes, 0.7, grad, 0.05)
+        squares = backend.accumulate(found, terms)
+        assert_squares(squares, REFERENCE.accumulate(expected, terms), 129)
+        assert_same(found, expected)
+        assert_update(backend, codes, grad, GRAD_TYPES[(bits + 1) % 3])
+    out, wanted = torch.empty(3, 129, 5).mT, torch.empty(3, 5, 129)
+    assert torch.equal(update(backend, codes, turned, out)[0], update(backend, codes, turned)[0])
+    update(REFERENCE, codes, turned, wanted)
+    assert_same(out, wanted)
+    x, book, codes_layout = turned.float(), codes.codebook, codes.layout
+    packed, scales = backend.quantize(x, book, codes_layout)
+    assert torch.equal(backend.encode(x, scales, book, codes_layout), packed)
+    for i, matrix in enumerate(x):
+        assert torch.equal(backend.quantize(matrix, book, codes_layout)[0], packed[i])
+        assert torch.equal(backend.quantize(matrix, book, codes_layout)[1], scales[i])
+    x, expected = values.float().clone(), values.float().clone()
+    backend.rotate(x)
+    REFERENCE.rotate(expected)
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -213,7 +237,7 @@ def test_every_half_precision_number(forwards: CudaBackend, dtype: torch.dtype) 
     """Read exactly, and written as torch rounds: halfway cases, subnormals, infinities."""
     grad = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(64, 1024)
     found = torch.empty(grad.shape)
-    forwards.accumulate_rows(found, grad=grad)
+    forwards.accumulate(found, Terms(grad=grad))
     assert_same(found, grad.float())
     between = (found.view(torch.int32) + torch.randint(-(2**17), 2**17, found.shape)).int()
     halfway = grad.double().add(grad.double().roll(1)).div(2).float()
@@ -235,7 +259,8 @@ def test_what_is_not_finite_shows_in_its_row(backend: CudaBackend, bad: float) -
         *_, squares = update(backend, codes, grad, out)
         expected = torch.ones(5, dtype=torch.bool)
         expected[place[0]] = False
-        assert torch.equal(squares.isfinite(), expected.expand(2, 5))
+        for sums in squares:
+            assert torch.equal(sums.isfinite(), expected)
         for statistic in ("absmax", "rms"):
             codes_layout = layout(4, 64, statistic)
             scales = backend.quantize(grad, codes.codebook, codes_layout)[1]
@@ -309,14 +334,15 @@ def test_empty(forwards: CudaBackend) -> None:
         book = codebooks(3)[0]
         codes = PackedCodes(*forwards.quantize(x, book, layout(3)), book, layout(3), columns)
         assert torch.equal(codes.scales, torch.zeros(rows, layout(3).blocks(columns)))
-        assert torch.equal(forwards.accumulate_rows(x, codes=codes), torch.zeros(rows).double())
+        assert torch.equal(forwards.accumulate(x, Terms(codes=codes)), torch.zeros(rows).double())
         zeros = torch.zeros(rows, rows)
         integers = random_codes(1, 1, 3).codebook
         whole = dataclasses.replace(codes, codebook=integers)
         assert torch.equal(forwards.code_gram(whole), zeros)
         product = forwards.code_product(torch.ones(2, rows), whole)
         assert torch.equal(product, torch.zeros(2, columns))
-        assert torch.equal(update(forwards, codes, x)[2], torch.zeros(2, rows).double())
+        for sums in update(forwards, codes, x)[2]:
+            assert torch.equal(sums, torch.zeros(rows).double())
         forwards.rotate(x)
         one = torch.ones(1)
         forwards.update_weight(x, x.half(), decay=one, step_size=one)
@@ -327,7 +353,7 @@ def test_autograd_sees_what_changes(forwards: CudaBackend) -> None:
     x = torch.randn(2, 64)
     version = x._version
     forwards.rotate(x)
-    forwards.accumulate_rows(x, buffer_weight=0.5)
+    forwards.accumulate(x, Terms(0.5))
     assert x._version >= version + 2
 
 
@@ -341,7 +367,7 @@ def test_wrong_tensors_raise(forwards: CudaBackend) -> None:
 
     def decode(**fields: object) -> object:
         codes = dataclasses.replace(good, **fields)
-        return forwards.accumulate_rows(torch.empty(4, 200), codes=codes)
+        return forwards.accumulate(torch.empty(4, 200), Terms(codes=codes))
 
     def add(**arguments: object) -> object:
         return update(forwards, good, **{"grad": x, **arguments})
@@ -360,11 +386,13 @@ def test_wrong_tensors_raise(forwards: CudaBackend) -> None:
         (ValueError, "codes.packed", lambda: decode(packed=good.packed[:3])),
         (TypeError, "codes.scales", lambda: decode(scales=good.scales.half())),
         (ValueError, "codes", lambda: decode(columns=199)),
-        (ValueError, "codes", lambda: decode(layout=dataclasses.replace(layout(4), bits=5))),
-        (ValueError, "buffer", lambda: forwards.accumulate_rows(x[:1].expand(4, 200))),
-        (TypeError, "buffer", lambda: forwards.accumulate_rows(x.half())),
-        (ValueError, "grad", lambda: forwards.accumulate_rows(x, grad=x.T)),
-        (TypeError, "grad", lambda: forwards.accumulate_rows(x, grad=x.int())),
+        (ValueError, "bits", lambda: decode(layout=dataclasses.replace(layout(4), bits=5))),
+        (ValueError, "buffer", lambda: forwards.accumulate(x[:1].expand(4, 200), Terms())),
+        (TypeError, "buffer", lambda: forwards.accumulate(x.half(), Terms())),
+        (ValueError, "buffer", lambda: forwards.accumulate(
+            torch.ones(2, 9, 8)[:, :4], Terms())),
+        (ValueError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.T))),
+        (TypeError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.int()))),
         (ValueError, "codes", lambda: add(grad=x.T)),
         (ValueError, "out", lambda: add(out=x.T)),
         (TypeError, "out", lambda: add(out=x.double())),

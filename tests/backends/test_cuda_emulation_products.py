@@ -13,7 +13,7 @@ from test_code_products import AWKWARD_SCALES, constant_codes, random_codes, sam
 from test_cpu_backend import KINDS, assert_guards_intact, codebooks, guarded, layout, strided_like
 from test_integer_gram import block_codes
 
-from lowbit_muon.backends.base import LIMB_LIMIT, MAX_INTEGER_TERMS, PackedCodes
+from lowbit_muon.backends.codes import LIMB_LIMIT, MAX_INTEGER_TERMS, PackedCodes
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cuda.adapter import CudaBackend
 from lowbit_muon.formats.codebook import CODE_BITS

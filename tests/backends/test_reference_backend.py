@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
-from lowbit_muon.backends.reference import ReferenceBackend, pack, unpack
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
+from lowbit_muon.backends.packing import pack, unpack
+from lowbit_muon.backends.reference import decode
 from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout, nearest_codebook, rotation_signs
 from lowbit_muon.formats.state_format import StateFormat
 
-BACKEND = ReferenceBackend()
+BACKEND = Backend()
 COLUMNS = [1, 2, 3, 5, 63, 64, 65, 127, 128, 129, 200, 255, 257, 511, 512, 513]
 
 
@@ -58,7 +62,7 @@ def test_every_code_decodes_to_its_level(bits: int) -> None:
     scales = torch.tensor([[0.5], [3.0]])
     packed = PackedCodes(pack(codes, layout(bits)), scales, book, layout(bits), 2**bits)
     buffer = torch.empty(2, 2**bits)
-    BACKEND.accumulate(buffer, codes=packed)
+    BACKEND.accumulate(buffer, Terms(codes=packed))
     for row, scale in zip(buffer, (0.5, 3.0), strict=True):
         expected = [np.float32(level) * np.float32(scale) for level in book.levels]
         assert row.tolist() == [float(v) for v in expected]
@@ -106,7 +110,7 @@ def test_quantise_picks_the_nearest_level(bits: int) -> None:
     packed, scales = BACKEND.quantize(x, f.code_book(), f.code_layout())
     codes = PackedCodes(packed, scales, f.code_book(), f.code_layout(), 257)
     decoded = torch.empty(5, 257)
-    BACKEND.accumulate(decoded, codes=codes)
+    BACKEND.accumulate(decoded, Terms(codes=codes))
     levels = torch.tensor(f.code_book().levels)
     distances = (x[:, :, None] - levels * scales[:, :, None]).abs()
     # A value within rounding of a threshold may go either way: three float32 roundings.
@@ -121,10 +125,9 @@ def test_rows_too_small_for_a_scale_are_zero(value: float) -> None:
     packed, scales = BACKEND.quantize(x, f.code_book(), f.code_layout())
     assert not scales.any()
     decoded = torch.empty(2, 70)
-    squares = BACKEND.accumulate(
-        decoded, codes=PackedCodes(packed, scales, f.code_book(), f.code_layout(), 70)
-    )
-    assert squares == 0
+    codes = PackedCodes(packed, scales, f.code_book(), f.code_layout(), 70)
+    squares = BACKEND.accumulate(decoded, Terms(codes=codes))
+    assert not squares.any()
     assert not decoded.any()
 
 
@@ -137,20 +140,18 @@ def test_accumulate_is_what_it_says(dtype: torch.dtype) -> None:
     grad = torch.randn(n, m, dtype=dtype).mT
     buffer = torch.randn(m, n)
     decoded = torch.empty(m, n)
-    BACKEND.accumulate(decoded, codes=codes)
+    BACKEND.accumulate(decoded, Terms(codes=codes))
     expected = 0.5 * buffer.double() + 0.25 * decoded.double() + 0.125 * grad.double()
-    squares = BACKEND.accumulate(
-        buffer, buffer_weight=0.5, codes=codes, code_weight=0.25, grad=grad, grad_weight=0.125
-    )
+    squares = BACKEND.accumulate(buffer, Terms(0.5, codes, 0.25, grad, 0.125))
     # The weights are powers of two, so only the two sums round: two float32 half-ulps.
     bound = 2 * 2**-24 * (expected.abs() + 1)
     assert bool(((buffer.double() - expected).abs() <= bound).all())
-    assert squares == pytest.approx(float(buffer.double().square().sum()), rel=1e-12)
+    assert torch.equal(squares, buffer.double().square().sum(dim=1))
 
 
 def test_accumulate_does_not_read_a_buffer_of_weight_zero() -> None:
     buffer = torch.full((2, 3), math.nan)
-    assert BACKEND.accumulate(buffer, grad=torch.ones(2, 3)) == 6.0
+    assert BACKEND.accumulate(buffer, Terms(grad=torch.ones(2, 3))).tolist() == [3.0, 3.0]
     assert torch.equal(buffer, torch.ones(2, 3))
 
 
@@ -158,7 +159,8 @@ def test_accumulate_does_not_read_a_buffer_of_weight_zero() -> None:
 def test_non_finite_elements_show_in_the_sum(bad: float) -> None:
     grad = torch.zeros(3, 5)
     grad[1, 4] = bad
-    assert not math.isfinite(BACKEND.accumulate(torch.zeros(3, 5), grad=grad))
+    squares = BACKEND.accumulate(torch.zeros(3, 5), Terms(grad=grad))
+    assert squares.isfinite().tolist() == [True, False, True]
 
 
 def test_a_short_codebook_leaves_codes_unused() -> None:
@@ -193,3 +195,140 @@ def test_rotation_is_the_documented_product() -> None:
     expected = x @ torch.diag(first) @ a @ torch.diag(second) @ b
     BACKEND.rotate(x)
     torch.testing.assert_close(x, expected)
+
+
+SHAPES = [(5, 129), (1, 7), (7, 1), (1, 1), (0, 5), (5, 0), (0, 0)]
+
+
+def coded(batch: int, m: int, n: int, bits: int, block_size: int = 0) -> PackedCodes:
+    """Random bytes with levels that integer products take."""
+    kind = "linear" if bits == 8 else "mu_law"
+    book = StateFormat("x", bits, codebook=kind, tread="mid_tread").code_book()
+    used = layout(bits, block_size)
+    packed = torch.randint(0, 256, (batch, m, used.row_bytes(n)), dtype=torch.uint8)
+    return PackedCodes(packed, torch.rand(batch, m, used.blocks(n)), book, used, n)
+
+
+def matrices(codes: PackedCodes) -> list[PackedCodes]:
+    return [
+        replace(codes, packed=packed, scales=scales)
+        for packed, scales in zip(codes.packed, codes.scales, strict=True)
+    ]
+
+
+def assert_batch(found: Tensor, expected: list[Tensor]) -> None:
+    """Each matrix by itself, to the bit."""
+    assert found.shape[0] == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batches_are_coded_matrix_by_matrix(batch: int, shape: tuple[int, int], bits: int) -> None:
+    for block_size, statistic in ((0, "rms"), (64, "absmax")):
+        codes = coded(batch, *shape, bits, block_size)
+        book, used = codes.codebook, layout(bits, block_size, statistic)
+        assert_batch(decode(codes), [decode(one) for one in matrices(codes)])
+        x = torch.randn(batch, *shape)
+        packed, scales = BACKEND.quantize(x, book, used)
+        each = [BACKEND.quantize(one, book, used) for one in x]
+        assert_batch(packed, [one for one, _ in each])
+        assert_batch(scales, [one for _, one in each])
+        given = torch.rand(scales.shape)
+        assert_batch(
+            BACKEND.encode(x, given, book, used),
+            [BACKEND.encode(one, s, book, used) for one, s in zip(x, given, strict=True)],
+        )
+        gram = BACKEND.code_gram(codes)
+        assert gram.shape == (batch, shape[0], shape[0])
+        assert_batch(gram, [BACKEND.code_gram(one) for one in matrices(codes)])
+        rotated = x.clone()
+        BACKEND.rotate(rotated)
+        for one in x:
+            BACKEND.rotate(one)
+        assert torch.equal(rotated, x)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batches_are_added_and_updated_matrix_by_matrix(batch: int, shape: tuple[int, int]) -> None:
+    codes = coded(batch, *shape, 4)
+    grad = torch.randn(batch, *reversed(shape)).half().mT
+    buffer, expected = torch.randn(2, batch, *shape).unbind()
+    expected.copy_(buffer)
+    squares = BACKEND.accumulate(buffer, Terms(0.9, codes, 0.7, grad, -0.1))
+    ones = [Terms(0.9, c, 0.7, g, -0.1) for c, g in zip(matrices(codes), grad, strict=True)]
+    each = [BACKEND.accumulate(one, terms) for one, terms in zip(expected, ones, strict=True)]
+    assert squares.shape == (batch, shape[0])
+    assert squares.dtype == torch.float64
+    assert_batch(squares, each)
+    assert torch.equal(buffer, expected)
+
+    def update(codes: PackedCodes, grad: Tensor) -> tuple[Tensor, ...]:
+        packed, scales = torch.empty_like(codes.packed), torch.empty_like(codes.scales)
+        out = torch.empty(grad.shape, dtype=torch.bfloat16)
+        terms = Terms(0.0, codes, 0.7, grad, -0.1)
+        squares = BACKEND.update_codes(
+            terms, packed=packed, scales=scales, out=out, out_weights=(0.9, 0.1)
+        )
+        return packed, scales, out, *squares
+
+    alone = [update(c, g) for c, g in zip(matrices(codes), grad, strict=True)]
+    for index, found in enumerate(update(codes, grad)):
+        assert_batch(found, [one[index] for one in alone])
+
+
+def test_an_update_is_of_codes_and_a_gradient() -> None:
+    codes, grad = coded(1, 2, 3, 4), torch.ones(1, 2, 3)
+    places = {"packed": codes.packed.clone(), "scales": codes.scales.clone()}
+    for terms, got in (
+        (Terms(codes=codes), "'codes'"),
+        (Terms(grad=grad), "'grad'"),
+        (Terms(0.5, codes, grad=grad), "'buffer', 'codes', 'grad'"),
+    ):
+        with pytest.raises(ValueError, match=rf"^terms: expected codes and grad, got \[{got}\]"):
+            BACKEND.update_codes(terms, **places)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batches_are_multiplied_matrix_by_matrix(batch: int, shape: tuple[int, int]) -> None:
+    """Small whole numbers, whose products and sums are exact in any order."""
+
+    def whole(*size: int) -> Tensor:
+        return torch.randint(-8, 9, (batch, *size)).float()
+
+    m, n = shape
+    a, b, start, addend = whole(4, m), whole(m, n), whole(4, n), whole(4, 4)
+    alpha, active = torch.arange(batch) * 0.5 - 0.5, torch.arange(batch) != 1
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        out = start.to(dtype, copy=True)
+        BACKEND.product(a.to(dtype), b.to(dtype), out=out, alpha=alpha, beta=2.0, active=active)
+        values = alpha.view(-1, 1, 1) * (a @ b) + 2 * start
+        expected = torch.where(active.view(-1, 1, 1), values, start)
+        assert torch.equal(out, expected.to(dtype))
+        assert_batch(
+            BACKEND.product(a.to(dtype), b.to(dtype), alpha=alpha),
+            [
+                BACKEND.product(x.to(dtype), y.to(dtype), alpha=z.view(1))
+                for x, y, z in zip(a, b, alpha, strict=True)
+            ],
+        )
+        symmetric = addend + addend.mT
+        out = symmetric.to(dtype, copy=True)
+        BACKEND.symmetric_product(a.to(dtype), addend=out, alpha=0.5, out=out, active=active)
+        values = 0.5 * (a @ a.mT) + symmetric
+        expected = torch.where(active.view(-1, 1, 1), values, symmetric)
+        assert torch.equal(out, expected.to(dtype))
+    codes, left = coded(batch, m, n, 4), torch.randn(batch, 4, m)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = start.to(dtype, copy=True)
+        singles = [one.clone() for one in out]
+        BACKEND.code_product(left, codes, out=out, beta=0.5)
+        for x, one, result in zip(left, matrices(codes), singles, strict=True):
+            BACKEND.code_product(x, one, out=result, beta=0.5)
+        assert_batch(out, singles)
+    fresh = BACKEND.code_product(left, codes)
+    assert fresh.shape == (batch, 4, n)

@@ -37,10 +37,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
-from lowbit_muon.backends.base import PackedCodes  # noqa: E402
+from lowbit_muon.backends.codes import PackedCodes, Terms  # noqa: E402
 from lowbit_muon.backends.triton import (  # noqa: E402
-    checks,
     dense_products,
+    device,
     integer_products,
     unavailable_reason,
 )
@@ -84,12 +84,12 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         constants = {key: keywords.pop(key) for key in kernel.arg_names if key in keywords}
         launches.append(Launch(kernel, arguments | constants, keywords))
 
-    kind = checks.target(torch.device("cpu"))  # nothing that only NVIDIA has
+    kind = device.target(torch.device("cpu"))  # nothing that only NVIDIA has
     if TARGETS[target].backend == "cuda":
-        kind = checks.nvidia_target((TARGETS[target].arch // 10, TARGETS[target].arch % 10))
+        kind = device.nvidia_target((TARGETS[target].arch // 10, TARGETS[target].arch % 10))
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(checks, "device_types", return_value=("cpu",)),
+        mock.patch.object(device.CHECKS, "device_types", ("cpu",)),
         mock.patch.object(integer_products, "target", return_value=kind),
         mock.patch.object(dense_products, "target", return_value=kind),
     ):
@@ -110,15 +110,11 @@ def coded(preset: str, columns: int = N) -> PackedCodes:
 def update(preset: str, grad: Tensor, out: torch.dtype | None = None) -> Callable[..., object]:
     codes = coded(preset, grad.shape[1])
     return lambda backend: backend.update_codes(
-        codes,
-        grad,
-        code_weight=0.95,
-        grad_weight=1.0,
+        Terms(0.0, codes, 0.95, grad),
         packed=torch.zeros_like(codes.packed),
         scales=torch.zeros_like(codes.scales),
         out=None if out is None else torch.zeros(grad.shape, dtype=out),
-        out_value_weight=0.95,
-        out_grad_weight=1.0,
+        out_weights=(0.95, 1.0),
     )
 
 
@@ -138,13 +134,13 @@ ACTIVE = torch.ones(2, dtype=torch.bool)
 BF16, FP32 = torch.bfloat16, torch.float32
 # What is compiled, by name. Element by element: contraction would change bits.
 ELEMENTWISE: dict[str, Callable[[TritonBackend], object]] = {
-    "accumulate-4": lambda b: b.accumulate_rows(
-        of(FP32, M, N), buffer_weight=0.5, codes=coded("spectral4"), grad=of(BF16, M, N)
+    "accumulate-4": lambda b: b.accumulate(
+        of(FP32, M, N), Terms(0.5, coded("spectral4"), grad=of(BF16, M, N))
     ),
-    "accumulate-3-tall": lambda b: b.accumulate_rows(
-        of(FP32, M, N), codes=coded("spectral3"), grad=of(FP32, N, M).T
+    "accumulate-3-tall": lambda b: b.accumulate(
+        of(FP32, M, N), Terms(codes=coded("spectral3"), grad=of(FP32, N, M).T)
     ),
-    "accumulate-blocks": lambda b: b.accumulate_rows(of(FP32, M, N), codes=coded("nf4")),
+    "accumulate-blocks": lambda b: b.accumulate(of(FP32, M, N), Terms(codes=coded("nf4"))),
     "update-4": update("spectral4", of(FP32, M, N), BF16),
     "update-4-tall": update("spectral4", of(BF16, N, M).T, BF16),
     "update-3": update("spectral3", of(BF16, M, N), FP32),
@@ -168,7 +164,6 @@ PRODUCTS: dict[str, Callable[[TritonBackend], object]] = {
     "gram-2": lambda b: b.code_gram(coded("spectral2")),
     "gram-8": lambda b: b.code_gram(coded("linear8", 2048)),
     "gram-blocks-8": lambda b: b.code_gram(coded("linear8")),
-    "rounded-gram": lambda b: b.rounded_gram(of(FP32, M, N)),
     "product-4": lambda b: b.code_product(of(FP32, M, M), coded("spectral4")),
     "product-3": lambda b: b.code_product(of(FP32, M, M), coded("spectral3")),
     "product-tail": lambda b: b.code_product(of(FP32, M, M), coded("spectral4", 100)),
@@ -316,25 +311,21 @@ def test_matrices_of_one_element() -> None:
     with recorded("sm_90") as launches:
         b = backend()
         for c in codes:
-            b.accumulate_rows(x, buffer_weight=1.0, codes=c, grad=x.clone())
+            b.accumulate(x, Terms(1.0, c, grad=x.clone()))
             b.update_codes(
-                c,
-                x,
-                code_weight=1.0,
-                grad_weight=1.0,
+                Terms(codes=c, grad=x),
                 packed=c.packed.clone(),
                 scales=c.scales.clone(),
                 out=x.clone(),
             )
             b.code_gram(c)
             b.code_product(x, c, out=x.clone(), beta=1.0)
-        b.rounded_gram(x)
         b.rotate(x)
         b.scaled(of(FP32, 1, 1, 1), one, out=of(FP32, 1, 1, 1))
         b.update_weight(x, x.clone(), decay=one, step_size=one)
         b.symmetric_product(x, addend=x)
         b.product(x, x, out=x.clone(), beta=1.0, active=torch.ones(1, dtype=torch.bool))
-    assert len({launch.kernel.__name__ for launch in launches}) == 11
+    assert len({launch.kernel.__name__ for launch in launches}) == 10
     for launch in launches:
         assert compiled(launch, "sm_90").asm["cubin"]
 

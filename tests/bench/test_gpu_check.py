@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from device_reference import DeviceReference, stand_in
 from rich.console import Console
 from torch import Tensor
 
 from bench import gpu_check
-from bench.gpu.correctness import CHECKS, REFERENCE, Check, Sizes
+from bench.gpu.correctness import CHECKS, Check, Sizes
 from bench.gpu.roofline import RATES, step_on_paper, torch_step_on_paper
 from bench.gpu.rows import Case, Row
-from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.state.offload import Fetched
 
 SIZES = Sizes(matrices=((1, 1), (17, 129)), products=((1, 1, 1), (9, 20, 33)))
 CPU = torch.device("cpu")
+REFERENCE = DeviceReference()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -47,26 +46,13 @@ def test_without_a_gpu_every_row_says_why(
     assert sum(row["group"] == "correct" for row in rows) == 2 * len(CHECKS)
 
 
-@pytest.fixture
-def reference_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `check_steps` ask for the batched step by the name of the reference."""
-
-    def chosen(name: str, device: torch.device) -> Any:
-        return _ACTIVE[-1] if name == "reference" else get_backend(name, device)
-
-    monkeypatch.setattr(muon_module, "get_backend", chosen)
-
-
-_ACTIVE: list[DeviceReferenceBackend] = [REFERENCE]
-
-
-@pytest.mark.usefixtures("reference_by_name")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-def test_checks_accept_the_reference(check: Check) -> None:
+def test_checks_accept_the_reference(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, REFERENCE, "reference")
     assert check.run(REFERENCE, CPU, SIZES) > 0
 
 
-class Broken(DeviceReferenceBackend):
+class Broken(DeviceReference):
     """One element of one kind of result is off by a little."""
 
     def __init__(self, what: str) -> None:
@@ -78,8 +64,8 @@ class Broken(DeviceReferenceBackend):
             flat[-1] = flat[-1] + (1 if x.dtype == torch.uint8 else 0.01 + flat[-1].abs() / 8)
         return x
 
-    def accumulate_rows(self, buffer: Tensor, **kwargs: Any) -> Tensor:
-        squares = super().accumulate_rows(buffer, **kwargs)
+    def accumulate(self, buffer: Tensor, terms: Any) -> Tensor:
+        squares = super().accumulate(buffer, terms)
         self._spoil("accumulate", buffer)
         return squares
 
@@ -87,7 +73,7 @@ class Broken(DeviceReferenceBackend):
         packed, scales = super().quantize(*args, **kwargs)
         return self._spoil("quantize", packed), scales
 
-    def update_codes(self, *args: Any, **kwargs: Any) -> Tensor:
+    def update_codes(self, *args: Any, **kwargs: Any) -> Any:
         squares = super().update_codes(*args, **kwargs)
         self._spoil("update_codes", kwargs["packed"])
         return squares
@@ -142,21 +128,17 @@ SEEN_BY = {
 }
 
 
-@pytest.mark.usefixtures("reference_by_name")
 @pytest.mark.parametrize("what", SEEN_BY)
-def test_checks_see_a_broken_kernel(what: str) -> None:
+def test_checks_see_a_broken_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check = next(check for check in CHECKS if check.name == SEEN_BY[what])
     broken = Broken(what)
-    _ACTIVE.append(broken)
-    try:
-        with pytest.raises(AssertionError):
-            check.run(broken, CPU, SIZES)
-    finally:
-        _ACTIVE.pop()
+    stand_in(monkeypatch, broken, "reference")
+    with pytest.raises(AssertionError):
+        check.run(broken, CPU, SIZES)
 
 
-@pytest.mark.usefixtures("reference_by_name")
 def test_checks_see_codes_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, REFERENCE, "reference")
     (check,) = (check for check in CHECKS if check.name == "host offload")
     monkeypatch.setattr(Fetched, "give_back", lambda self: None)
     with pytest.raises(AssertionError, match="offload"):
