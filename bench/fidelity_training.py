@@ -32,6 +32,7 @@ from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
 from lowbit_muon.linalg.coefficients import resolve_coefficients
+from lowbit_muon.state.stored import orient
 from lowbit_muon.step.update import Batch, MuonRule, update
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 from lowbit_muon.tools.finetune.training import FinetuneRun
@@ -84,7 +85,7 @@ class Watched:
 
     def errors(self) -> dict[str, dict[str, float]]:
         """The four figures of each format."""
-        exact, step = self.stored[EXACT].dequantize(), self.updates[EXACT]
+        exact, step = orient(self.stored[EXACT].dequantize()), self.updates[EXACT]
         direction = orthogonalize(exact)
         found = {}
         for name, state_format in FORMATS.items():
