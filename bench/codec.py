@@ -23,9 +23,9 @@ from torch import Tensor
 
 from bench.harness import Record, Run, add_options, runs
 from bench.machine_peaks import FROM_MEMORY, IN_L2, roofs
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.cpu.adapter import CpuBackend
-from lowbit_muon.backends.reference import ReferenceBackend
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
 from lowbit_muon.tools.benchmark.gates import GateError, Passed, allowed_stored_error, expect_close
@@ -50,12 +50,12 @@ def encode(backend: CpuBackend, x: Tensor, name: str) -> PackedCodes:
 
 def check(backend: CpuBackend, x: Tensor, name: str) -> Passed:
     """The decoded matrix beside x; raises GateError unless codes are those of the reference."""
-    reference = ReferenceBackend()
+    reference = Backend()
     codes = encode(backend, x, name)
     expected = reference.encode(x, codes.scales, codes.codebook, codes.layout)
     found, wanted = torch.empty_like(x), torch.empty_like(x)
-    backend.accumulate(found, codes=codes)
-    reference.accumulate(wanted, codes=codes)
+    backend.accumulate(found, Terms(codes=codes))
+    reference.accumulate(wanted, Terms(codes=codes))
     if not torch.equal(codes.packed, expected) or not torch.equal(found, wanted):
         raise GateError(f"codes of {name} differ from the reference")
     return expect_close("decoded matrix", found, x, allowed_stored_error(PRESETS[name]))
@@ -86,7 +86,7 @@ def prepare_codec(matrices: list[Tensor], name: str, operation: str, roof: str) 
             )
         elif operation == "dequantize":
             buffer = x.clone()
-            calls.append(lambda: backend.accumulate(buffer, codes=codes))
+            calls.append(lambda: backend.accumulate(buffer, Terms(codes=codes)))
         else:
             source = torch.ones(moved // 2, dtype=torch.uint8)
             target = source.clone()

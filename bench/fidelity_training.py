@@ -15,12 +15,13 @@ averaged over the matrices after the last step:
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,9 +31,9 @@ from bench.harness import write_json
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
-from lowbit_muon.state.momentum_state import update_momentum
-from lowbit_muon.state.rows import RowSource
+from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.stored import orient
+from lowbit_muon.step.update import Batch, MuonRule, update
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 from lowbit_muon.tools.finetune.training import FinetuneRun
 
@@ -44,7 +45,18 @@ FORMATS = {
     MUONQ_TORCH_MOMENTUM.name: MUONQ_TORCH_MOMENTUM,
     **{name: PRESETS[name] for name in ("nf4", "linear8", "mulaw8")},
 }
-DECAY = 0.95
+# With lr -1 a step adds the update to weights of zeros.
+RULE = MuonRule(
+    lr=-1.0,
+    weight_decay=0.0,
+    momentum=0.95,
+    nesterov=True,
+    coefficients=resolve_coefficients("muon", 5),
+    eps=1e-7,
+    adjust_lr_fn=None,
+    ns_input="exact",
+    ns_dtype="float32",
+)
 
 
 class Watched:
@@ -57,34 +69,27 @@ class Watched:
             name: QuantizedMatrix.zeros(shape, state_format, seed=0, device=parameter.device)
             for name, state_format in {EXACT: PRESETS[EXACT], **FORMATS}.items()
         }
-        self.inputs: dict[str, Tensor] = {}
+        self.updates: dict[str, Tensor] = {}
 
     def update(self) -> None:
-        """One momentum step in every format, from the parameter's gradient."""
-        assert self.parameter.grad is not None
-        backend = get_backend("auto", self.parameter.device)
+        """One step in every format, from the parameter's gradient; the parameter is kept."""
+        grad = self.parameter.grad
+        assert grad is not None
+        backend = get_backend("auto", grad.device)
         for name, momentum in self.stored.items():
-            update_momentum(
-                momentum,
-                self.parameter.grad,
-                decay=DECAY,
-                # As MuonQ is published, with its own normalisation and without Nesterov.
-                nesterov=name != BASELINE,
-                backend=backend,
-                use=functools.partial(self._note, name),
-            )
-
-    def _note(self, name: str, x: RowSource, norm: float, scale: float) -> None:
-        self.inputs[name] = x.dense()
+            found = torch.zeros_like(grad, dtype=torch.float32)
+            # As MuonQ is published, with its own normalisation and without Nesterov.
+            rule = dataclasses.replace(RULE, nesterov=name != BASELINE)
+            update(Batch([found], [grad], [momentum], [None]), rule, backend)
+            self.updates[name] = found
 
     def errors(self) -> dict[str, dict[str, float]]:
         """The four figures of each format."""
-        exact = orient(self.stored[EXACT].dequantize())
-        direction, step = orthogonalize(exact), orthogonalize(self.inputs[EXACT])
+        exact, step = orient(self.stored[EXACT].dequantize()), self.updates[EXACT]
+        direction = orthogonalize(exact)
         found = {}
         for name, state_format in FORMATS.items():
-            once = orient(quantize(exact, state_format).dequantize())
-            closed = orthogonalize(self.inputs[name])
+            once, closed = quantize(exact, state_format).dequantize(), self.updates[name]
             found[name] = {
                 "momentum": relative_error(once, exact),
                 "update": relative_error(orthogonalize(once), direction),

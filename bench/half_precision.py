@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.linalg.half_precision import orthogonalize_batch, standard_form
-from lowbit_muon.linalg.newton_schulz import (
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.linalg.coefficients import (
     NS_COEFFICIENTS,
     composed_polynomial,
     resolve_coefficients,
 )
+from lowbit_muon.linalg.newton_schulz import orthogonalize_half, standard_form
 
 SHAPE, STEPS = (128, 192), 5
 
@@ -47,18 +47,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     u, _ = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(n, m, generator=generator, dtype=torch.float64))
-    backend = DeviceReferenceBackend()
+    backend = Backend()
     for name in NS_COEFFICIENTS:
         coefficients = resolve_coefficients(name, STEPS)
         for dtype in (torch.float16, torch.bfloat16):
             for kind, s in spectra().items():
                 exact = u * (s * composed_polynomial(s.square(), coefficients)) @ v.mT
                 x = (u * s @ v.mT / unit).to(dtype)[None]
-                gram = orthogonalize_batch(x, torch.ones(1), coefficients, backend, unit=unit)
-                standard = torch.empty_like(x)
-                standard_form(
-                    x, coefficients, backend, unit=unit, out=standard, active=torch.tensor([True])
-                )
+                gram = orthogonalize_half(x, torch.ones(1), coefficients, backend, unit=unit)
+                standard = standard_form(x, coefficients, backend, unit=unit)
                 errors = (
                     f"{float((found[0].double() - exact).norm() / exact.norm()):.1e}"
                     for found in (gram, standard)

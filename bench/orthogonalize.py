@@ -6,8 +6,8 @@ For each shape the error against float64 comes first: a method whose error excee
 torch.optim.Muon's bfloat16 function, the peer, is an error and not timed. gram-newton-schulz from
 PyPI (float16, a restart after two steps, torch's products) is another peer, where it is installed.
 Fractions count the operations a method does, triangles where it computes one (`operations`); eigh
-has no such count. `newton_schulz` and `products` in `lowbit_muon.linalg` take their thresholds from
-the results in bench/results/orthogonalize.json. Where other programs keep the cores busy set
+has no such count. `lowbit_muon.linalg.newton_schulz.takes_gram_form` has its thresholds from the
+results in bench/results/orthogonalize.json. Where other programs keep the cores busy set
 OMP_WAIT_POLICY=passive, or threads that wait in a loop for one that is not running distort what is
 measured.
 """
@@ -31,19 +31,16 @@ from bench.harness import (
     with_work,
 )
 from bench.machine_peaks import BF16_PRODUCT, best_isa, roofs
-from lowbit_muon.linalg.newton_schulz import (
-    NS_COEFFICIENTS,
-    choose_method,
-    gram,
-    orthogonalize,
-    resolve_coefficients,
-)
+from lowbit_muon.backends import get_backend
+from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS, resolve_coefficients
+from lowbit_muon.linalg.newton_schulz import orthogonalize, takes_gram_form
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
 from lowbit_muon.tools.benchmark.gates import GateError, Passed, expect_close
 from lowbit_muon.tools.benchmark.measure import measure_cases
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 STEPS, EPS = 5, 1e-7
+BACKEND = get_backend("auto", torch.device("cpu"))
 BASELINE, PEER, PACKAGE = "plain fp32", "torch.optim.Muon", "gram-newton-schulz fp16"
 PRODUCT = "X Xᵀ: torch.mm"
 METHODS = ("newton_schulz", "gram", "eigh", "auto")
@@ -82,7 +79,8 @@ def operations(method: str, m: int, n: int) -> float | None:
     """What a method multiplies and adds for [m, n], m <= n; None where that is not counted."""
     coefficients = resolve_coefficients("muon", STEPS)
     if method == "auto":
-        method = choose_method((m, n), coefficients, torch.float32)
+        gram_form = takes_gram_form((m, n), coefficients, torch.float32, BACKEND)
+        method = "gram" if gram_form else "newton_schulz"
     if method == "plain":
         return STEPS * (2 * product_operations(m, n, m) + product_operations(m, m, m))
     gram_matrix, square = symmetric_operations(m, n), symmetric_operations(m, m)
@@ -141,11 +139,11 @@ class Shape:
         """X X^T both ways."""
         m, n, x = self.m, self.n, self.x
         square = torch.empty(m, m)
+        gram = partial(BACKEND.symmetric_product, x, out=square)
 
         def ours() -> Prepared:
             exact = x.double() @ x.double().mT
-            passed = expect_close("gram", gram(x, out=square), exact, PRODUCT_ERROR)
-            return Prepared(lambda: gram(x, out=square), passed)
+            return Prepared(gram, expect_close("gram", gram(), exact, PRODUCT_ERROR))
 
         theirs = partial(Prepared, lambda: torch.mm(x, x.mT, out=square))
         peak = f"fp32 {best_isa()}"

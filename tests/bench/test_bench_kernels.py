@@ -21,6 +21,7 @@ if cpu.unavailable_reason() is not None:
     pytest.skip(str(cpu.unavailable_reason()), allow_module_level=True)
 
 from bench import codec, harness, lut_gemm, machine_peaks, orthogonalize, report, sweep
+from lowbit_muon.backends.codes import Terms
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.tools.benchmark import measure as measure_module
@@ -244,10 +245,10 @@ def test_codes_that_differ_from_the_reference_are_not_timed(
         assert codec.check(CpuBackend(), x, name).error < 0.6
     accumulate = CpuBackend.accumulate
 
-    def spoiled(self: CpuBackend, buffer: Any, **options: Any) -> float:
-        total = accumulate(self, buffer, **options)
+    def spoiled(self: CpuBackend, buffer: torch.Tensor, terms: Terms) -> torch.Tensor:
+        squares = accumulate(self, buffer, terms)
         buffer[0, 0] += 1
-        return total
+        return squares
 
     monkeypatch.setattr(CpuBackend, "accumulate", spoiled)
     with pytest.raises(GateError, match="codes of spectral4 differ from the reference"):
