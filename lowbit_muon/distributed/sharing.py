@@ -18,7 +18,7 @@ from lowbit_muon.distributed.agreement import (
     gather_objects,
     usable_gradients,
 )
-from lowbit_muon.distributed.exchange import Exchange, Unit, UpdateDtype, step_in_rounds
+from lowbit_muon.distributed.exchange import Exchange, Unit, step_in_rounds
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.momentum_state import NonFiniteGradientError
@@ -40,6 +40,7 @@ from lowbit_muon.state.placement import (
 from lowbit_muon.state.rounding import Compensation, StochasticRounding
 from lowbit_muon.state.stored import orient
 from lowbit_muon.step.group_step import GroupStep, count_skipped, rounding_seed, seed_of_step
+from lowbit_muon.step.options import OPTIONS, UpdateDtype
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -48,12 +49,6 @@ States = MutableMapping[Tensor, State]  # of parameters
 # Elements that a process computes between two exchanges: 16 MiB of float32, so that what is on its
 # way is small beside a model, and an exchange large beside its latency.
 ROUND_ELEMENTS = 2**22
-# Options that all processes need to have alike; learning rates may come from a scheduler.
-_AGREED_OPTIONS = (
-    "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "state_format",
-    "ns_input", "ns_dtype", "stochastic_rounding", "compensation", "nonfinite", "batch_experts",
-    "row_splits", "seed", "weight_decay",
-)  # fmt: skip
 
 
 class SharedParameters(abc.ABC):
@@ -87,8 +82,8 @@ class SharedParameters(abc.ABC):
 
     def _check(self, group: Group) -> None:
         """Raise ValueError on all processes for what any of them cannot do."""
-        options = {name: group[name] for name in _AGREED_OPTIONS}
-        options["update_dtype"] = self.exchange.update_dtype
+        values = {**group, "update_dtype": self.exchange.update_dtype}
+        options = {option.name: values[option.name] for option in OPTIONS if option.agreed}
         descriptions = [
             {"name": name, "size": tuple(param.shape), "dtype": param.dtype, **options}
             for name, param in zip(self.names, self.params, strict=True)

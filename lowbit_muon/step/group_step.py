@@ -26,9 +26,7 @@ from lowbit_muon.state.parameter import MatrixView, flatten
 from lowbit_muon.state.rounding import Compensation, StochasticRounding
 from lowbit_muon.state.rows import RowSource
 from lowbit_muon.state.stored import QuantizedMatrix, orient
-
-AdjustLr = Literal["original", "match_rms_adamw"]
-NsDtype = Literal["auto", "float32", "float16", "bfloat16"]
+from lowbit_muon.step.options import AdjustLr, NsDtype
 
 
 @dataclass(frozen=True)
