@@ -241,7 +241,7 @@ def step_on_paper(
         optimizer.step()  # creates the state
         ledger.work.clear()
         with _TorchOperations(ledger), torch.no_grad():
-            optimizer._step_group(optimizer.param_groups[0])
+            optimizer._step_parameters(optimizer.param_groups[0], range(count))
     return ledger
 
 

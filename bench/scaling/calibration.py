@@ -34,9 +34,9 @@ from bench.scaling.designs import (
 )
 from bench.scaling.models import Stack
 from lowbit_muon import Muon
-from lowbit_muon.distributed.exchange import UpdateDtype
 from lowbit_muon.distributed.ownership import assign_owners, cost
 from lowbit_muon.distributed.sharing import ReplicatedParameters, ShardedParameters
+from lowbit_muon.step.options import UpdateDtype
 
 UPDATE_DTYPES: tuple[UpdateDtype, ...] = ("float32", "bfloat16", "int8")
 _SECONDS = 300  # that processes wait for each other on a busy machine

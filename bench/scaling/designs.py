@@ -34,10 +34,11 @@ import torch
 from bench.gpu.roofline import step_on_paper, torch_step_on_paper
 from bench.scaling.models import Model, Stack
 from lowbit_muon import PRESETS, QuantizedMatrix
-from lowbit_muon.distributed.exchange import Unit, UpdateDtype, bytes_of_step, packed_bytes
+from lowbit_muon.distributed.exchange import Unit, bytes_of_step, packed_bytes
 from lowbit_muon.distributed.ownership import assign_owners, cost
 from lowbit_muon.distributed.sharing import _only_holder
 from lowbit_muon.state.placement import Piece
+from lowbit_muon.step.options import UpdateDtype
 
 Shape = tuple[int, int]
 Counts = Any  # numpy, int64 [processes]

@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
-from lowbit_muon.optimizers.muon_adamw import AuxAdam
+from lowbit_muon.step.options import AuxAdam
 from lowbit_muon.tools.finetune.settings import ADAMW_METHODS
 
 BASELINE = "fp32"

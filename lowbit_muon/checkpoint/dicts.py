@@ -8,7 +8,7 @@ the state of one parameter. These load:
   Moonlight's Muon: `momentum_buffer`, M <- momentum*M + G; one group for Muon and AdamW.
 
 Learning rate, momentum and the like come from the loaded groups, as in torch; what says how this
-optimizer works (`_KEPT_OPTIONS`) stays as it was constructed.
+optimizer works (`Option.load`) stays as it was constructed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit_muon.backends.tensors import accumulation_dtype, holds_values
 from lowbit_muon.formats.state_format import FORMAT_VERSION
+from lowbit_muon.step.options import AUX_OPTIONS, OPTIONS, SCHEDULER_KEYS
 
 Group = dict[str, Any]
 State = dict[str, Any]
 StateDict = dict[str, Any]
 
 VERSION_KEY = "format_version"
-LAYOUT_OPTIONS = ("state_format", "batch_experts", "row_splits")
-_KEPT_OPTIONS = (
-    *LAYOUT_OPTIONS, "ns_input", "ns_dtype", "stochastic_rounding", "compensation", "backend",
-    "nonfinite", "seed", "offload", "use_muon", "aux_adam",
-)  # fmt: skip
+# What stays as the optimizer was constructed.
+_KEPT = {
+    *(option.name for option in (*OPTIONS, *AUX_OPTIONS) if option.load != "saved"),
+    "use_muon", VERSION_KEY,
+}  # fmt: skip
 _LARGEST_COUNT = 2**63  # counts are int64 on devices
-# What torch's learning rate schedulers keep in a group.
-_SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 
 
 @dataclass(frozen=True)
@@ -252,11 +251,9 @@ def _merged_group(group: Group, saved_group: Group, convention: str) -> Group:
         if not uses_muon:
             saved |= {"betas": saved.get("adamw_betas"), "eps": saved.get("adamw_eps")}
     if convention != "ours":
-        known = {*group, *_SCHEDULER_KEYS}
+        known = {*group, *SCHEDULER_KEYS}
         saved = {name: value for name, value in saved.items() if name in known}
-    for name in (*_KEPT_OPTIONS, VERSION_KEY):
-        saved.pop(name, None)
-    return {**group, **saved}
+    return {**group, **{name: value for name, value in saved.items() if name not in _KEPT}}
 
 
 def _keys_by_parameter(

@@ -11,7 +11,6 @@ from torch import Tensor
 from lowbit_muon.backends.packing import unpack
 from lowbit_muon.backends.tensors import accumulation_dtype, check_tensor, holds_values
 from lowbit_muon.checkpoint.dicts import (
-    LAYOUT_OPTIONS,
     Group,
     SavedState,
     State,
@@ -38,11 +37,8 @@ from lowbit_muon.state.parameter import (
 from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import QuantizedMatrix
 from lowbit_muon.state.update_error import rotated_sample
+from lowbit_muon.step.options import LAYOUT_OPTIONS, OPTIONS
 
-_TORCH_MUON_KEYS = (
-    "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps",
-    "adjust_lr_fn",
-)  # fmt: skip
 # Of a state of ours: a step keeps norms below LARGEST_NORM, and codes may decode to somewhat more.
 _LARGEST_OWN = 1e35
 
@@ -159,7 +155,7 @@ def torch_muon_group(group: Group) -> Group:
             "ns_coefficients: expected one triple (a, b, c), which is all that torch.optim.Muon "
             f"takes, got {coefficients!r}"
         )
-    return {name: group[name] for name in _TORCH_MUON_KEYS}
+    return {option.name: group[option.name] for option in OPTIONS if option.load == "saved"}
 
 
 def export_momentum(param: Tensor, group: Group, state: State) -> State:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from lowbit_muon.distributed.agreement import exchanging
 from lowbit_muon.state.placement import Piece
+from lowbit_muon.step.options import UpdateDtype
 
-UpdateDtype = Literal["float32", "bfloat16", "int8"]
 _INT8_MAX = 127
 
 

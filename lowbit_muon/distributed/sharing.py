@@ -19,7 +19,7 @@ from lowbit_muon.distributed.agreement import (
     gather_objects,
     usable_gradients,
 )
-from lowbit_muon.distributed.exchange import Exchange, Unit, UpdateDtype, step_in_rounds
+from lowbit_muon.distributed.exchange import Exchange, Unit, step_in_rounds
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.gradients import NonFiniteGradientError, count_skipped
@@ -47,6 +47,7 @@ from lowbit_muon.state.rounding import (
 )
 from lowbit_muon.state.stored import orient
 from lowbit_muon.step.batches import step_parameters
+from lowbit_muon.step.options import OPTIONS, UpdateDtype
 from lowbit_muon.step.update import MuonRule
 
 Group = dict[str, Any]
@@ -56,12 +57,6 @@ States = MutableMapping[Tensor, State]  # of parameters
 # Elements that a process computes between two exchanges: 16 MiB of float32, so that what is on its
 # way is small beside a model, and an exchange large beside its latency.
 ROUND_ELEMENTS = 2**22
-# Options that all processes need to have alike; learning rates may come from a scheduler.
-_AGREED_OPTIONS = (
-    "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "state_format",
-    "ns_input", "ns_dtype", "stochastic_rounding", "compensation", "nonfinite", "batch_experts",
-    "row_splits", "seed", "weight_decay",
-)  # fmt: skip
 
 
 class SharedParameters(abc.ABC):
@@ -95,8 +90,8 @@ class SharedParameters(abc.ABC):
 
     def _check(self, group: Group) -> None:
         """Raise ValueError on all processes for what any of them cannot do."""
-        options = {name: group[name] for name in _AGREED_OPTIONS}
-        options["update_dtype"] = self.exchange.update_dtype
+        values = {**group, "update_dtype": self.exchange.update_dtype}
+        options = {option.name: values[option.name] for option in OPTIONS if option.agreed}
         descriptions = [
             {"name": name, "size": tuple(param.shape), "dtype": param.dtype, **options}
             for name, param in zip(self.names, self.params, strict=True)

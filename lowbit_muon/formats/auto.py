@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,11 +82,33 @@ class AutoFormat:
         return cls(values["target_error"], candidates, values["recheck_every"])
 
 
-def resolve_format_option(value: str | StateFormat | AutoFormat) -> StateFormat | AutoFormat:
-    """What the option `state_format` of an optimizer means.
+def resolve_format_option(
+    value: str | StateFormat | AutoFormat | Mapping[str, Any],
+) -> StateFormat | AutoFormat:
+    """What the option `state_format` of an optimizer means; a mapping is what `to_dict` made.
 
-    Raises ValueError for an unknown name and TypeError for anything that is no format.
+    Raises ValueError for an unknown name or a bad field and TypeError for anything that is no
+    format.
     """
+    if isinstance(value, Mapping):
+        try:
+            text = json.dumps(value)
+        except (TypeError, ValueError):  # not plain: finds out which field
+            return _from_dict(value)
+        return _from_text(text)
     if value == "auto":
         return AutoFormat()
     return value if isinstance(value, AutoFormat) else resolve_format(value)
+
+
+@functools.lru_cache(maxsize=256)
+def _from_text(text: str) -> StateFormat | AutoFormat:
+    """Optimizers keep formats as plain dicts, and ask for them several times a parameter and step.
+
+    The text tells 1, 1.0 and True apart, which are one and the same as keys of a dict.
+    """
+    return _from_dict(json.loads(text))
+
+
+def _from_dict(values: Mapping[str, Any]) -> StateFormat | AutoFormat:
+    return (AutoFormat if "candidates" in values else StateFormat).from_dict(values)

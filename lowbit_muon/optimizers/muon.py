@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from lowbit_muon.checkpoint.momentum import (
     torch_muon_group,
 )
 from lowbit_muon.distributed.agreement import is_usable_everywhere, place_gradients
-from lowbit_muon.distributed.exchange import UpdateDtype
 from lowbit_muon.distributed.sharing import ReplicatedParameters, Shared, Sharing
 from lowbit_muon.distributed.state_dicts import gathered, own_state, spread_states
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.linalg.coefficients import Coefficients
 from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
 from lowbit_muon.state.format_choice import revise_format
 from lowbit_muon.state.gradients import NonFiniteGradientError, describe, is_usable, refuse_gradient
@@ -45,15 +45,22 @@ from lowbit_muon.state.parameter import (
 )
 from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
 from lowbit_muon.step.batches import host_counters, step_parameters
-from lowbit_muon.step.options import AdjustLr, NsDtype, check_group
+from lowbit_muon.step.options import (
+    DEFAULT_COEFFICIENTS,
+    DEFAULT_EPS,
+    OPTIONS,
+    AdjustLr,
+    NonFinite,
+    NsDtype,
+    NsInput,
+    UpdateDtype,
+    check_keys,
+    check_values,
+)
 from lowbit_muon.step.update import MuonRule, check_ns_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# KellerJordan/Muon, muon.py; the defaults of torch.optim.Muon.
-DEFAULT_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-DEFAULT_EPS = 1e-7
 
 
 def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +141,10 @@ class Muon(Optimizer):
         update_dtype: of updates on their way to the parts of DTensors: "float32", "bfloat16" or
             "int8", with a scale for each row.
 
-    A group may override any of these. `state_bytes()` counts what the state really takes.
+    A group may set any of these but `process_group` and `update_dtype`. Its other keys stay where
+    they are, with one warning for each; a key that is close to an option's name, or is an option of
+    another library that would change the update, is refused. `state_bytes()` counts what the state
+    really takes.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -147,20 +157,18 @@ class Muon(Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] | Sequence[Sequence[float]] | str = (
-            DEFAULT_COEFFICIENTS
-        ),
+        ns_coefficients: Coefficients = DEFAULT_COEFFICIENTS,
         eps: float = DEFAULT_EPS,
         ns_steps: int = 5,
         adjust_lr_fn: AdjustLr | None = None,
         *,
         state_format: str | StateFormat | AutoFormat = "spectral4",
-        ns_input: Literal["exact", "stored"] = "exact",
+        ns_input: NsInput = "exact",
         ns_dtype: NsDtype = "auto",
         stochastic_rounding: bool = False,
         compensation: bool = False,
         backend: str = "auto",
-        nonfinite: Literal["skip", "raise"] = "skip",
+        nonfinite: NonFinite = "skip",
         batch_experts: bool = False,
         row_splits: Sequence[int] | None = None,
         seed: int = 0,
@@ -168,58 +176,37 @@ class Muon(Optimizer):
         process_group: ProcessGroup | None = None,
         update_dtype: UpdateDtype = "float32",
     ) -> None:
-        if update_dtype not in ("float32", "bfloat16", "int8"):
-            raise ValueError(
-                f"update_dtype: expected 'float32', 'bfloat16' or 'int8', got {update_dtype!r}"
-            )
+        given = dict(locals())  # the arguments: one for each row of the table
+        check_values(OPTIONS, given)
         self._sharing = Sharing(process_group, update_dtype)
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "state_format": state_format,
-            "ns_input": ns_input,
-            "ns_dtype": ns_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "compensation": compensation,
-            "backend": backend,
-            "nonfinite": nonfinite,
-            "batch_experts": batch_experts,
-            "row_splits": row_splits,
-            "seed": seed,
-            "offload": offload,
-        }
-        check_group(defaults)
+        defaults = {option.name: given[option.name] for option in OPTIONS if option.in_group}
         defaults["state_format"] = resolve_group_format(defaults).to_dict()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
-        Raises ValueError or TypeError, with nothing added, for a bad option or a parameter with
-        fewer than two dimensions.
+        The dict is copied. Raises ValueError or TypeError, with nothing added, for a bad option, a
+        key that is taken for one, or a parameter with fewer than two dimensions.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
+        check_keys(OPTIONS, param_group)
         group = {**self.defaults, **param_group}
-        check_group(group)
-        if "state_format" in param_group:
-            # Plain values only, so that a state_dict loads under weights_only=True.
-            param_group["state_format"] = resolve_group_format(group).to_dict()
-        super().add_param_group(param_group)
+        check_values(OPTIONS, group)
+        # Plain values only, so that a state_dict loads under weights_only=True.
+        group["state_format"] = resolve_group_format(group).to_dict()
+        super().add_param_group(group)
         try:
-            for param in self.param_groups[-1]["params"]:
-                matrix_views(stand_in(param), self.param_groups[-1])
-                check_memory(param, self.param_groups[-1])
+            for param in group["params"]:
+                matrix_views(stand_in(param), group)
+                check_memory(param, group)
                 if group["stochastic_rounding"] and param.dtype == torch.float16:
                     raise ValueError(
                         "stochastic_rounding: expected bfloat16 (or float32) parameters, got "
                         f"float16 of size {tuple(param.shape)}"
                     )
-        except (TypeError, ValueError):
+        except Exception:
             del self.param_groups[-1]
             raise
 
@@ -385,7 +372,7 @@ class Muon(Optimizer):
         return checkpoint.export(self)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_group(group)
+        check_values(OPTIONS, group)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState

@@ -8,39 +8,34 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit_muon.backends.tensors import is_real_number
 from lowbit_muon.checkpoint.adam import convert_adam, read_moments
 from lowbit_muon.checkpoint.dicts import SavedState
 from lowbit_muon.distributed.agreement import on_every_part
-from lowbit_muon.distributed.exchange import UpdateDtype
 from lowbit_muon.distributed.state_dicts import cut_like, gathered
-from lowbit_muon.formats.auto import AutoFormat
-from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.optimizers.muon import DEFAULT_COEFFICIENTS, Muon
+from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import count_skipped
 from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
-from lowbit_muon.step.options import AdjustLr, NsDtype
+from lowbit_muon.step.options import (
+    AUX_DEFAULTS,
+    AUX_OPTIONS,
+    AuxAdam,
+    MuonOptions,
+    check_keys,
+    check_values,
+)
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-AuxAdam = Literal["auto", "adamw", "adamw8bit"]
+    from typing_extensions import Unpack
 
 # KellerJordan/Muon, muon.py, MuonWithAuxAdam.
 MUON_DEFAULTS: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
-AUX_DEFAULTS: dict[str, Any] = {
-    "lr": 3e-4,
-    "betas": (0.9, 0.95),
-    "eps": 1e-10,
-    "weight_decay": 0.0,
-}
 _8BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_FLOAT16 = 2.0**-24
 _PROBE_ELEMENTS = 4096  # the smallest tensor whose state bitsandbytes keeps in 8 bits
@@ -56,16 +51,17 @@ class MuonWithAuxAdam(Muon):
     of three dimensions are flattened like convolutions unless the group says `batch_experts`.
 
     Args:
-        param_groups: groups as above. A group with `use_muon` may also set any option of `Muon`,
-            the others `nonfinite` and `aux_adam`. The dicts are copied.
+        param_groups: groups as above. A group with `use_muon` may also set any option that a group
+            of `Muon` may, the others `nonfinite` and `aux_adam`; other keys are treated as there.
+            The dicts are copied.
         aux_adam: "adamw8bit": bitsandbytes' AdamW8bit, about 2 bytes an element (it keeps tensors
             of fewer than 4096 elements in float32, 8 bytes); "adamw": torch.optim.AdamW; "auto":
             8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
             else torch.optim.AdamW, with one warning that says why. For float16 parameters
             torch.optim.AdamW has an eps of 6e-8 at least, since a smaller one is zero there.
         nesterov, ns_coefficients, ns_steps, adjust_lr_fn, state_format, ns_input, ns_dtype,
-            stochastic_rounding, compensation, backend, seed, offload: as for `Muon`, for the groups
-            that do not set them.
+            stochastic_rounding, compensation, backend, batch_experts, row_splits, seed, offload: as
+            for `Muon`, for the groups that do not set them.
         process_group, update_dtype: as for `Muon`; AdamW's state is not shared.
         nonfinite: as for `Muon`, for both kinds of parameters.
 
@@ -78,47 +74,19 @@ class MuonWithAuxAdam(Muon):
         self,
         param_groups: Iterable[dict[str, Any]],
         *,
-        nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] | Sequence[Sequence[float]] | str = (
-            DEFAULT_COEFFICIENTS
-        ),
-        ns_steps: int = 5,
-        adjust_lr_fn: AdjustLr | None = None,
-        state_format: str | StateFormat | AutoFormat = "spectral4",
         aux_adam: AuxAdam = "auto",
-        ns_input: Literal["exact", "stored"] = "exact",
-        ns_dtype: NsDtype = "auto",
-        stochastic_rounding: bool = False,
-        compensation: bool = False,
-        backend: str = "auto",
-        nonfinite: Literal["skip", "raise"] = "skip",
-        seed: int = 0,
-        offload: bool = False,
-        process_group: ProcessGroup | None = None,
-        update_dtype: UpdateDtype = "float32",
+        **options: Unpack[MuonOptions],
     ) -> None:
-        _check_kind(aux_adam)
+        check_values(AUX_OPTIONS, {"aux_adam": aux_adam})
+        for name in options.keys() - MuonOptions.__annotations__.keys():
+            raise TypeError(
+                f"{name}: expected an option of all groups "
+                f"({', '.join(('aux_adam', *MuonOptions.__annotations__))}); "
+                "lr, weight_decay, eps, momentum and betas are set in the groups"
+            )
         self.aux_adam = aux_adam
         self._engines: dict[str, Optimizer] = {}
-        super().__init__(
-            param_groups,
-            **MUON_DEFAULTS,
-            nesterov=nesterov,
-            ns_coefficients=ns_coefficients,
-            ns_steps=ns_steps,
-            adjust_lr_fn=adjust_lr_fn,
-            state_format=state_format,
-            ns_input=ns_input,
-            ns_dtype=ns_dtype,
-            stochastic_rounding=stochastic_rounding,
-            compensation=compensation,
-            backend=backend,
-            nonfinite=nonfinite,
-            seed=seed,
-            offload=offload,
-            process_group=process_group,
-            update_dtype=update_dtype,
-        )
+        super().__init__(param_groups, **MUON_DEFAULTS, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "aux_adam": self.aux_adam}
@@ -139,18 +107,19 @@ class MuonWithAuxAdam(Muon):
                 f"them from a model), got use_muon={uses_muon!r}"
             )
         if uses_muon:
-            super().add_param_group(dict(param_group))
+            super().add_param_group(param_group)
             return
+        check_keys(AUX_OPTIONS, param_group)
         own = {"nonfinite": self.defaults["nonfinite"], "aux_adam": self.aux_adam}
         group = {**AUX_DEFAULTS, **own, **param_group}
-        check_aux_group(group)
+        check_values(AUX_OPTIONS, group)
         options = set(group)
         Optimizer.add_param_group(self, group)
         for name in set(group) - options - {"param_names"}:
             del group[name]  # torch fills in the defaults, which are those of Muon's groups
         try:
             group["aux_adam"] = _resolve_kind(group["aux_adam"], group["params"])
-        except (RuntimeError, ValueError):
+        except Exception:
             del self.param_groups[-1]
             raise
 
@@ -239,7 +208,7 @@ class MuonWithAuxAdam(Muon):
         if group["use_muon"]:
             super()._check_group(group)
         else:
-            check_aux_group(group)
+            check_values(AUX_OPTIONS, group)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: SavedState
@@ -251,7 +220,8 @@ class MuonWithAuxAdam(Muon):
         return cut_like(param, convert_adam(whole, saved, self._fresh_state(whole, group)))
 
     def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        names = MUON_DEFAULTS if group["use_muon"] else AUX_DEFAULTS
+        aux = [option.name for option in AUX_OPTIONS if option.load == "saved"]
+        names = MUON_DEFAULTS if group["use_muon"] else aux
         return {name: group[name] for name in (*names, "use_muon")}
 
     def _export_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -263,33 +233,6 @@ class MuonWithAuxAdam(Muon):
             "exp_avg": moments.first.clone(),
             "exp_avg_sq": moments.second.clone(),
         }
-
-
-def check_aux_group(group: dict[str, Any]) -> None:
-    """Raise ValueError naming the first bad option of an AdamW group."""
-
-    def expect(condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name}: expected {expected}, got {group[name]!r}")
-
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        expect(is_real_number(value) and float(value) >= 0, name, "a number >= 0")
-    betas = group["betas"]
-    expect(
-        isinstance(betas, (tuple, list))
-        and len(betas) == 2
-        and all(is_real_number(beta) and 0 <= float(beta) < 1 for beta in betas),
-        "betas",
-        "two numbers in [0, 1)",
-    )
-    expect(group["nonfinite"] in ("skip", "raise"), "nonfinite", "'skip' or 'raise'")
-    _check_kind(group["aux_adam"])
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in ("auto", "adamw", "adamw8bit"):
-        raise ValueError(f"aux_adam: expected 'auto', 'adamw' or 'adamw8bit', got {kind!r}")
 
 
 def _resolve_kind(kind: AuxAdam, params: Sequence[Tensor]) -> str:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.optimizers.muon import Muon
-from lowbit_muon.step.options import AdjustLr, check_group
+from lowbit_muon.step.options import GROUP_DEFAULTS, OPTIONS, AdjustLr, check_values
 
 Group = dict[str, Any]
 Override = str | StateFormat | AutoFormat | Mapping[str, Any]
 Overrides = Mapping[str, Override] | Callable[[str, Tensor], Override | None]
 
 # What an override may set; how a parameter is cut into matrices follows from the model.
-_MUON_OPTIONS = set(inspect.signature(Muon.__init__).parameters) - {
-    "self",
-    "params",
-    "batch_experts",
-    "row_splits",
-}
+_MUON_OPTIONS = set(GROUP_DEFAULTS) - {"batch_experts", "row_splits"}
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm
@@ -270,7 +262,7 @@ def _muon_options(name: str, value: Override) -> Group:
             f"got {', '.join(sorted(unknown))}"
         )
     try:
-        check_group({**Muon([torch.zeros(1, 1)]).defaults, **value})
+        check_values(OPTIONS, {**GROUP_DEFAULTS, **value})
     except (TypeError, ValueError) as error:
         raise type(error)(f"overrides[{name!r}]: {error}") from None
     return dict(value)

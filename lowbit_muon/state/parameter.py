@@ -116,10 +116,7 @@ def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[s
 
 def resolve_group_format(group: dict[str, Any]) -> StateFormat | AutoFormat:
     """The format of a group, which may be a name, an object or its plain dict."""
-    value = group["state_format"]
-    if not isinstance(value, dict):
-        return resolve_format_option(value)
-    return (AutoFormat if "candidates" in value else StateFormat).from_dict(value)
+    return resolve_format_option(group["state_format"])
 
 
 def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFormat:
@@ -131,9 +128,10 @@ def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFor
     if isinstance(found, StateFormat):
         return found
     chosen = state.get("state_format")
-    if not isinstance(chosen, Mapping):
+    resolved = resolve_format_option(chosen) if isinstance(chosen, Mapping) else None
+    if not isinstance(resolved, StateFormat):
         raise ValueError(f"state_format: expected what was chosen for the parameter, got {chosen}")
-    return StateFormat.from_dict(chosen)
+    return resolved
 
 
 def assemble(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from cuda_emulation import COMPILER, GIVEN_LIBRARY, backend, forwards, library
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
 from test_code_products import random_codes
 from test_cpu_backend import (
     GRAD_TYPES,

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from lowbit_muon import orthogonalize
-from lowbit_muon.distributed.exchange import (
-    UpdateDtype,
-    pack,
-    packed_bytes,
-    unpack,
-)
+from lowbit_muon.distributed.exchange import pack, packed_bytes, unpack
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
 from lowbit_muon.state.placement import Piece
+from lowbit_muon.step.options import UpdateDtype
 
 # --- owners and rounds, without processes ---
 

@@ -21,7 +21,7 @@ from several_processes import run
 from test_finetune import text_file
 from torch import Tensor
 
-from lowbit_muon.optimizers.muon import DEFAULT_COEFFICIENTS
+from lowbit_muon.step.options import DEFAULT_COEFFICIENTS
 from lowbit_muon.tools import cli
 from lowbit_muon.tools.finetune import command
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore, load_checkpoint

@@ -28,12 +28,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from lowbit_muon import Muon
-from lowbit_muon.distributed.exchange import (
-    Unit,
-    UpdateDtype,
-    bytes_of_step,
-)
+from lowbit_muon.distributed.exchange import Unit, bytes_of_step
 from lowbit_muon.distributed.sharing import ReplicatedParameters, ShardedParameters
+from lowbit_muon.step.options import UpdateDtype
 
 # --- what is sent and kept ---
 

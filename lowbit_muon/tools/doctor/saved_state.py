@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.checkpoint.dicts import LAYOUT_OPTIONS, VERSION_KEY
+from lowbit_muon.checkpoint.dicts import VERSION_KEY
 from lowbit_muon.optimizers.muon import Muon
+from lowbit_muon.step.options import LAYOUT_OPTIONS
 from lowbit_muon.tools.doctor.errors import DoctorError
 from lowbit_muon.tools.doctor.weights import Shapes, match_shapes
 

@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import nn
 
-from lowbit_muon.optimizers.muon_adamw import AuxAdam, MuonWithAuxAdam
+from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
 from lowbit_muon.optimizers.param_groups import muon_param_groups
+from lowbit_muon.step.options import AuxAdam
 from lowbit_muon.tools.finetune.errors import FinetuneError
 from lowbit_muon.tools.finetune.processes import Processes
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
