@@ -135,7 +135,7 @@ def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFor
     if isinstance(found, StateFormat):
         return found
     chosen = state.get("state_format")
-    resolved = resolve_format_option(chosen) if isinstance(chosen, Mapping) else None
+    resolved = resolve_group_format(state) if isinstance(chosen, Mapping) else None
     if not isinstance(resolved, StateFormat):
         raise ValueError(f"state_format: expected what was chosen for the parameter, got {chosen}")
     return resolved
