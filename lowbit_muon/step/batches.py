@@ -57,7 +57,7 @@ def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[
             [item.grad for item in items],
             momenta or [item.momentum for item in items],
             [item.rounding for item in items],
-            None if items[0].usable is None else _flags([item.usable for item in items]),
+            _flags(items) if any(item.usable is not None for item in items) else None,
         )
         _count(items, update(batch, rule, items[0].one.backend))
 
@@ -134,13 +134,10 @@ def _fetched(
         here.give_back()
 
 
-def _flags(flags: Sequence[Tensor | None]) -> Tensor | None:
-    """bool [b], True where there is none; None if there are none at all."""
-    some = next((flag for flag in flags if flag is not None), None)
-    if some is None:
-        return None
-    true = torch.ones_like(some)
-    return torch.stack([true if flag is None else flag for flag in flags])
+def _flags(items: Sequence[_Item]) -> Tensor:
+    """Which of them are usable, bool [b]; at least one of them says so, the others are."""
+    true = torch.ones_like(next(item.usable for item in items if item.usable is not None))
+    return torch.stack([true if item.usable is None else item.usable for item in items])
 
 
 def _count(items: Sequence[_Item], accepted: Tensor) -> None:
