@@ -116,7 +116,7 @@ def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[s
     return [key for key in keys if key in state]
 
 
-def resolve_group_format(group: dict[str, Any]) -> StateFormat | AutoFormat:
+def resolve_group_format(group: Mapping[str, Any]) -> StateFormat | AutoFormat:
     """The format of a group, which may be a name, an object or its plain dict."""
     value = group["state_format"]
     try:
