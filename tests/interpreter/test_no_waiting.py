@@ -21,7 +21,7 @@ def test_a_step_never_waits_for_the_device(name: str) -> None:
         with torch.no_grad():
             if optimizer.state:
                 with NoWaiting():
-                    optimizer._step_group(optimizer.param_groups[0])
+                    optimizer._step_parameters(optimizer.param_groups[0], [0])
             else:
                 optimizer.step()
     assert int(optimizer.state_dict()["state"][0]["step"]) == 2
