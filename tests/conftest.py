@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lowbit_muon.backends import get_backend
+
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory() -> Iterator[None]:
@@ -25,6 +27,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def registered_backends() -> Iterator[None]:
+    """No test finds a backend that another has registered."""
+    yield
+    get_backend.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_muon import PRESETS, Muon
+from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
@@ -217,8 +218,12 @@ class _TorchOperations(TorchDispatchMode):
 @contextlib.contextmanager
 def on_paper(ledger: Ledger) -> Iterator[None]:
     """Optimizers with backend="auto" take a `PaperBackend`."""
-    with mock.patch("lowbit_muon.backends._automatic", return_value=PaperBackend(ledger)):
-        yield
+    get_backend.cache_clear()
+    try:
+        with mock.patch("lowbit_muon.backends._automatic", return_value=PaperBackend(ledger)):
+            yield
+    finally:
+        get_backend.cache_clear()
 
 
 def step_on_paper(

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit_muon.state.gradients import count_skipped, is_usable
 from lowbit_muon.state.offload import Fetched
 from lowbit_muon.state.operands import SCRATCH_FLOATS
-from lowbit_muon.state.parameter import ParameterStep, flatten, momentum_format, read_matrix
+from lowbit_muon.state.parameter import ParameterStep, flatten, read_matrix
 from lowbit_muon.state.rounding import Compensation, Rounding, rounding_seed, seed_of_step
 from lowbit_muon.state.stored import QuantizedMatrix, orient
 from lowbit_muon.step.update import Batch, MuonRule, update
@@ -57,7 +57,7 @@ def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[
             [item.grad for item in items],
             momenta or [item.momentum for item in items],
             [item.rounding for item in items],
-            None if items[0].usable is None else _flags([item.usable for item in items]),
+            _flags(items) if any(item.usable is not None for item in items) else None,
         )
         _count(items, update(batch, rule, items[0].one.backend))
 
@@ -75,14 +75,13 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
             return
         usable = None
     grad, weights = flatten(grad, group), flatten(one.param, group)
-    state_format = momentum_format(group, state)
     rounds = "remainder" in state or group["stochastic_rounding"]
     counts = True
     for index, view in enumerate(views):
         if not view.shape[0] * view.shape[1]:
             continue
         weight = weights[view.rows]
-        matrix = read_matrix(state, view, state_format)
+        matrix = read_matrix(state, view, one.state_format)
         rounding = _rounding(one, index, group) if rounds else None
         yield _Item(weight, grad[view.rows], matrix, rounding, one, counts, usable)
         counts = False
@@ -134,13 +133,11 @@ def _fetched(
         here.give_back()
 
 
-def _flags(flags: Sequence[Tensor | None]) -> Tensor | None:
-    """bool [b], True where there is none; None if there are none at all."""
-    some = next((flag for flag in flags if flag is not None), None)
-    if some is None:
-        return None
-    true = torch.ones_like(some)
-    return torch.stack([true if flag is None else flag for flag in flags])
+def _flags(items: Sequence[_Item]) -> Tensor:
+    """Which of them belong to a parameter whose whole gradient is usable, bool [b]."""
+    flags = [item.usable for item in items]
+    some = next(flag for flag in flags if flag is not None)
+    return torch.stack([torch.ones_like(some) if flag is None else flag for flag in flags])
 
 
 def _count(items: Sequence[_Item], accepted: Tensor) -> None:

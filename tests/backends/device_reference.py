@@ -18,6 +18,7 @@ class DeviceReference(Backend):
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, backend: Backend, name: str) -> None:
     """Whoever asks for the backend `name` (or "auto") gets this one, on any device."""
+    backends.get_backend.cache_clear()  # and again after the test (conftest)
     if name == "auto":
         monkeypatch.setattr(backends, "_automatic", lambda device_type: backend)
         return

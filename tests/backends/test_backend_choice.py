@@ -41,12 +41,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(
             backends, "_load", lambda path: Marked(path) if path in reasons else load(path)
         )
-        backends._automatic.cache_clear()
+        get_backend.cache_clear()
         backends._create.cache_clear()
 
     yield change
     monkeypatch.undo()
-    backends._automatic.cache_clear()
+    get_backend.cache_clear()
     backends._create.cache_clear()
 
 

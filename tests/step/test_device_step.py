@@ -1,14 +1,17 @@
-"""The batched step against the step matrix by matrix, which is the definition."""
+"""The step on a device, in batches, against the step on the host."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from device_reference import DeviceReference
+from stored_direction import stored_direction
 from torch import Tensor, nn
 
 from lowbit_muon import (
@@ -17,11 +20,10 @@ from lowbit_muon import (
     MuonWithAuxAdam,
     QuantizedMatrix,
     StateFormat,
-    orthogonalize,
 )
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.optimizers import muon as muon_module
-from lowbit_muon.step import device_step
+from lowbit_muon.step import batches
 
 SHAPES = ((24, 40), (24, 40), (40, 24), (33, 33), (1, 7))
 
@@ -43,14 +45,15 @@ def half_bound(dtype: torch.dtype, rows: int) -> float:
     return 2 * torch.finfo(dtype).eps / (2 * 3**0.5) * 3.4445**5 / rows**0.5
 
 
+def step_on(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers step with this backend, whatever they ask for."""
+    monkeypatch.setattr(muon_module, "get_backend", lambda *_: backend)
+
+
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Switches the optimizer to the batched step."""
-
-    def switch() -> None:
-        monkeypatch.setattr(muon_module, "get_backend", lambda *_: DeviceReferenceBackend())
-
-    return switch
+    """Switches optimizers to a device."""
+    return functools.partial(step_on, DeviceReference(), monkeypatch)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -148,9 +151,9 @@ def test_stored_input_orthogonalises_what_the_codes_hold(
             PRESETS[name],
             tuple(param.shape),
             {k: v for k, v in optimizer.state[param].items() if k not in ("step", "skipped")},
-        ).dequantize()
+        )
         scale = 0.02 * max(1.0, param.shape[0] / param.shape[1]) ** 0.5
-        update = scale * orthogonalize(stored)
+        update = scale * stored_direction(stored)
         assert (start - param.detach() - update).norm() < NS_FLOAT32 * update.norm()
 
 
@@ -224,7 +227,7 @@ def test_parameters_of_one_and_of_several_matrices_share_a_batch(
 ) -> None:
     """Of one shape: only a parameter whose own gradient is not finite is skipped."""
     on_device()
-    monkeypatch.setattr(device_step, "BATCH_ELEMENTS", batch)
+    monkeypatch.setattr(batches, "DEVICE_ELEMENTS", batch)
     shapes = ((16, 24), (4, 16, 24), (1, 16, 24))
     params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     optimizer = Muon(params, batch_experts=True)
@@ -278,7 +281,7 @@ def test_seeds_do_not_depend_on_batches(
              {"params": [experts], "batch_experts": True}],
             stochastic_rounding=True, ns_dtype="float32",
         )  # fmt: skip
-        monkeypatch.setattr(device_step, "BATCH_ELEMENTS", batch)
+        monkeypatch.setattr(batches, "DEVICE_ELEMENTS", batch)
         for _ in range(3):
             for param in (weight, experts):
                 param.grad = torch.ones_like(param) + torch.randn(param.shape).bfloat16()
@@ -293,12 +296,12 @@ def test_seeds_do_not_depend_on_batches(
 def test_every_matrix_rounds_with_bits_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    class Watched(DeviceReferenceBackend):
+    class Watched(DeviceReference):
         def update_weight(self, weight: Tensor, update: Tensor, **options: Any) -> None:
             seen.append(int(options["seed"]))
             super().update_weight(weight, update, **options)
 
-    monkeypatch.setattr(muon_module, "get_backend", lambda *_: Watched())
+    step_on(Watched(), monkeypatch)
     train(2, dtype=torch.bfloat16, stochastic_rounding=True)
     assert len(set(seen)) == len(seen) == 2 * len(SHAPES)
 
@@ -349,7 +352,7 @@ def test_batches_may_be_of_any_size(
 ) -> None:
     on_device()
     together, _ = train(state_format="spectral4")
-    monkeypatch.setattr(device_step, "BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(batches, "DEVICE_ELEMENTS", 1)
     one_by_one, _ = train(state_format="spectral4")
     assert relative_change(one_by_one, together) < 1e-6
 
@@ -375,7 +378,7 @@ def test_saving_resumes_exactly(on_device: Callable[[], None]) -> None:
 
 def test_the_host_continues_what_the_device_began(on_device: Callable[[], None]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(muon_module, "get_backend", lambda *_: DeviceReferenceBackend())
+        step_on(DeviceReference(), patch)
         params, optimizer = train(2)
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
@@ -446,7 +449,7 @@ def test_custom_formats_and_auxiliary_parameters(on_device: Callable[[], None]) 
     for state_format in formats:
         expected, _ = train(state_format=state_format)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(muon_module, "get_backend", lambda *_: DeviceReferenceBackend())
+            step_on(DeviceReference(), patch)
             params, _ = train(state_format=state_format, ns_dtype="float32")
         bound = FLIPPED if state_format.spectral else NS_FLOAT32
         assert relative_change(params, expected) < bound

@@ -51,7 +51,7 @@ def test_a_step_never_waits_for_the_device(
     optimizer.step()  # creates the state
     give_gradients(params, 1)
     with NoWaiting(), torch.no_grad():
-        optimizer._step_group(optimizer.param_groups[0])
+        optimizer._step_parameters(optimizer.param_groups[0], range(len(params)))
 
 
 def test_an_automatic_format_waits_only_where_it_is_due(on_device: Callable[[], None]) -> None:
@@ -62,10 +62,10 @@ def test_an_automatic_format_waits_only_where_it_is_due(on_device: Callable[[], 
         give_gradients(params, step)
         if step == 3:  # 0, 1, 2 and 4 are powers of two or zero, 5 is the period
             with NoWaiting(), torch.no_grad():
-                optimizer._step_group(optimizer.param_groups[0])
+                optimizer._step_parameters(optimizer.param_groups[0], range(len(params)))
         elif step == 5:
             with NoWaiting(), torch.no_grad(), pytest.raises(AssertionError, match="wait"):
-                optimizer._step_group(optimizer.param_groups[0])
+                optimizer._step_parameters(optimizer.param_groups[0], range(len(params)))
         else:
             optimizer.step()
 
@@ -100,5 +100,5 @@ def test_a_step_copies_nothing_to_the_device(name: str, ns_input: str) -> None:
     with on_paper(ledger), torch.no_grad():
         optimizer.step()
         with OneDevice():
-            optimizer._step_group(optimizer.param_groups[0])
+            optimizer._step_parameters(optimizer.param_groups[0], range(len(params)))
     assert ledger.work

@@ -54,7 +54,7 @@ class Coded(Codec):
         self.book, self.layout = f.code_book(), f.code_layout()
         self.rank, self.stores_norm = f.rank(*shape), f.stores_norm
         self.single_scale = f.granularity == "tensor"
-        self.is_plain = not (f.companded_scale or f.rotate or self.single_scale)
+        self.is_plain = not (f.stores_norm or f.rotate or self.single_scale)
 
     def empty(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         """See `Codec.empty`."""
@@ -126,10 +126,12 @@ class Coded(Codec):
                 backend.quantize(
                     values, self.book, self.layout, packed=packed[:, rows], scales=scales[:, rows]
                 )
-            self.written(stored, rows, values)
+            if self.state_format.spectral:
+                self.measure_noise(stored, rows, values)
 
-    def written(self, stored: Stored, rows: slice, values: Tensor) -> None:
-        """Called when these rows have been quantised; the values may be overwritten."""
+    def measure_noise(self, stored: Stored, rows: slice, values: Tensor) -> None:
+        """Of rows that have been quantised, for formats that keep it; overwrites the values."""
+        raise ValueError(f"noise: expected a spectral format, got {self.state_format}")
 
     def to_code_domain(self, values: Tensor, backend: Backend) -> Tensor:
         """Values as the codebook sees them: rotated (in place) or companded."""
