@@ -19,7 +19,8 @@ from lowbit_muon import (
     orthogonalize,
     quantize,
 )
-from lowbit_muon.state.diagnosis import effective_rank, end_codes, stable_rank, turned
+from lowbit_muon.state.diagnosis import effective_rank, end_codes, stable_rank
+from lowbit_muon.state.update_error import rotated_sample
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 
@@ -124,7 +125,7 @@ def test_ranks_of_known_spectra() -> None:
 def test_turning_keeps_singular_values() -> None:
     x = decaying_matrix(16, 300, torch.Generator().manual_seed(0))
     # The rotation is orthogonal to float32 roundings.
-    torch.testing.assert_close(torch.linalg.svdvals(turned(x)), torch.linalg.svdvals(x))
+    torch.testing.assert_close(torch.linalg.svdvals(rotated_sample(x)), torch.linalg.svdvals(x))
 
 
 def test_end_codes_counts_clipped_entries() -> None:

@@ -24,7 +24,7 @@ from lowbit_muon import (
     orthogonalize,
     quantize,
 )
-from lowbit_muon.linalg.newton_schulz import resolve_coefficients
+from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.format_choice import choose_format
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 

@@ -1,6 +1,6 @@
 """offload=True: the same step, with codes that live on the host and two batches on the device.
 
-A device here is the batched step on the CPU; streams are replaced by a log of what was asked of
+A device here is the reference as one; streams are replaced by a log of what was asked of
 them, in order, and matrices on the device by copies, as a device has them.
 """
 
@@ -24,10 +24,13 @@ from lowbit_muon import (
     Muon,
     MuonWithAuxAdam,
 )
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.state import offload as host_offload
-from lowbit_muon.state.offload import Fetched, keep_on_host
-from lowbit_muon.state.parameter import MatrixView
-from lowbit_muon.step import device_step, parameter_step
+from lowbit_muon.state import parameter as parameter_module
+from lowbit_muon.state.offload import Fetched
+from lowbit_muon.state.parameter import MatrixView, keep_on_host, stored_keys
+from lowbit_muon.step import batches
+from lowbit_muon.step.update import Batch, MuonRule
 
 __all__ = ["on_device"]  # a fixture
 
@@ -59,7 +62,7 @@ def test_codes_and_weights_are_those_of_the_step_without_it(
     name: str, batch: int, on_device: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_device()
-    monkeypatch.setattr(device_step, "BATCH_ELEMENTS", batch)
+    monkeypatch.setattr(batches, "DEVICE_ELEMENTS", batch)
     expected, without = train(state_format=name)
     found, optimizer = train(state_format=name, offload=True)
     for one, two in zip(found, expected, strict=True):
@@ -121,23 +124,24 @@ def log(monkeypatch: pytest.MonkeyPatch, on_device: Callable[[], None]) -> list[
     monkeypatch.setattr(host_offload, "copy_stream", lambda _: copies)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: compute)
     monkeypatch.setattr(Tensor, "record_stream", lambda *call: used.append(call), raising=False)
-    run_batch = device_step.DeviceStep._run_batch
+    update = batches.update
 
-    def watched(self: Any, batch: Any, updates: Any) -> None:
-        assert {id(t) for u in updates for t in u.momentum.tensors.values()} <= {
+    def watched(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
+        assert {id(t) for momentum in batch.momenta for t in momentum.tensors.values()} <= {
             id(tensor) for tensor, stream in used if stream is compute
         }
-        run_batch(self, batch, updates)
+        accepted = update(batch, rule, backend)
         lines.append("compute: batch")
+        return accepted
 
-    monkeypatch.setattr(device_step.DeviceStep, "_run_batch", watched)
+    monkeypatch.setattr(batches, "update", watched)
     return lines
 
 
 def test_copies_run_beside_computations_and_wait_where_they_must(
     log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_step, "BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(batches, "DEVICE_ELEMENTS", 1)
     params = [nn.Parameter(torch.randn(8, 12)) for _ in range(3)]
     optimizer = Muon(params, offload=True)
     for param in params:
@@ -191,8 +195,8 @@ def test_two_batches_are_on_the_device_at_a_time(
             alive.add(self)
             most = max(most, len(alive))
 
-    monkeypatch.setattr(device_step, "Fetched", Counted)
-    monkeypatch.setattr(device_step, "BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(batches, "Fetched", Counted)
+    monkeypatch.setattr(batches, "DEVICE_ELEMENTS", 1)
     params = [nn.Parameter(torch.randn(8, 12)) for _ in range(6)]
     optimizer = Muon(params, offload=True)
     for param in params:
@@ -222,7 +226,7 @@ def test_on_a_device_only_copies_see_both_memories(monkeypatch: pytest.MonkeyPat
     given_back = []
 
     def to_cpu(state: dict[str, Any], views: Any) -> None:
-        for key in host_offload.stored_keys(state, views):
+        for key in stored_keys(state, views):
             state[key] = torch.zeros_like(state[key], device="cpu")
 
     def give_back(self: Fetched) -> None:
@@ -230,7 +234,7 @@ def test_on_a_device_only_copies_see_both_memories(monkeypatch: pytest.MonkeyPat
         for matrix in self.matrices():
             assert all(tensor.is_meta for tensor in matrix.tensors.values())
 
-    monkeypatch.setattr(parameter_step, "keep_on_host", to_cpu)
+    monkeypatch.setattr(parameter_module, "keep_on_host", to_cpu)
     monkeypatch.setattr(Fetched, "give_back", give_back)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((24, 40), (40, 24))]
     optimizer = Muon(params, offload=True)
