@@ -260,15 +260,14 @@ def round_to_whole(a: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 def updated_weight(
     weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
 ) -> Tensor:
-    """`Backend.update_weight`: the new weight in float32, rounded already if there is a seed."""
-    before = weight.float()
-    result = before * decay - update.float() * step_size
-    result = torch.where((decay == 1) & (step_size == 0), before, result)
-    if seed is None:
-        return result
-    if weight.dtype != torch.bfloat16:
+    """`Backend.update_weight`: the new weight."""
+    if seed is not None and weight.dtype != torch.bfloat16:
         raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
-    return _round_stochastically(result, seed)
+    result = (weight.float() * decay).sub_(update.float() * step_size)
+    if seed is not None:
+        result = _round_stochastically(result, seed)
+    unchanged = (decay == 1) & (step_size == 0)
+    return torch.where(unchanged, weight, result.to(weight.dtype))
 
 
 def random_bits(seed: Tensor, index: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from lowbit_muon.linalg.newton_schulz import (
 )
 from lowbit_muon.state.codecs.spectral import Spectral
 from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
-from lowbit_muon.state.operands import Companded, Dense, Operand, Panels, row_slices
+from lowbit_muon.state.operands import SCRATCH_FLOATS, Companded, Dense, Operand, Panels, row_slices
 from lowbit_muon.state.rounding import Compensation, Rounding, update_weight
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient, rescaling
 from lowbit_muon.step.options import AdjustLr, NsDtype
@@ -369,7 +369,9 @@ def _update_weights(batch: Batch, direction: _Direction, accepted: Tensor, rule:
     # Bits of stochastic rounding go by places in the whole matrix.
     whole = any(isinstance(each, Tensor) for each in rounding)
     m, n = weights[0].shape
-    for rows in [slice(0, m)] if whole else row_slices((len(weights), m, n), backend):
+    # Rounding takes three float32 of each element. (Panels are decoded for each of these parts.)
+    height = m if whole else max(1, SCRATCH_FLOATS // (2 * n * len(weights)))
+    for rows in (slice(start, start + height) for start in range(0, m, height)):
         update = direction.rows(rows)
         for weight, new, each in zip(weights, update, rounding, strict=True):
             part = each.rows(rows) if isinstance(each, Compensation) else each

@@ -106,13 +106,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> str:
             QuantizedMatrix, where, lambda self, backend: decode(self, backend).roll(1, 1)
         )
     else:
-        step_group = muon_module.Muon._step_group
+        step_parameters = muon_module.Muon._step_parameters
 
-        def without_lookahead(self: Any, group: dict[str, Any]) -> None:
-            step_group(self, {**group, "nesterov": False})
+        def without_lookahead(self: Any, group: dict[str, Any], indices: Any) -> None:
+            step_parameters(self, {**group, "nesterov": False}, indices)
 
         # (not `step`: torch wraps it for every class that is made, and keeps that)
-        monkeypatch.setattr(muon_module.Muon, "_step_group", without_lookahead)
+        monkeypatch.setattr(muon_module.Muon, "_step_parameters", without_lookahead)
     return where
 
 

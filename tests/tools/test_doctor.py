@@ -183,6 +183,8 @@ def test_the_state_of_a_plain_muon(tmp_path: Path) -> None:
     train(optimizer)
     target = in_a_dict(tmp_path, dict(params), optimizer.state_dict())
     found = examine(tmp_path, target)
+    # the command takes the kernels of its machine, whose products round in another order
+    optimizer.param_groups[0]["backend"] = "auto"
     assert (found["optimizer"], found["aux_parameters"]) == ("Muon", 0)
     assert found["matrices"] == plain(optimizer)
 

@@ -149,7 +149,7 @@ HOST_SHAPES = ((64, 64), (192, 576), (576, 192), (320, 4096), (64, 20000))
 def test_step_on_a_cpu(name: str, shape: Shape, dtype: torch.dtype) -> None:
     optimizer = Muon([parameter(shape, dtype)], state_format=name, nesterov=name != "muonq4")
     optimizer.step()
-    planned = host_workspace.muon_step_bytes(shape, PRESETS[name], dtype)
+    planned = host_workspace.muon_step_bytes(shape, 1, PRESETS[name], dtype)
     assert planned == pytest.approx(peak_bytes(optimizer.step), rel=0.25)
 
 
@@ -160,7 +160,7 @@ def test_step_of_a_stack_on_a_cpu() -> None:
     optimizer = Muon([{"params": [param], "batch_experts": True}], state_format="linear8")
     optimizer.step()
     planned = host_workspace.muon_step_bytes(
-        param.shape, PRESETS["linear8"], torch.float32, stack=True
+        param.shape, 1, PRESETS["linear8"], torch.float32, stack=True
     )
     assert planned == pytest.approx(peak_bytes(optimizer.step), rel=0.25)
 

@@ -153,12 +153,12 @@ class Coded(Codec):
         found: list[Tensor] = []
         for _, panel in panels():
             values = self.to_code_domain(panel, backend)
-            wide = values.to(accumulation_dtype(values.device))
-            if self.layout.statistic == "absmax":
-                found.append(wide.abs().amax(dim=(1, 2), keepdim=True))
+            if self.layout.statistic == "absmax":  # found without a copy
+                found.append(torch.linalg.vector_norm(values, math.inf, (1, 2), keepdim=True))
             else:
+                wide = values.to(accumulation_dtype(values.device))
                 found.append(wide.square().sum(dim=(1, 2), keepdim=True))
-        each = torch.stack(found)
+        each = torch.stack(found).to(accumulation_dtype(found[0].device))
         if self.layout.statistic == "absmax":
             statistic = each.amax(dim=0)
         else:

@@ -67,8 +67,8 @@ class Spectral(Coded):
             operator = operator.to(dtype)
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
-            gram = x.gram().div_(size).div_(size)
-            operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
+            shift = self.state_format.spectral_shift
+            operator = encoding_operator(x.gram().div_(size).div_(size), shift, backend)
             operator.div_(size)
 
         def companded() -> Iterator[tuple[slice, Tensor]]:

@@ -23,6 +23,7 @@ from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import gram_operator
 from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
 from lowbit_muon.state.operands import SCRATCH_FLOATS
+from lowbit_muon.step.batches import HOST_ELEMENTS
 from lowbit_muon.tools.plan.device_workspace import META, LiveBytes, SizingBackend
 
 FLOAT_BYTES = 4
@@ -37,25 +38,33 @@ _COEFFICIENTS = resolve_coefficients("muon", 5)
 
 def muon_step_bytes(
     shape: Sequence[int],
+    count: int,
     state_format: StateFormat,
     dtype: torch.dtype,
     *,
     stack: bool = False,
 ) -> int:
-    """Most bytes that a step of one parameter holds above weights, gradients and state.
+    """Most bytes that a step of `count` parameters of a shape holds above weights, gradients and
+    state.
 
-    Matrices are stepped one after another, so how many there are does not matter. stack: all but
-    the last two dimensions count matrices (`batch_experts`).
+    Small matrices are stepped in batches (`step.batches`), large ones one after another. stack: all
+    but the last two dimensions count matrices (`batch_experts`).
     """
     rows, columns = (shape[-2], shape[-1]) if stack else (shape[0], math.prod(shape[1:]))
     m, n = sorted((rows, columns))
     if not m:
         return 0
-    return FLOAT_BYTES * _matrix_floats(m, n, state_format, dtype)
+    count *= math.prod(shape[:-2]) if stack else 1
+    encoder = 3 * m * m if state_format.spectral else 0
+    batch = min(count, max(1, HOST_ELEMENTS // (m * n + encoder)))
+    floats, packed = _matrix_floats(m, n, state_format, dtype)
+    found = FLOAT_BYTES * (batch * floats + min(batch, torch.get_num_threads()) * packed)
+    # several gradients lie side by side, and their codes in a new place
+    return found + (batch * m * n * (dtype.itemsize + 1) if batch > 1 else 0)
 
 
-def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> int:
-    """Floats for one matrix."""
+def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> tuple[int, int]:
+    """Floats for one matrix, and those that its products pack."""
     in_memory = f.spectral or m * n <= SCRATCH_FLOATS
     # rows of a panel, `row_slices`
     panel = n * (m if m * n <= SCRATCH_FLOATS else max(1, SCRATCH_FLOATS // n))
@@ -89,10 +98,9 @@ def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> int:
     companded = min(2 * panel, m * n) if f.companded_scale else 0
     operator = m * m if f.spectral else 0
     phases.append(buffer + operator + panel + companded + kept + 3 * kept)
-    floats = max(phases) + packed
     if f.normalize:  # a Frobenius norm in float64 converts the whole gradient
-        floats = max(floats, 2 * m * n + packed)
-    return floats
+        phases.append(2 * m * n)
+    return max(phases), packed
 
 
 def _packed(rows: int, columns: int, depth: int) -> int:

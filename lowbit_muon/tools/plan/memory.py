@@ -190,8 +190,8 @@ def muon_step_bytes(
     """The most that our Muon holds in a step above weights, gradients and state."""
     if device == "cpu":
         return max(
-            host_workspace.muon_step_bytes(shape, state_format, dtype, stack=stack)
-            for shape, stack in routing.muon
+            host_workspace.muon_step_bytes(shape, count, state_format, dtype, stack=stack)
+            for (shape, stack), count in routing.muon.items()
         )
     return max(
         device_workspace.muon_step_bytes(shape, count, state_format, dtype, stack=stack)
