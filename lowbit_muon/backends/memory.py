@@ -108,11 +108,9 @@ class Checks:
         if codes.columns != columns:
             raise ValueError(f"codes: expected {columns} columns, got {codes.columns}")
         check_book(codes.codebook, layout)
-        packed_shape, scales_shape = (
-            (*rows, layout.row_bytes(columns)),
-            (*rows, layout.blocks(columns)),
-        )
+        packed_shape = (*rows, layout.row_bytes(columns))
         self.tensor(codes.packed, "codes.packed", packed_shape, torch.uint8, like=like)
+        scales_shape = (*rows, layout.blocks(columns))
         self.tensor(codes.scales, "codes.scales", scales_shape, torch.float32, like=like)
         packed, scales = codes.packed.contiguous(), codes.scales.contiguous()
         return dataclasses.replace(codes, packed=packed, scales=scales)

@@ -28,6 +28,7 @@ from lowbit_muon.state.parameter import (
     check_memory,
     flatten,
     matrix_views,
+    momentum_format,
     parameter_names,
     resolve_group_format,
 )
@@ -240,6 +241,7 @@ class ShardedParameters(SharedParameters):
         active = set(self._start(group, states))
         rule = dataclasses.replace(MuonRule.from_group(group), lr=-1.0, weight_decay=0.0)
         backend = get_backend(group["backend"], self.exchange.device)
+        f = momentum_format(group, {})
 
         def part(unit: Unit) -> Tensor:
             grad = self.params[unit.parameter].grad
@@ -260,7 +262,7 @@ class ShardedParameters(SharedParameters):
                 # The counters of a copy: a parameter's own count its matrices together. Weights are
                 # rounded where they lie.
                 copy = {key: v for key, v in states[param].items() if key != "remainder"}
-                steps.append(ParameterStep(weight, grad, copy, [view], number, backend))
+                steps.append(ParameterStep(weight, grad, copy, [view], number, f, backend))
             step_parameters(steps, rule, group)
             return updates
 

@@ -91,23 +91,20 @@ def resolve_format_option(
     format.
     """
     if isinstance(value, Mapping):
-        try:
-            text = json.dumps(value)
-        except (TypeError, ValueError):  # not plain: finds out which field
-            return _from_dict(value)
-        return _from_text(text)
+        return _from_dict(value)
     if value == "auto":
         return AutoFormat()
     return value if isinstance(value, AutoFormat) else resolve_format(value)
 
 
 @functools.lru_cache(maxsize=256)
-def _from_text(text: str) -> StateFormat | AutoFormat:
-    """Optimizers keep formats as plain dicts, and ask for them several times a parameter and step.
+def format_of_json(text: str) -> StateFormat | AutoFormat:
+    """`resolve_format_option` of plain values, once for each of them.
 
-    The text tells 1, 1.0 and True apart, which are one and the same as keys of a dict.
+    Optimizers keep formats as plain dicts and ask for them in every step. As JSON, 1, 1.0 and True
+    are three values, where they would be one as keys of a dict.
     """
-    return _from_dict(json.loads(text))
+    return resolve_format_option(json.loads(text))
 
 
 def _from_dict(values: Mapping[str, Any]) -> StateFormat | AutoFormat:

@@ -447,7 +447,10 @@ class Muon(Optimizer):
             param = group["params"][index]
             if param.grad is None:
                 continue
-            grad, views = local_part(param.grad), matrix_views(stand_in(param), group)
+            whole, weight, grad = param, param, param.grad
+            if is_dtensor(param):
+                whole, weight, grad = stand_in(param), local_part(param), local_part(param.grad)
+            views = matrix_views(whole, group)
             if isinstance(auto, AutoFormat):
                 if group["offload"]:
                     finish_copies(grad.device)  # of what is about to be read
@@ -455,10 +458,9 @@ class Muon(Optimizer):
                 revise_format(auto, grad, self.state[param], views, group, name)
             state = self.state[param]
             prepare_state(state, param, group, views)
+            f = auto if isinstance(auto, StateFormat) else momentum_format(group, state)
             backend = get_backend(group["backend"], grad.device)
-            steps.append(
-                ParameterStep(local_part(param), grad, state, views, first + index, backend)
-            )
+            steps.append(ParameterStep(weight, grad, state, views, first + index, f, backend))
         step_parameters(steps, MuonRule.from_group(group), group)
 
     def _prepare_shared(self, group: dict[str, Any], part: Shared) -> None:

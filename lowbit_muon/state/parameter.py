@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.formats.auto import AutoFormat, resolve_format_option
+from lowbit_muon.formats.auto import AutoFormat, format_of_json, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.placement import in_parts, local_part
 from lowbit_muon.state.rounding import Compensation
@@ -37,6 +38,7 @@ class ParameterStep:
     state: dict[str, Any]
     views: list[MatrixView]
     number: int  # its place in the optimizer
+    state_format: StateFormat
     backend: Backend
 
 
@@ -114,9 +116,14 @@ def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[s
     return [key for key in keys if key in state]
 
 
-def resolve_group_format(group: dict[str, Any]) -> StateFormat | AutoFormat:
+def resolve_group_format(group: Mapping[str, Any]) -> StateFormat | AutoFormat:
     """The format of a group, which may be a name, an object or its plain dict."""
-    return resolve_format_option(group["state_format"])
+    value = group["state_format"]
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):  # an object, or a dict that is not plain
+        return resolve_format_option(value)
+    return format_of_json(text)
 
 
 def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFormat:
@@ -128,7 +135,7 @@ def momentum_format(group: dict[str, Any], state: Mapping[str, Any]) -> StateFor
     if isinstance(found, StateFormat):
         return found
     chosen = state.get("state_format")
-    resolved = resolve_format_option(chosen) if isinstance(chosen, Mapping) else None
+    resolved = resolve_group_format(state) if isinstance(chosen, Mapping) else None
     if not isinstance(resolved, StateFormat):
         raise ValueError(f"state_format: expected what was chosen for the parameter, got {chosen}")
     return resolved

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit_muon.state.gradients import count_skipped, is_usable
 from lowbit_muon.state.offload import Fetched
 from lowbit_muon.state.operands import SCRATCH_FLOATS
-from lowbit_muon.state.parameter import ParameterStep, flatten, momentum_format, read_matrix
+from lowbit_muon.state.parameter import ParameterStep, flatten, read_matrix
 from lowbit_muon.state.rounding import Compensation, Rounding, rounding_seed, seed_of_step
 from lowbit_muon.state.stored import QuantizedMatrix, orient
 from lowbit_muon.step.update import Batch, MuonRule, update
@@ -75,14 +75,13 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
             return
         usable = None
     grad, weights = flatten(grad, group), flatten(one.param, group)
-    state_format = momentum_format(group, state)
     rounds = "remainder" in state or group["stochastic_rounding"]
     counts = True
     for index, view in enumerate(views):
         if not view.shape[0] * view.shape[1]:
             continue
         weight = weights[view.rows]
-        matrix = read_matrix(state, view, state_format)
+        matrix = read_matrix(state, view, one.state_format)
         rounding = _rounding(one, index, group) if rounds else None
         yield _Item(weight, grad[view.rows], matrix, rounding, one, counts, usable)
         counts = False
@@ -135,9 +134,10 @@ def _fetched(
 
 
 def _flags(items: Sequence[_Item]) -> Tensor:
-    """Which of them are usable, bool [b]; at least one of them says so, the others are."""
-    true = torch.ones_like(next(item.usable for item in items if item.usable is not None))
-    return torch.stack([true if item.usable is None else item.usable for item in items])
+    """Which of them belong to a parameter whose whole gradient is usable, bool [b]."""
+    flags = [item.usable for item in items]
+    some = next(flag for flag in flags if flag is not None)
+    return torch.stack([torch.ones_like(some) if flag is None else flag for flag in flags])
 
 
 def _count(items: Sequence[_Item], accepted: Tensor) -> None:

@@ -141,7 +141,7 @@ _NONFINITE = Option("nonfinite", "skip", _one_of(*get_args(NonFinite)))
 # works, and stay as it was constructed. Learning rates may come from schedulers that differ.
 OPTIONS = (
     Option("lr", 1e-3, _NUMBER, "learning_rate muon_lr matrix_lr", "saved", agreed=False),
-    Option("weight_decay", 0.1, _NUMBER, "wd decay muon_weight_decay", "saved"),
+    Option("weight_decay", 0.1, _NUMBER, "wd muon_weight_decay", "saved"),
     Option(
         "momentum", 0.95, _BELOW_ONE,
         "mu beta beta1 muon_beta muon_momentum momentum_beta", "saved",
@@ -154,7 +154,7 @@ OPTIONS = (
     Option(
         "ns_steps", 5,
         _expect("a whole number from 1 to 99", lambda v: _is_whole(v) and 1 <= v < 100),
-        "steps num_ns_steps muon_num_ns_steps backend_steps ns_iterations", "saved",
+        "num_ns_steps muon_num_ns_steps backend_steps ns_iterations", "saved",
     ),
     Option(
         "ns_coefficients", DEFAULT_COEFFICIENTS, _check_coefficients,
@@ -216,7 +216,7 @@ AUX_OPTIONS = (
     Option("eps", 1e-10, _NUMBER, "epsilon adam_eps adamw_eps", "saved"),
     Option(
         "weight_decay", 0.0, _NUMBER,
-        "wd decay adam_wd adamw_wd adam_weight_decay adamw_weight_decay", "saved",
+        "wd adam_wd adamw_wd adam_weight_decay adamw_weight_decay", "saved",
     ),
     _NONFINITE,
     Option("aux_adam", "auto", _one_of(*get_args(AuxAdam))),
@@ -251,7 +251,7 @@ _WITHOUT_COUNTERPART = {
     "maximize", "foreach", "fused", "capturable", "differentiable", "amsgrad", "dampening",
     "beta2", "beta3", "muon_beta2", "beta2_normuon", "normuon", "normuon_variant",
     "normuon_beta2", "normuon_eps", "cautious", "caution", "cautious_wd",
-    "cautious_weight_decay", "fixed_decay", "centered_wd", "rank", "rank_fraction", "fraction",
+    "cautious_weight_decay", "fixed_decay", "centered_wd", "rank_fraction",
     "ef_decay", "power_iters", "newton_schulz_func", "ns_method", "ns_reset_steps",
     "ns_norm_scale", "accelerated_ns", "cns_a_bound", "low_rank_ortho", "ortho_rank", "mars",
     "mars_gamma", "approx_mars", "palm", "beta2_scale", "heavyball_momentum", "ecc",

@@ -20,7 +20,7 @@ from cuda_emulation import (
 from test_code_products import random_codes
 from torch import Tensor
 
-from lowbit_muon.backends.base import PackedCodes
+from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.backends.cuda.adapter import CudaBackend
 from lowbit_muon.backends.cuda.library import CudaLibrary
@@ -116,7 +116,7 @@ def test_a_shuffle_that_lanes_skip_is_an_error(tmp_path: Path) -> None:
     before = "value = combine(value, __shfl_xor_sync(kAllLanes, value, lanes));"
     backend = mutant(tmp_path, "rows.cuh", before, f"if (threadIdx.x % 32 != 3) {before}")
     with pytest.raises(RuntimeError, match="threads diverged at a barrier of their warp"):
-        backend.accumulate_rows(torch.ones(2, 600))
+        backend.accumulate(torch.ones(2, 600), Terms())
 
 
 def test_unaligned_copies_are_errors(tmp_path: Path) -> None:

@@ -6,31 +6,22 @@ import pytest
 import torch
 
 from lowbit_muon import quantize
-from lowbit_muon.backends import get_backend
-from lowbit_muon.state.coded_products import lut_gram, lut_matmul, lut_matvec_block, lut_update
-
-CPU = torch.device("cpu")
+from lowbit_muon.state.coded_products import lut_gram, lut_matmul
 
 
 @pytest.mark.parametrize("name", ["spectral4", "mulaw4", "linear8", "nf4", "fp32"])
 def test_stored_matrices_and_their_products(name: str) -> None:
     matrix = torch.randn(12, 70)
     stored = quantize(matrix, name, backend="reference")
-    backend = get_backend("triton", CPU)
-    expected = stored.dequantize(get_backend("reference", CPU))
+    expected = stored.dequantize("reference")
     # the spectral decoder's norms are sums in another order
-    torch.testing.assert_close(stored.dequantize(backend), expected, rtol=1e-5, atol=1e-5)
-    a, v, addend = torch.randn(12, 12), torch.randn(70, 3), torch.randn(12, 70)
+    torch.testing.assert_close(stored.dequantize("triton"), expected, rtol=1e-5, atol=1e-5)
+    a, addend = torch.randn(12, 12), torch.randn(12, 70)
     x = 0.9 * expected + 0.1 * addend
     options = {"addend": addend, "alpha": 0.9, "gamma": 0.1, "backend": "triton"}
     close = {"rtol": 1e-4, "atol": 1e-3}  # float32 sums of 70 terms of size up to 10
     torch.testing.assert_close(lut_gram(stored, **options), x @ x.mT, **close)
     torch.testing.assert_close(lut_matmul(a, stored, **options), a @ x, **close)
-    torch.testing.assert_close(lut_matvec_block(stored, v, **options), x @ v, **close)
-    weight = torch.randn(12, 70)
-    update = 0.9 * weight - 0.1 * (a @ x)
-    lut_update(weight, a, stored, decay=0.9, step_size=0.1, **options)
-    torch.testing.assert_close(weight, update, **close)
     half = lut_gram(stored, panel="f16", backend="triton")
     bound = 2.0**-10 * (expected.abs() @ expected.abs().mT) + 1e-3
     assert ((half - expected @ expected.mT).abs() <= bound).all()
@@ -39,9 +30,8 @@ def test_stored_matrices_and_their_products(name: str) -> None:
 @pytest.mark.parametrize("name", ["spectral4", "spectral3", "linear8"])
 def test_integer_panels_have_the_bits_of_other_backends(name: str) -> None:
     stored, a = quantize(torch.randn(9, 130), name), torch.randn(5, 9)
-    for panel in ("s8", "s16"):
-        grams = [lut_gram(stored, panel=panel, backend=b) for b in ("triton", "auto")]
-        torch.testing.assert_close(grams[0], grams[1], rtol=1e-6, atol=1e-6)
+    grams = [lut_gram(stored, panel="s8", backend=b) for b in ("triton", "auto")]
+    torch.testing.assert_close(grams[0], grams[1], rtol=1e-6, atol=1e-6)
     products = [lut_matmul(a, stored, panel="s8", backend=b) for b in ("triton", "auto")]
     torch.testing.assert_close(products[0], products[1], rtol=1e-5, atol=1e-5)
 

@@ -86,4 +86,8 @@ def test_a_step_on_a_device_is_a_short_walk(monkeypatch: pytest.MonkeyPatch) -> 
     found = walk("spectral4")
     assert str(PACKAGE / "backends" / "base.py") in found, described(found)
     assert KERNELS not in found, described(found)
+    # Torch operations stand in for the kernels of a device: their arithmetic is not the step's.
+    for name in ("reference", "packing", "codes", "tensors"):
+        found.pop(str(PACKAGE / "backends" / f"{name}.py"), None)
+    found.pop(str(PACKAGE / "formats" / "codebook.py"), None)
     check(found)

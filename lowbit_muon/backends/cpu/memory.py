@@ -12,35 +12,43 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.codes import PackedCodes
+from lowbit_muon.backends.tensors import FLOAT_DTYPES
 
 # A batch of matrices: its address, and the strides of matrices, rows and columns.
 Memory = tuple[int, ...]
 NO_MEMORY: Memory = (0, 0, 0, 0)
 
 
-def check_matrices(x: Tensor, name: str, dtype: torch.dtype = torch.float32) -> torch.Size:
-    """The shape of x, [m, n] or [b, m, n]. Raises unless it is dense CPU memory of this dtype."""
-    dense = isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+def check_matrices(x: Tensor, name: str, dtype: torch.dtype | None = torch.float32) -> torch.Size:
+    """The shape of x, [m, n] or [b, m, n]. Raises unless it is dense CPU memory of this dtype.
+
+    dtype: None for any floating point dtype.
+    """
+    dense = isinstance(x, Tensor) and x.is_cpu and x.layout is torch.strided
+    dense = dense and (x.dtype is dtype if dtype else x.dtype in FLOAT_DTYPES)
     if dense and 2 <= x.ndim <= 3:
         return x.shape
     _refuse(x, name, "two dimensions, or three of a batch", dtype)
 
 
-def check(x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Raise unless x is dense CPU memory of this shape and dtype."""
-    dense = isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+def check(x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype | None) -> None:
+    """Raise unless x is dense CPU memory of this shape and dtype; see `check_matrices`."""
+    dense = isinstance(x, Tensor) and x.is_cpu and x.layout is torch.strided
+    dense = dense and (x.dtype is dtype if dtype else x.dtype in FLOAT_DTYPES)
     if not (dense and x.shape == tuple(shape)):
         _refuse(x, name, f"shape {tuple(shape)}", dtype)
 
 
-def _refuse(x: object, name: str, shape: str, dtype: torch.dtype) -> NoReturn:
+def _refuse(x: object, name: str, shape: str, dtype: torch.dtype | None) -> NoReturn:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.device.type != "cpu" or x.layout != torch.strided:
         raise ValueError(
             f"{name}: expected a dense tensor on the CPU, got {x.layout} on {x.device}"
         )
-    if x.dtype != dtype:
+    if dtype is None and x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected a floating point dtype, got {x.dtype}")
+    if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
     raise ValueError(f"{name}: expected {shape}, got shape {tuple(x.shape)}")
 

@@ -21,7 +21,6 @@ from lowbit_muon.backends.cpu.memory import (
     memory,
     output,
 )
-from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook
 
 
@@ -45,14 +44,18 @@ class CpuProducts(Backend):
         active: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.product`."""
-        dtype = _float_dtype(a, "a")
-        *batch, rows, depth = check_matrices(a, "a", dtype)
+        *batch, rows, depth = check_matrices(a, "a", None)
+        dtype = a.dtype
         columns = check_matrices(b, "b", dtype)[-1]
         check(b, "b", (*batch, depth, columns), dtype)
-        _check_out(out, (*batch, rows, columns))
+        if out is not None:
+            check(out, "out", (*batch, rows, columns), None)
         if isinstance(alpha, Tensor):
             check(alpha, "alpha", batch or (1,), torch.float32)
-        if not _has_kernel(dtype, out, active, batch):
+        if active is not None:
+            check(active, "active", batch or (1,), torch.bool)
+        all_float32 = dtype is torch.float32 and (out is None or out.dtype is torch.float32)
+        if active is not None or not all_float32:
             return super().product(a, b, out=out, alpha=alpha, beta=beta, active=active)
         if out is None:
             out = torch.empty((*batch, rows, columns), dtype=torch.float32, device="cpu")
@@ -89,23 +92,28 @@ class CpuProducts(Backend):
         active: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.symmetric_product`."""
-        dtype = _float_dtype(a, "a")
-        *batch, size, depth = check_matrices(a, "a", dtype)
+        *batch, size, depth = check_matrices(a, "a", None)
+        dtype = a.dtype
         square = (*batch, size, size)
         if b is not None:
             check(b, "b", (*batch, depth, size), dtype)
         if addend is not None:
-            check(addend, "addend", square, _float_dtype(addend, "addend"))
-        _check_out(out, square)
-        plain = out is None or addend is None or addend.dtype == torch.float32
-        if not (plain and _has_kernel(dtype, out, active, batch)):
+            check(addend, "addend", square, None)
+        if out is not None:
+            check(out, "out", square, None)
+        if active is not None:
+            check(active, "active", batch or (1,), torch.bool)
+        given = (a, addend, out)
+        if active is not None or any(x is not None and x.dtype != torch.float32 for x in given):
             return super().symmetric_product(
                 a, b, addend=addend, alpha=alpha, beta=beta, out=out, active=active
             )
         if out is None:
             out = torch.empty(square, dtype=torch.float32, device="cpu")
-        rows = out if has_plain_rows(out) else out.mT
-        check_plain_rows(rows, "out")
+        rows = out
+        if not has_plain_rows(out):
+            rows = out.mT
+            check_plain_rows(rows, "out")
         if addend is not None and addend.stride(-1) != 1:  # or else symmetric, or copied
             addend = addend.mT if addend.stride(-2) == 1 else addend.contiguous()
         self._extension.symmetric_product(
@@ -177,28 +185,6 @@ class CpuProducts(Backend):
             threads=torch.get_num_threads(),
         )
         return out
-
-
-def _float_dtype(x: Tensor, name: str) -> torch.dtype:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected a floating point dtype, got {x.dtype}")
-    return x.dtype
-
-
-def _check_out(out: Tensor | None, shape: tuple[int, ...]) -> None:
-    if out is not None:
-        check(out, "out", shape, _float_dtype(out, "out"))
-
-
-def _has_kernel(
-    dtype: torch.dtype, out: Tensor | None, active: Tensor | None, batch: list[int]
-) -> bool:
-    """Whether the kernels take factors of this dtype and write all of `out`."""
-    if active is not None:
-        check(active, "active", batch or (1,), torch.bool)
-    return active is None and torch.float32 is dtype and (out is None or out.dtype is dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -126,10 +126,12 @@ class Coded(Codec):
                 backend.quantize(
                     values, self.book, self.layout, packed=packed[:, rows], scales=scales[:, rows]
                 )
-            self.written(stored, rows, values)
+            if self.state_format.spectral:
+                self.measure_noise(stored, rows, values)
 
-    def written(self, stored: Stored, rows: slice, values: Tensor) -> None:
-        """Called when these rows have been quantised; the values may be overwritten."""
+    def measure_noise(self, stored: Stored, rows: slice, values: Tensor) -> None:
+        """Of rows that have been quantised, for formats that keep it; overwrites the values."""
+        raise ValueError(f"noise: expected a spectral format, got {self.state_format}")
 
     def to_code_domain(self, values: Tensor, backend: Backend) -> Tensor:
         """Values as the codebook sees them: rotated (in place) or companded."""

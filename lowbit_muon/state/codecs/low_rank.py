@@ -47,14 +47,11 @@ class LowRank(Coded):
 
     def factors(self, stored: Stored) -> tuple[Tensor, Tensor]:
         """See `Coded.factors`."""
-        return self._oriented(
-            *(
-                self._decode_factor(
-                    stored, stored[f"{side}_codes"], stored[f"{side}_scales"], length
-                )
-                for side, length in (("left", self.rows), ("right", self.columns))
-            )
+        left, right = (
+            self._decode_factor(stored, stored[f"{side}_codes"], stored[f"{side}_scales"], length)
+            for side, length in (("left", self.rows), ("right", self.columns))
         )
+        return (left, right) if self.is_wide else (right, left)
 
     def encode(
         self,
@@ -101,9 +98,6 @@ class LowRank(Coded):
                 self._decode_factor(stored, *codes, length)
                 for codes, length in zip(written, (self.rows, self.columns), strict=True)
             )
-        return self._oriented(left, right)
-
-    def _oriented(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         return (left, right) if self.is_wide else (right, left)
 
     def _write_factor(

@@ -82,8 +82,8 @@ class Spectral(Coded):
         stored.blank("noise").zero_()
         self.write_codes(stored, companded)
 
-    def written(self, stored: Stored, rows: slice, values: Tensor) -> None:
-        """See `Coded.written`: measures the noise."""
+    def measure_noise(self, stored: Stored, rows: slice, values: Tensor) -> None:
+        """See `Coded.measure_noise`."""
         packed, scales = stored.blank("codes"), stored.blank("scales")
         scales = scales.expand(*packed.shape[:2], -1)[:, rows]
         codes = PackedCodes(packed[:, rows], scales, self.book, self.layout, self.n)

@@ -218,7 +218,7 @@ def muon_step_bytes(
                 state, view, QuantizedMatrix.zeros(view.shape, state_format, seed=0, device=META)
             )
         grad = torch.empty_like(param)
-        steps.append(ParameterStep(param, grad, state, views, number, backend))
+        steps.append(ParameterStep(param, grad, state, views, number, state_format, backend))
         existing += [param, grad, *(v for v in state.values() if isinstance(v, Tensor))]
     with torch.no_grad(), LiveBytes() as memory:
         memory.ignore(existing)

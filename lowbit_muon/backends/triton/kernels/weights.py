@@ -51,7 +51,7 @@ def scaled_kernel(
 
 @triton.jit
 def mix(h):
-    """The finaliser of MurmurHash3 as `reference_device.random_bits` uses it, of uint32 h."""
+    """The finaliser of MurmurHash3 as `reference.random_bits` uses it, of uint32 h."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
     return h ^ (h >> 16)
