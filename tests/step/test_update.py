@@ -1,35 +1,30 @@
-"""The momentum update by panels, without a float32 copy of the momentum, and from stored codes."""
+"""The step by panels, without a float32 copy of the momentum, and from stored codes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stored_direction import steps_left, stored_direction
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lowbit_muon import Muon, orthogonalize
-from lowbit_muon.backends import get_backend
-from lowbit_muon.linalg.newton_schulz import resolve_coefficients
-from lowbit_muon.state import momentum_state as state_module
-from lowbit_muon.state import rows as source_module
-from lowbit_muon.state.momentum_state import StoredSpectrum
+from lowbit_muon import PRESETS, Muon, StateFormat, orthogonalize
+from lowbit_muon.state import operands
 from lowbit_muon.state.parameter import matrix_views, read_matrix, resolve_group_format
-from lowbit_muon.state.stored import QuantizedMatrix, orient
-from lowbit_muon.step.group_step import steps_after_lift
+from lowbit_muon.state.stored import QuantizedMatrix
 
 BY_PANELS = ("mulaw4", "muonq4", "linear8", "nf4", "bf16", "fp32")
-CPU = get_backend("auto", torch.device("cpu"))
 
 
 @pytest.fixture
 def panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two panels of about ten rows of the matrices here."""
-    for module in (state_module, source_module):
-        monkeypatch.setattr(module, "SCRATCH_FLOATS", 2 * 10 * 90)
+    """Room for about ten rows of the matrices here."""
+    monkeypatch.setattr(operands, "SCRATCH_FLOATS", 10 * 90)
 
 
 def grads(shape: tuple[int, int], steps: int, dtype: torch.dtype) -> list[Tensor]:
@@ -66,6 +61,25 @@ def weight_of(optimizer: Muon) -> Tensor:
 
 def difference(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
+
+
+# Two limbs of A: see test_coded_products.py; five steps lift rounding of the Gram matrix.
+STORED_ERROR = 2e-3
+
+
+def stored_step(
+    shape: tuple[int, int], state_format: StateFormat
+) -> tuple[QuantizedMatrix, Tensor, Tensor]:
+    """The fourth step with ns_input="stored": (momentum, what W moved by, what it should)."""
+    optimizer = run(shape, state_format=state_format, ns_input="stored")
+    param = optimizer.param_groups[0]["params"][0]
+    before = param.detach().clone()
+    param.grad = grads(shape, 4, torch.float32)[-1]
+    optimizer.step()
+    stored = momentum_of(optimizer)
+    ratio = max(1.0, shape[0] / shape[1]) ** 0.5
+    expected = -0.02 * 0.1 * before - 0.02 * ratio * stored_direction(stored)
+    return stored, param.detach() - before, expected
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -127,41 +141,30 @@ def test_extreme_gradients_by_panels(size: float, from_stored: str) -> None:
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40)], ids=str)
 @pytest.mark.parametrize("name", ["spectral4", "spectral2", "mulaw4", "fp32"])
 def test_stored_input_is_what_the_codes_hold(name: str, shape: tuple[int, int]) -> None:
-    """W moves by the orthogonalised stored matrix, without a look-ahead; spectral formats take
-    their own matrix Y, whose polar factor is the same, with fewer steps."""
-    optimizer = run(shape, state_format=name, ns_input="stored")
-    param = optimizer.param_groups[0]["params"][0]
-    before = param.detach().clone()
-    param.grad = grads(shape, 4, torch.float32)[-1]
-    optimizer.step()
-    stored = momentum_of(optimizer)
-    if stored.state_format.spectral:
-        oriented, steps = StoredSpectrum(stored, CPU).dense(), 3
-    else:
-        oriented, steps = orient(stored.dequantize()), 5
-    update = orthogonalize(oriented, steps)
-    update = update if shape[0] <= shape[1] else update.mT
-    ratio = max(1.0, shape[0] / shape[1]) ** 0.5
-    exact = before * (1 - 0.02 * 0.1) - 0.02 * ratio * update
-    # Two limbs of A: see test_coded_products.py; five steps lift rounding of the Gram matrix.
-    assert difference(param.detach() - before, exact - before) < 2e-3
+    """W moves by the orthogonalised stored matrix, without a look-ahead."""
+    stored, moved, expected = stored_step(shape, PRESETS[name])
+    assert stored.state_format == PRESETS[name]
+    assert difference(moved, expected) < STORED_ERROR
+
+
+# (1/(c m^(1/3)) is 1, 3.4, 3.5, 12 and 5e5 here; each step multiplies by 3.4445.)
+@pytest.mark.parametrize(
+    ("shift", "steps"), [(0.5, 5), (1 / 6.8, 5), (1 / 7, 4), (1 / 24, 3), (1e-6, 1)]
+)
+def test_stored_input_saves_steps_by_shape_and_shift(shift: float, steps: int) -> None:
+    state_format = dataclasses.replace(PRESETS["spectral4"], spectral_shift=shift)
+    stored, moved, expected = stored_step((8, 30), state_format)
+    assert steps_left(stored) == steps
+    assert difference(moved, expected) < STORED_ERROR
 
 
 def test_stored_spectrum_takes_the_direction_of_the_momentum() -> None:
     """Fewer steps on Y come as close to the exact update as all steps on the decoded momentum."""
-    optimizer = run((64, 200), state_format="spectral4")
-    stored = momentum_of(optimizer)
-    exact = orthogonalize(orient(stored.dequantize()), 5)
-    few = orthogonalize(StoredSpectrum(stored, CPU).dense(), 3)
+    stored = momentum_of(run((64, 200), state_format="spectral4"))
+    exact, few = orthogonalize(stored.dequantize()), stored_direction(stored)
+    assert steps_left(stored) < 5
     cosine = float((exact * few).sum() / (exact.norm() * few.norm()))
     assert cosine > 0.95
-
-
-def test_steps_saved_follow_the_lift() -> None:
-    steps = resolve_coefficients("muon", 5)
-    assert [len(steps_after_lift(steps, lift)) for lift in (0.5, 1, 3.4, 3.5, 12, 1e9)] == [
-        *(5, 5, 5, 4, 3, 1),
-    ]
 
 
 def test_stored_spectrum_respects_eps() -> None:
@@ -253,6 +256,6 @@ def test_no_float32_copy_of_the_momentum(name: str, buffers: int, tmp_path: Path
     param.grad = torch.randn(n, m)
     optimizer.step()
     # Thin factors of rank m/16 in both orientations, decoded and being replaced, are under m n / 2.
-    allowed = 4 * (buffers * m * n + 5 * m * m + source_module.SCRATCH_FLOATS + m * n // 2)
+    allowed = 4 * (buffers * m * n + 5 * m * m + operands.SCRATCH_FLOATS + m * n // 2)
     assert allowed < 4 * (buffers + 1.5) * m * n
     assert peak_bytes(optimizer, tmp_path / "trace.json") <= allowed
