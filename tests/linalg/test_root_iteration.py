@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lowbit_muon.linalg.products import gram
-from lowbit_muon.state.rows import DenseRows
+from companding import BACKEND, iterate_root, spectral_compand, spectral_expand
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,16 +25,18 @@ from bench.root_coefficients import (
 )
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.reference import ReferenceBackend
-from lowbit_muon.linalg import products
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import Terms
+from lowbit_muon.linalg import root_iteration
 from lowbit_muon.linalg.root_iteration import (
     ROOT_TABLE,
     RootCoefficients,
-    iterate_root,
     root_coefficients,
 )
-from lowbit_muon.linalg.spectral import encoding_operator, spectral_compand, spectral_expand
-from lowbit_muon.state import stored as quantized_matrix
+from lowbit_muon.linalg.spectral import encoding_operator
+from lowbit_muon.state.codecs import spectral as spectral_codec
+from lowbit_muon.state.operands import Dense
+from lowbit_muon.state.stored import StoredBatch
 
 # What the docstring of `iterate_root` promises; the encoder needs 2%.
 DEFECT = 0.01
@@ -126,7 +127,9 @@ def test_eigenvalues_below_zero_stay_bounded(entry: RootCoefficients) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 64, 400])
 def test_decoding_inverts_encoding(spectrum: str, shift: float, rows: int) -> None:
     matrix = spectrum_matrix(SPECTRA[spectrum](rows), rows + rows // 2 + 1)
-    s, errors = decoding_error(matrix, iterate_root(gram(matrix), shift), shift)
+    s, errors = decoding_error(
+        matrix, iterate_root(BACKEND.symmetric_product(matrix), shift), shift
+    )
     # Where the rounding of the Gram matrix is not small beside the eigenvalue, the root is that of
     # another eigenvalue, and only the absolute bound says something.
     assert bool((errors <= DEFECT * s + rounding(shift)).all())
@@ -134,7 +137,7 @@ def test_decoding_inverts_encoding(spectrum: str, shift: float, rows: int) -> No
 
 def test_large_matrix() -> None:
     matrix = spectrum_matrix(SPECTRA["four decades"](1024), 1024)
-    s, errors = decoding_error(matrix, iterate_root(gram(matrix), 0.03), 0.03)
+    s, errors = decoding_error(matrix, iterate_root(BACKEND.symmetric_product(matrix), 0.03), 0.03)
     assert bool((errors <= DEFECT * s + rounding(0.03)).all())
 
 
@@ -150,7 +153,7 @@ def test_zero_matrix_and_empty_ones(shift: float) -> None:
 
 def test_batch_is_the_matrices_one_by_one() -> None:
     matrices = [spectrum_matrix(make(24), 40) for make in SPECTRA.values()]
-    batch = gram(torch.stack(matrices))
+    batch = BACKEND.symmetric_product(torch.stack(matrices))
     together = iterate_root(batch, 0.03)
     for matrix, root in zip(matrices, together, strict=True):
         s, errors = decoding_error(matrix, root, 0.03)
@@ -158,7 +161,9 @@ def test_batch_is_the_matrices_one_by_one() -> None:
 
 
 def test_result_is_symmetric_and_the_input_unchanged() -> None:
-    gram_matrix = gram(spectrum_matrix(SPECTRA["steep"](50), 60)).requires_grad_()
+    gram_matrix = BACKEND.symmetric_product(
+        spectrum_matrix(SPECTRA["steep"](50), 60)
+    ).requires_grad_()
     before = gram_matrix.detach().clone()
     root = iterate_root(gram_matrix, 0.01)
     assert torch.equal(root, root.mT)
@@ -187,16 +192,15 @@ class CountOperations(TorchDispatchMode):
 @pytest.fixture
 def products_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device without kernels of its own."""
-    monkeypatch.setattr(products, "get_backend", lambda name, device: ReferenceBackend())
 
 
 @pytest.mark.parametrize("entry", ROOT_TABLE, ids=lambda e: str(e.shift))
 def test_number_of_products_and_no_synchronisation(
     entry: RootCoefficients, products_in_torch: None
 ) -> None:
-    gram_matrix = gram(spectrum_matrix(SPECTRA["flat"](8), 8))
+    gram_matrix = BACKEND.symmetric_product(spectrum_matrix(SPECTRA["flat"](8), 8))
     with CountOperations() as count:
-        iterate_root(gram_matrix, entry.shift)
+        root_iteration.iterate_root(gram_matrix, entry.shift, Backend())
     assert count.products == entry.matrix_products
 
 
@@ -214,24 +218,23 @@ def test_products_are_taken_in_full_precision(setting: str) -> None:
     """Whatever the process allows and however it says so; in a process of its own, which torch's
     switches outlive."""
     program = f"""
-import sys; sys.path.insert(0, "tests/linalg")
+import sys; sys.path[:0] = ["tests/linalg", "tests"]
 import torch
 from lowbit_muon import Muon
-from lowbit_muon.linalg import products
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.reference import float32_means_float32
 from lowbit_muon.linalg import root_iteration
-from lowbit_muon.linalg.root_iteration import full_precision_products
 from test_root_iteration import *
 {setting}
 def allowed():
     return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
 before = allowed()
-products._kernels = lambda x: None
 with CountOperations() as count:
-    iterate_root(torch.eye(8) / 8, 0.03)
+    root_iteration.iterate_root(torch.eye(8) / 8, 0.03, Backend())
 assert count.precisions == {{"ieee"}}, count.precisions
 assert allowed() == before, allowed()
 try:
-    with full_precision_products():
+    with float32_means_float32():
         raise RuntimeError("inside")
 except RuntimeError as error:
     assert str(error) == "inside"
@@ -335,8 +338,8 @@ def test_quantised_feedback_is_as_good_as_with_the_exact_encoder(
     right, _ = torch.linalg.qr(torch.randn(columns, 8))
     signal = (left * torch.logspace(0, -2, 8)) @ right.mT
     encoders = {
-        "exact": lambda gram_matrix, shift: encoding_operator(gram_matrix, shift, "eigh"),
-        "iterated": iterate_root,
+        "exact": lambda gram, shift, backend: encoding_operator(gram, shift, backend, "eigh"),
+        "iterated": root_iteration.iterate_root,
     }
     state_format = dataclasses.replace(PRESETS["spectral4"], spectral_shift=0.03)
     stored = {
@@ -348,9 +351,12 @@ def test_quantised_feedback_is_as_good_as_with_the_exact_encoder(
         grad = signal + 0.3 * torch.randn(rows, columns) / (rows * columns) ** 0.5
         momentum.mul_(decay).add_(grad, alpha=1 - decay)
         for name, encoder in encoders.items():
-            monkeypatch.setattr(quantized_matrix, "encoding_operator", encoder)
-            updated = stored[name].dequantize().mul_(decay).add_(grad, alpha=1 - decay)
-            stored[name].store(DenseRows(updated, backend), float(updated.norm()))
+            monkeypatch.setattr(spectral_codec, "encoding_operator", encoder)
+            batch = StoredBatch([stored[name]], backend)
+            terms = Terms(decay, grad=grad.unsqueeze(0), grad_weight=1 - decay)
+            updated, squares = batch.add(terms)
+            batch.codec.encode(batch, Dense(updated, backend), squares.sqrt(), None, torch.float32)
+            batch.commit()
     update = orthogonalize(momentum)
     spectrum = torch.linalg.svdvals(momentum)
     errors = {}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from companding import spectral_compand, spectral_expand
 
 from lowbit_muon.linalg.spectral import (
     compand_singular_values,
     companding_gain,
-    spectral_compand,
-    spectral_expand,
 )
 
 SHIFTS = [0.03, 0.1]
