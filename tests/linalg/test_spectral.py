@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from companding import CPU, compand, expand, gram
 
 from lowbit_muon.linalg.spectral import (
     compand_singular_values,
     companding_gain,
-    spectral_compand,
-    spectral_expand,
+    decoding_operator,
 )
 
 SHIFTS = [0.03, 0.1]
@@ -64,8 +64,7 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
 ) -> None:
     matrix = spectrum_matrix(SPECTRA[spectrum], 100) * size
     norm = float(matrix.norm())
-    companded = spectral_compand(matrix, norm, shift, method="eigh", out=torch.empty_like(matrix))
-    decoded = spectral_expand(companded, shift, out=torch.empty_like(matrix)).double()
+    decoded = expand(compand(matrix, norm, shift, "eigh"), shift).double()
     exact = matrix.double() / norm
     u, s, _ = torch.linalg.svd(exact, full_matrices=False)
     difference = (u.mT @ (decoded - exact)).norm(dim=1)
@@ -77,31 +76,44 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
 def test_encoding_by_products_alone(spectrum: str, shift: float) -> None:
     """What "auto" takes; direction by direction in test_root_iteration."""
     matrix = spectrum_matrix(SPECTRA[spectrum], 100)
-    out = torch.empty_like(matrix)
-    companded = spectral_compand(matrix, 1.0, shift, method="products", out=out)
-    decoded = spectral_expand(companded, shift, out=torch.empty_like(matrix))
+    decoded = expand(compand(matrix, 1.0, shift, "products"), shift)
     # The largest defect of the three programs is 0.4%; rounding is far below it.
     assert (decoded - matrix).norm() <= 0.005
 
 
 def test_zero_matrix_stays_zero() -> None:
-    zero = torch.zeros(4, 9)
-    assert not spectral_expand(zero, 0.01, out=torch.empty_like(zero)).any()
+    nothing = torch.zeros(1, dtype=torch.float64)
+    assert not decoding_operator(torch.zeros(1, 4, 4), nothing, nothing, 0.01, 9, CPU).any()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_decoded_matrix_has_the_norm_that_is_given(spectrum: str, noise: float) -> None:
+    """Of a batch, each its own; the direction is that of (Y Y^T + c I) Y."""
+    norms = torch.tensor([3.0, 1e-20], dtype=torch.float64)
+    y = torch.stack([compand(spectrum_matrix(SPECTRA[spectrum], 100), 1.0, 0.03) for _ in norms])
+    noises = torch.full((2,), noise, dtype=torch.float64)
+    operators = decoding_operator(gram(y), norms, noises, 0.03, 100, CPU)
+    for operator, one, norm in zip(operators, y, norms, strict=True):
+        expected = expand(one, 0.03, noise).double()
+        expected *= norm / expected.norm()
+        found = (operator @ one).double()
+        # Both are the decoder's two products, of 64 terms each (ROUNDING).
+        assert float((found - expected).norm()) <= ROUNDING * norm
 
 
 def test_noise_is_taken_out_of_the_shift() -> None:
     """Averaged over white noise on Y, decoding gives back M in every direction."""
     exact = spectrum_matrix(SPECTRA["power law"], 100)
-    companded = spectral_compand(exact, 1.0, 0.03, out=torch.empty_like(exact))
+    companded = compand(exact, 1.0, 0.03)
     deviation = 0.1 * companded.square().mean().sqrt()
     biased, unbiased = torch.zeros_like(exact), torch.zeros_like(exact)
     repeats = 400
     for _ in range(repeats):
         error = deviation * torch.randn_like(companded)
         noise = float(error.square().sum())
-        noisy, out = companded + error, torch.empty_like(exact)
-        biased += spectral_expand(noisy, 0.03, out=out) / repeats
-        unbiased += spectral_expand(noisy, 0.03, noise=noise, out=out) / repeats
+        biased += expand(companded + error, 0.03) / repeats
+        unbiased += expand(companded + error, 0.03, noise) / repeats
     u, s, v = torch.linalg.svd(exact.double(), full_matrices=False)
     sizes = [((u.mT @ mean.double()) * v).sum(dim=1) / s for mean in (biased, unbiased)]
     # The effect to remove: (m + n) v y relative to s, in the smallest direction.
@@ -117,11 +129,10 @@ def test_a_thousand_feedback_steps_keep_the_spectrum(spectrum: str) -> None:
     shift, decay = 0.03, 0.95
     grad = spectrum_matrix(SPECTRA[spectrum], 80)
     u, s, _ = torch.linalg.svd(grad.double(), full_matrices=False)
-    current, companded = grad.clone(), torch.empty_like(grad)
+    current = grad.clone()
     for _ in range(1000):
         norm = float(current.norm())
-        spectral_compand(current, norm, shift, out=companded)
-        spectral_expand(companded, shift, out=current)
+        current = expand(compand(current, norm, shift), shift)
         current.mul_(decay * norm / current.norm()).add_(grad, alpha=1 - decay)
     difference = (u.mT @ (current.double() - grad.double())).norm(dim=1)
     # An error of one step is forgotten as the momentum is: it adds up to 1/(1 - decay) of them.
