@@ -45,9 +45,9 @@ def encoding_operator(
 ) -> Tensor:
     """C [.., m, m] with Y = C M, from R = M M^T / ||M||_F^2 [.., m, m].
 
-    method: "eigh": exactly, by
-    eigendecomposition; "products": by matrix products alone (`root_iteration`), which is faster and
-    uses all threads; "auto": "products" for every shift that it can serve. `gram` is overwritten.
+    method: "eigh": exactly, by eigendecomposition; "products": by matrix products alone
+    (`root_iteration`), which is faster and uses all threads; "auto": "products" for every shift
+    that it can serve. `gram` is overwritten.
     """
     if method == "auto":
         method = "products" if shift >= ROOT_TABLE[-1].shift else "eigh"

@@ -332,3 +332,29 @@ def test_batches_are_multiplied_matrix_by_matrix(batch: int, shape: tuple[int, i
         assert_batch(out, singles)
     fresh = BACKEND.code_product(left, codes)
     assert fresh.shape == (batch, 4, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 70), (49, 49), (2, 5, 7), (3, 40, 130)], ids=str)
+def test_symmetric_products_are_exactly_symmetric(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Their rounding is no worse than that of the sums, k u |A| |B| for k terms."""
+    unit, terms = torch.finfo(dtype).eps / 2, shape[-1]
+    x = torch.randn(shape, dtype=dtype)
+    wide, size = x.double() @ x.double().mT, x.double().abs() @ x.double().abs().mT
+    found = BACKEND.symmetric_product(x, out=torch.full_like(wide, math.nan, dtype=dtype))
+    assert torch.equal(found, found.mT)
+    # (float64 is judged by itself, so both have the error; one more u for the mean of halves)
+    assert bool(((found.double() - wide).abs() <= (2 * terms + 1) * unit * size).all())
+    # A function of the first matrix, and so one that commutes with it.
+    square = torch.addmm if x.ndim == 2 else torch.baddbmm
+    other = square(found, found, found, alpha=0.5)
+    other = (other + other.mT) / 2
+    start = found.clone()
+    out = BACKEND.symmetric_product(found, other, addend=start, alpha=0.5, beta=-2.0, out=start)
+    assert out is start
+    assert torch.equal(out, out.mT)
+    exact = 0.5 * found.double() @ other.double() - 2 * found.double()
+    bound = 0.5 * found.double().abs() @ other.double().abs() + 2 * found.double().abs()
+    assert bool(((out.double() - exact).abs() <= 2 * (shape[-2] + 2) * unit * bound).all())

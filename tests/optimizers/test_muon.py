@@ -11,11 +11,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from device_reference import DeviceReference
 from torch import Tensor, nn
 
 from lowbit_muon import PRESETS, Muon, NonFiniteGradientError
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS
+from lowbit_muon.optimizers import muon as muon_module
+from lowbit_muon.state import operands
 from lowbit_muon.step.update import update_scale
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 17), (17, 1)]
@@ -72,6 +75,43 @@ def test_fp32_state_follows_torch_muon_to_rounding(
     # float32 (steep spectra; 1e-4 typical), updates have entries of size lr*scale.
     step = 12 * 0.02 * max(1.0, update_scale(adjust_lr_fn, shape))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2.4e-3 * step)
+
+
+# In all of float32: norms below 1e-12 are brought to one before products square them, and eps with
+# them. A momentum of norm eps/10 ends where the polynomial is not linear any more.
+@pytest.mark.parametrize(
+    ("norm", "eps"), [(1e-8, 1e-7), (1e-14, 1e-7), (1e-26, 1e-7), (0.1, 1.0), (1e-15, 1e-14)]
+)
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)], ids=str)
+@pytest.mark.parametrize("name", ["fp32", "linear8", "mulaw4", "spectral4"])
+@pytest.mark.parametrize("way", ["whole", "panels", "device"])
+def test_gradients_below_eps_move_weights_as_in_torch_muon(
+    way: str,
+    name: str,
+    shape: tuple[int, int],
+    norm: float,
+    eps: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By about norm/eps times what a gradient of another size does."""
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", newton_schulz_fp32)
+    if way == "panels":
+        monkeypatch.setattr(operands, "SCRATCH_FLOATS", 3 * 20)
+    elif way == "device":
+        backend = DeviceReference()
+        monkeypatch.setattr(muon_module, "get_backend", lambda *_: backend)
+    param, peer = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+    ours = Muon([param], lr=1.0, eps=eps, state_format=name, ns_dtype="float32")
+    theirs = torch.optim.Muon([peer], lr=1.0, eps=eps)
+    grad = torch.randn(shape)
+    param.grad = peer.grad = grad * (norm / (0.05 * 1.95 * grad.norm()))  # the look-ahead's factors
+    ours.step()
+    theirs.step()
+    # Far below eps the polynomial multiplies by 3.4445^5 = 485.
+    if norm < 1e-4 * eps:
+        scale = max(1.0, shape[0] / shape[1]) ** 0.5
+        assert float(peer.detach().norm()) == pytest.approx(485 * scale * norm / eps, rel=0.01)
+    assert (param - peer).norm() <= 2.4e-3 * peer.norm()  # see above
 
 
 def test_close_to_torch_muon_as_shipped() -> None:
