@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lowbit_muon.state.gradients import count_skipped, is_usable
 from lowbit_muon.state.offload import Fetched
-from lowbit_muon.state.operands import SCRATCH_FLOATS
 from lowbit_muon.state.parameter import ParameterStep, flatten, read_matrix
 from lowbit_muon.state.rounding import Compensation, Rounding, rounding_seed, seed_of_step
 from lowbit_muon.state.stored import QuantizedMatrix, orient
@@ -24,7 +23,7 @@ State = dict[str, Any]
 # they are worked on they take 10 to 16 bytes each, and with a spectral encoder's m x m matrices,
 # for m = n, up to 50. On a host, where a batch saves calls and nothing else, what stays in a cache.
 DEVICE_ELEMENTS = 2**24
-HOST_ELEMENTS = SCRATCH_FLOATS
+HOST_ELEMENTS = 2**17
 
 
 @dataclass(frozen=True)
