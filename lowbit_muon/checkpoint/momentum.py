@@ -81,7 +81,7 @@ def _converted(
     if isinstance(resolve_group_format(saved_group), AutoFormat):
         asked = whole_number("asked", entries.pop("asked", None))
         del entries["state_format"]
-    state = _checked_copy(param, entries, source, source_views)
+    state = _checked_copy(param, entries, source, source_views, group["backend"])
     target = resolve_group_format(group)
     keeps = source in target.formats if isinstance(target, AutoFormat) else source == target
     if keeps and source_views == views:
@@ -168,7 +168,11 @@ def export_momentum(param: Tensor, group: Group, state: State) -> State:
 
 
 def _checked_copy(
-    param: Tensor, entries: Mapping[str, Any], state_format: StateFormat, views: list[MatrixView]
+    param: Tensor,
+    entries: Mapping[str, Any],
+    state_format: StateFormat,
+    views: list[MatrixView],
+    backend: str,
 ) -> State:
     """A state in our own layout, copied to the parameter's device after checking all of it."""
     rest = dict(entries)
@@ -181,14 +185,14 @@ def _checked_copy(
             matrix.tensors = {
                 role: own_copy(value, param.device) for role, value in matrix.tensors.items()
             }
-            _check_values(matrix)
+            _check_values(matrix, backend)
         write_matrix(state, view, matrix)
     if rest:
         raise ValueError(f"expected nothing else in the state, got {sorted(map(repr, rest))}")
     return state
 
 
-def _check_values(matrix: QuantizedMatrix) -> None:
+def _check_values(matrix: QuantizedMatrix, backend: str) -> None:
     """Raise ValueError unless every code stands for a level and the decoded matrix is finite."""
     f = matrix.state_format
     if not f.is_dense and matrix.shape[0] * matrix.shape[1]:
@@ -196,7 +200,7 @@ def _check_values(matrix: QuantizedMatrix) -> None:
         if f.has_factors:
             for role, length in zip(("left_codes", "right_codes"), matrix.shape, strict=True):
                 _check_codes(matrix, role, length, f.factor_code_book(), f.factor_layout())
-    _check_size(matrix.dequantize(), "codes and scales")
+    _check_size(matrix.dequantize(backend), "codes and scales")
 
 
 def _check_size(momentum: Tensor, what: str, largest: float = _LARGEST_OWN) -> None:
