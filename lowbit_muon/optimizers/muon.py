@@ -107,12 +107,12 @@ class Muon(Optimizer):
         ns_input: "exact" orthogonalises the fresh momentum, before it was quantised; "stored" what
             the codes hold, without Nesterov's look-ahead: less work, and quantisation noise in the
             update. Of spectral formats it takes the codes' own matrix, whose polar factor is the
-            momentum's, in integer products and without the first Newton-Schulz steps, as far as its
-            larger singular values make up for them (two of five with the presets); formats with
-            levels that are not whole numbers or with block scales are decoded instead. On a GPU all
-            are decoded and take all steps: no work is saved there.
+            momentum's, in integer products (on GPUs in half precision). Its small singular values
+            are larger, which saves first Newton-Schulz steps: with the presets two of five up to 22
+            rows on the short side, one up to 906. Formats with levels that are not whole numbers
+            or with block scales are decoded instead.
         ns_dtype: dtype of the Newton-Schulz products: "auto" is float32 on CPUs and wherever there
-            is no backend for the device, and float16 on GPUs (`linalg.half_precision`, which
+            is no backend for the device, and float16 on GPUs (`linalg.newton_schulz`, which
             is closer to float32 than torch's bfloat16).
         stochastic_rounding: round bfloat16 weights stochastically, with bits that depend on `seed`,
             the parameter's number and its step alone. Makes no difference to float32 weights.
