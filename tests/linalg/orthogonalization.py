@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit_muon.linalg.newton_schulz import Triple, resolve_coefficients
+from lowbit_muon.linalg.coefficients import Triple, resolve_coefficients
 
 METHODS = ("newton_schulz", "gram", "eigh")
 MUON = resolve_coefficients("muon", 5)
