@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from device_reference import DeviceReference
 from torch import Tensor
 
-from lowbit_muon.backends.reference_device import DeviceReferenceBackend
-from lowbit_muon.linalg import half_precision
-from lowbit_muon.linalg.half_precision import orthogonalize_batch, restart_lengths
-from lowbit_muon.linalg.newton_schulz import composed_polynomial, resolve_coefficients
+from lowbit_muon.linalg import newton_schulz
+from lowbit_muon.linalg.coefficients import (
+    composed_polynomial,
+    gain_bounds,
+    resolve_coefficients,
+    restart_lengths,
+)
+from lowbit_muon.linalg.newton_schulz import orthogonalize_half, standard_form
 
-BACKEND = DeviceReferenceBackend()
+BACKEND = DeviceReference()
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -32,7 +37,7 @@ def exact(x: Tensor, coefficients: Any) -> Tensor:
 
 
 def prepare(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """x [b, m, n] as `orthogonalize_batch` takes it: (half, norms, unit)."""
+    """x [b, m, n] as `orthogonalize_half` takes it: (half, norms, unit)."""
     unit = 1 / math.sqrt(x.shape[1] * x.shape[2])
     return (x / unit).to(dtype), torch.linalg.vector_norm(x, dim=(1, 2)), unit
 
@@ -51,7 +56,7 @@ def test_error_against_float64(dtype: torch.dtype, name: str, shape: tuple[int, 
     x = torch.stack([decaying(*shape) for _ in range(3)])
     half, norm, unit = prepare(x, dtype)
     before = half.clone()
-    found = orthogonalize_batch(half, norm, coefficients, BACKEND, unit=unit)
+    found = orthogonalize_half(half, norm, coefficients, BACKEND, unit=unit)
     # what rounding of the input alone does is not the algorithm's error
     given = exact(half.double() * unit, coefficients)
     assert max(errors(found, given)) < 16 * torch.finfo(dtype).eps
@@ -67,8 +72,8 @@ def test_one_row(dtype: torch.dtype, name: str) -> None:
     coefficients = resolve_coefficients(name, 5)
     x = decaying(1, 50)[None]
     half, norm, unit = prepare(x, dtype)
-    found = orthogonalize_batch(half, norm, coefficients, BACKEND, unit=unit).double()
-    low, high = half_precision._gain_bounds(coefficients)
+    found = orthogonalize_half(half, norm, coefficients, BACKEND, unit=unit).double()
+    low, high = gain_bounds(coefficients)
     eps = torch.finfo(dtype).eps
     assert low - 10 * eps <= found.norm() <= high + 10 * eps
     # three runs round an entry by eps/2 each; below 2**-14 float16 rounds absolutely
@@ -90,21 +95,20 @@ def test_the_guard_repeats_what_went_wrong(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without restarts a matrix of low rank diverges; its neighbour in the batch does not."""
-    monkeypatch.setattr(half_precision, "restart_lengths", lambda c, _: (len(c),))
+    monkeypatch.setattr(newton_schulz, "restart_lengths", lambda c, _: (len(c),))
     coefficients = resolve_coefficients("polar_express", 5)
     low_rank = torch.randn(64, 2) @ torch.randn(2, 96)
     easy = torch.randn(64, 96)
     x = torch.stack([low_rank / low_rank.norm(), easy / easy.norm()])
     half, norm, unit = prepare(x, dtype)
     seen: list[Tensor] = []
-    standard = half_precision.standard_form
 
-    def watched(*args: Any, **kwargs: Any) -> None:
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
         seen.append(kwargs["active"].clone())
-        standard(*args, **kwargs)
+        return standard_form(*args, **kwargs)
 
-    monkeypatch.setattr(half_precision, "standard_form", watched)
-    found = orthogonalize_batch(half, norm, coefficients, BACKEND, unit=unit)
+    monkeypatch.setattr(newton_schulz, "standard_form", watched)
+    found = orthogonalize_half(half, norm, coefficients, BACKEND, unit=unit)
     assert seen[0].tolist()[0]
     given = exact(half.double() * unit, coefficients)
     # the standard form rounds X in every step, which lifts noise of eps as if it were signal
@@ -115,7 +119,7 @@ def test_the_guard_repeats_what_went_wrong(
 @pytest.mark.parametrize("factor", [0.3, 3.0, math.inf, math.nan])
 def test_the_guard_sees_norms_out_of_range(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a result that is too small, too large or not finite."""
-    spoilt = half_precision._run_of_steps
+    spoilt = newton_schulz._run_of_steps
     flags: list[Tensor] = []
 
     def scaled(x: Tensor, *args: Any) -> Tensor:
@@ -123,16 +127,16 @@ def test_the_guard_sees_norms_out_of_range(factor: float, monkeypatch: pytest.Mo
         result[1] *= factor
         return result
 
-    monkeypatch.setattr(half_precision, "_run_of_steps", scaled)
-    monkeypatch.setattr(half_precision, "restart_lengths", lambda c, _: (len(c),))
+    monkeypatch.setattr(newton_schulz, "_run_of_steps", scaled)
+    monkeypatch.setattr(newton_schulz, "restart_lengths", lambda c, _: (len(c),))
     monkeypatch.setattr(
-        half_precision, "standard_form", lambda *_, active, **__: flags.append(active)
+        newton_schulz, "standard_form", lambda *_, active, **__: flags.append(active)
     )
     one = torch.zeros(16, 20)
     one[0, 0] = 1
     half, norm, unit = prepare(torch.stack([one, one if factor < 1 else torch.eye(16, 20) / 4]),
                                torch.float16)  # fmt: skip
-    orthogonalize_batch(half, norm, resolve_coefficients("muon", 2), BACKEND, unit=unit)
+    orthogonalize_half(half, norm, resolve_coefficients("muon", 2), BACKEND, unit=unit)
     assert flags[0].tolist() == [False, True]
 
 
@@ -140,7 +144,7 @@ def test_the_guard_lets_correct_results_pass(monkeypatch: pytest.MonkeyPatch) ->
     """Zeros, tiny norms (below eps), one row, low rank: none is repeated."""
     flags: list[Tensor] = []
     monkeypatch.setattr(
-        half_precision, "standard_form", lambda *_, active, **__: flags.append(active)
+        newton_schulz, "standard_form", lambda *_, active, **__: flags.append(active)
     )
     rank_one = torch.outer(torch.randn(20), torch.randn(30))
     x = torch.stack(
@@ -149,7 +153,7 @@ def test_the_guard_lets_correct_results_pass(monkeypatch: pytest.MonkeyPatch) ->
     for dtype in DTYPES:
         for name in ("muon", "polar_express"):
             half, norm, unit = prepare(x, dtype)
-            result = orthogonalize_batch(
+            result = orthogonalize_half(
                 half, norm, resolve_coefficients(name, 5), BACKEND, unit=unit
             )
             assert not result[0].any()
@@ -158,12 +162,12 @@ def test_the_guard_lets_correct_results_pass(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_thestandard_form_writes_active_matrices_only(dtype: torch.dtype, steps: int) -> None:
+def test_the_standard_form_writes_active_matrices_only(dtype: torch.dtype, steps: int) -> None:
     coefficients = resolve_coefficients("muon", steps)
     x = torch.stack([decaying(24, 40) for _ in range(3)])
     half, _, unit = prepare(x, dtype)
     out = torch.full_like(half, 7)
-    half_precision.standard_form(
+    standard_form(
         half, coefficients, BACKEND, unit=unit, out=out, active=torch.tensor([True, False, True])
     )
     assert (out[1] == 7).all()
