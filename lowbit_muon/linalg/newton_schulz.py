@@ -247,7 +247,7 @@ def orthogonalize(
             operator = gram_operator(r, triples, kernels)
         else:
             operator = _operator_by_eigh(r, inverse.isfinite(), triples, kernels)
-        del r  # a matrix of x's size follows
+        del r  # the result takes its place
         # in x's orientation: a transposed output costs nothing here and a copy later
         result = torch.empty(x.shape, dtype=scaled.dtype, device=x.device)
         result = result.mT if tall else result

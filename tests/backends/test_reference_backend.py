@@ -334,27 +334,40 @@ def test_batches_are_multiplied_matrix_by_matrix(batch: int, shape: tuple[int, i
     assert fresh.shape == (batch, 4, n)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 70), (49, 49), (2, 5, 7), (3, 40, 130)], ids=str)
-def test_symmetric_products_are_exactly_symmetric(
-    shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    """Their rounding is no worse than that of the sums, k u |A| |B| for k terms."""
-    unit, terms = torch.finfo(dtype).eps / 2, shape[-1]
-    x = torch.randn(shape, dtype=dtype)
-    wide, size = x.double() @ x.double().mT, x.double().abs() @ x.double().abs().mT
-    found = BACKEND.symmetric_product(x, out=torch.full_like(wide, math.nan, dtype=dtype))
-    assert torch.equal(found, found.mT)
-    # (float64 is judged by itself, so both have the error; one more u for the mean of halves)
-    assert bool(((found.double() - wide).abs() <= (2 * terms + 1) * unit * size).all())
-    # A function of the first matrix, and so one that commutes with it.
-    square = torch.addmm if x.ndim == 2 else torch.baddbmm
-    other = square(found, found, found, alpha=0.5)
-    other = (other + other.mT) / 2
-    start = found.clone()
-    out = BACKEND.symmetric_product(found, other, addend=start, alpha=0.5, beta=-2.0, out=start)
-    assert out is start
-    assert torch.equal(out, out.mT)
-    exact = 0.5 * found.double() @ other.double() - 2 * found.double()
-    bound = 0.5 * found.double().abs() @ other.double().abs() + 2 * found.double().abs()
-    assert bool(((out.double() - exact).abs() <= 2 * (shape[-2] + 2) * unit * bound).all())
+@pytest.mark.parametrize("shape", [(1, 1), (5, 20), (49, 30), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_symmetric_products_of_every_dtype(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Sums in float32 (float64), rounded once; exactly symmetric; `out` is written and not read.
+
+    A term passes k sums, a product with each factor, the sum with the addend and the mean of the
+    two halves: k + 4 roundings. What float64 is compared with has as many.
+    """
+    *batch, m, k = shape
+    x, start = torch.randn(shape).to(dtype), torch.randn(*batch, m, m)
+    addend = (start + start.mT).to(dtype)
+    diagonal = 2.0 ** torch.randint(-2, 3, (k, 1)) * (1 - 2 * torch.randint(0, 2, (k, 1)))
+    signed = diagonal.to(dtype) * x.mT  # exact, and so x times it is symmetric
+    roundings = (k + 4) * (2 * 2**-53 if dtype == torch.float64 else 2**-24)
+
+    def assert_near(found: Tensor, right: Tensor, alpha: float, beta: float) -> None:
+        exact = alpha * (x.double() @ right.double()) + beta * addend.double()
+        size = abs(alpha) * (x.double().abs() @ right.double().abs())
+        size += abs(beta) * addend.double().abs()
+        allowed = roundings * size + torch.finfo(dtype).eps / 2 * exact.abs()
+        assert found.dtype == dtype
+        assert ((found.double() - exact).abs() <= allowed).all()
+        assert torch.equal(found, found.mT)
+
+    assert_near(BACKEND.symmetric_product(x), x.mT, 1, 0)
+    assert_near(BACKEND.symmetric_product(x.mT.contiguous().mT), x.mT, 1, 0)
+    assert_near(BACKEND.symmetric_product(x, signed), signed, 1, 0)
+    canvas = torch.full((*batch, m + 2, m + 3), math.nan, dtype=dtype)
+    inner = canvas[..., 1:-1, 1:-2]
+    for other, right in ((None, x.mT), (signed, signed)):
+        assert BACKEND.symmetric_product(x, other, alpha=0.5, out=inner) is inner
+        assert_near(inner, right, 0.5, 0)
+        inner.copy_(addend)
+        BACKEND.symmetric_product(x, other, addend=inner, beta=-2.0, alpha=0.5, out=inner)
+        assert_near(inner, right, 0.5, -2)
+    inner.fill_(math.nan)
+    assert canvas.isnan().all()  # nothing was written around it

@@ -1,4 +1,4 @@
-"""Companding and expanding one matrix, as the spectral codec does."""
+"""The spectral encoder and decoder of one float32 matrix, as the codec composes them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,36 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends import get_backend
-from lowbit_muon.linalg import root_iteration
-from lowbit_muon.linalg.spectral import EncodingMethod, encoding_operator, unbiased_shift
+from lowbit_muon.linalg.spectral import EncodingMethod, decoding_operator, encoding_operator
 
 BACKEND = get_backend("auto", torch.device("cpu"))
 
 
-def iterate_root(gram: Tensor, shift: float, *, overwrite: bool = False) -> Tensor:
-    """`root_iteration.iterate_root` with the kernels of this machine."""
-    return root_iteration.iterate_root(gram, shift, BACKEND, overwrite=overwrite)
+def spectrum_matrix(singular_values: Tensor, columns: int) -> Tensor:
+    """float32 matrix [k, columns] of these k singular values, scaled to norm one."""
+    rows = len(singular_values)
+    u, _ = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(columns, rows, dtype=torch.float64))
+    return ((u * (singular_values / singular_values.norm())) @ v.mT).float()
 
 
-def spectral_compand(
-    matrix: Tensor, norm: float, shift: float, *, method: EncodingMethod = "auto", out: Tensor
-) -> Tensor:
-    """Y [m, n], written into `out`, for float32 `matrix` [m, n], m <= n, of Frobenius norm > 0."""
+def compand(matrix: Tensor, norm: float, shift: float, method: EncodingMethod = "auto") -> Tensor:
+    """Y of the matrix [m, n], m <= n, of this Frobenius norm."""
     gram = BACKEND.symmetric_product(matrix).div_(norm).div_(norm)
     operator = encoding_operator(gram, shift, BACKEND, method)
-    return BACKEND.product(operator.div_(norm), matrix, out=out)
+    return BACKEND.product(operator.div_(norm), matrix)
 
 
-def spectral_expand(companded: Tensor, shift: float, *, noise: float = 0.0, out: Tensor) -> Tensor:
-    """(Y Y^T + c I) Y for Y float32 [m, n], written into `out`; noise: see `unbiased_shift`."""
+def cubic(companded: Tensor, shift: float) -> Tensor:
+    """(Y Y^T + c I) Y, the inverse of `compand` for a norm of one, whose norm nothing corrects."""
     operator = BACKEND.symmetric_product(companded)
-    m, n = companded.shape
-    operator.diagonal().add_(unbiased_shift(shift, torch.tensor(noise), m, n))
-    return BACKEND.product(operator, companded, out=out)
+    operator.diagonal().add_(shift)
+    return BACKEND.product(operator, companded)
+
+
+def expand(companded: Tensor, norm: float, shift: float, noise: float = 0.0) -> Tensor:
+    """The decoded matrix of this norm."""
+    gram = BACKEND.symmetric_product(companded).unsqueeze(0)
+    wide = torch.tensor([[norm], [noise]], dtype=torch.float64)
+    operator = decoding_operator(gram, wide[0], wide[1], shift, companded.shape[1], BACKEND)
+    return BACKEND.product(operator[0], companded)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from companding import BACKEND
 from device_reference import DeviceReference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +27,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.linalg.coefficients import (
     NS_COEFFICIENTS,
@@ -41,6 +41,8 @@ from lowbit_muon.linalg.newton_schulz import (
     spectrum_operator,
     takes_gram_form,
 )
+
+BACKEND = get_backend("auto", torch.device("cpu"))
 
 SPECTRA: dict[str, Callable[[int], Tensor]] = {
     "flat": lambda m: torch.ones(m),
@@ -316,6 +318,7 @@ def test_bad_coefficients(
         ({"method": "svd"}, ValueError, "method: expected one of.*'svd'"),
         ({"eps": -1e-7}, ValueError, "eps: expected a number >= 0, got -1e-07"),
         ({"eps": math.nan}, ValueError, "eps"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of.*'fast'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -343,16 +346,16 @@ def test_composed_polynomial(coefficients: str) -> None:
 @pytest.mark.parametrize("shape", [(20, 30), (30, 30), (400, 420)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e9])
 def test_operator_gives_the_update(shape: tuple[int, int], scale: float) -> None:
+    """From the Gram matrix of an X that was not scaled, as in a step."""
     x = torch.randn(shape) * scale
+    gram = (x.double() @ x.double().mT).float()
     inverse = 1 / float(x.norm())
-    gram = (x.double() @ x.double().mT).float().mul_(inverse).mul_(inverse)
-    operator = gram_operator(gram, resolve_coefficients("muon", 5), BACKEND)
+    operator = gram_operator(gram.mul_(inverse).mul_(inverse), MUON, BACKEND)
     assert_orthogonalized(operator @ x * inverse, x, "gram")
 
 
 def test_operator_of_a_zero_matrix() -> None:
-    operator = gram_operator(torch.zeros(3, 3), resolve_coefficients("muon", 5), BACKEND)
-    assert bool(operator.isfinite().all())
+    assert bool(gram_operator(torch.zeros(3, 3), MUON, BACKEND).isfinite().all())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -362,11 +365,10 @@ def test_operators_from_the_gram_matrix(size: int, steps: int) -> None:
     x = matrix_with(torch.logspace(0, -1, size), size + 8)
     x = x / x.norm()
     r = x @ x.mT
-    spectrum = torch.linalg.eigh(r)
-    by_gram = gram_operator(r, triples, BACKEND) @ x
-    by_spectrum = spectrum_operator(*spectrum, triples, BACKEND) @ x
-    assert_orthogonalized(by_gram, x, "gram", triples)
-    assert_orthogonalized(by_spectrum, x, "eigh", triples)
+    eigenvalues, vectors = torch.linalg.eigh(r)
+    assert_orthogonalized(gram_operator(r, triples, BACKEND) @ x, x, "gram", triples)
+    operator = spectrum_operator(eigenvalues, vectors, triples, BACKEND)
+    assert_orthogonalized(operator @ x, x, "eigh", triples)
 
 
 def test_gram_is_precise() -> None:
@@ -378,29 +380,41 @@ def test_gram_is_precise() -> None:
 
 
 def test_takes_gram_form() -> None:
-    def choice(*shape: int, steps: int = 5, backend: Backend = BACKEND) -> bool:
-        return takes_gram_form(shape, resolve_coefficients("muon", steps), torch.float32, backend)
+    def gram_form(
+        *shape: int,
+        steps: int = 5,
+        dtype: torch.dtype = torch.float32,
+        backend: Backend = BACKEND,
+    ) -> bool:
+        return takes_gram_form(shape, resolve_coefficients("muon", steps), dtype, backend)
 
-    assert choice(64, 64)
-    assert choice(256, 64)
-    assert choice(8, 64, 64)
-    assert not choice(256, 256, backend=DeviceReference())
-    assert choice(256, 512, backend=DeviceReference())
-    assert not choice(256, 512, steps=7)
+    # Half of a symmetric product, in batches as well.
+    assert gram_form(64, 64)
+    assert gram_form(256, 64)
+    assert gram_form(8, 64, 64)
+    assert gram_form(8, 64, 128)
+    # Products as a whole: only where two of m^2 n are far fewer.
+    for backend, dtype in ((DeviceReference(), torch.float32), (BACKEND, torch.float64)):
+        assert not gram_form(256, 256, backend=backend, dtype=dtype)
+        assert not gram_form(8, 96, 64, backend=backend, dtype=dtype)
+        assert gram_form(256, 512, backend=backend, dtype=dtype)
+    assert not gram_form(256, 512, steps=7)
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (30, 50), (260, 300)], ids=str)
-def test_auto_is_the_chosen_method(shape: tuple[int, int]) -> None:
-    x = torch.randn(shape)
-    gram = takes_gram_form(shape, MUON, torch.float32, BACKEND)
-    chosen = "gram" if gram else "newton_schulz"
+@pytest.mark.parametrize(
+    "shape", [(40, 40), (30, 50), (260, 300), (3, 20, 20), (3, 20, 40)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_is_the_chosen_method(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, dtype=dtype)
+    chosen = "gram" if takes_gram_form(shape, MUON, dtype, BACKEND) else "newton_schulz"
     assert torch.equal(orthogonalize(x), orthogonalize(x, method=chosen))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (3, 6, 20)], ids=str)
 def test_number_of_products(shape: tuple[int, ...], steps: int) -> None:
-    """As takes_gram_form counts: no product is wasted, R is not updated at the end."""
+    """What takes_gram_form's docstring counts: none is wasted, R is not updated at the end."""
     batch, m, n = shape[0] if len(shape) == 3 else 1, min(shape[-2:]), max(shape[-2:])
     counted = {
         "newton_schulz": steps * m**3 + 2 * steps * m**2 * n,

@@ -68,10 +68,10 @@ def momentum(kind: str, m: int, n: int) -> Tensor:
 
 
 class Emulated(Backend):
-    """Symmetric products taken by `take`."""
+    """The reference with another arithmetic in its symmetric products."""
 
-    def __init__(self, take: Product) -> None:
-        self.take = take
+    def __init__(self, arithmetic: Product) -> None:
+        self.arithmetic = arithmetic
 
     def symmetric_product(
         self,
@@ -84,7 +84,10 @@ class Emulated(Backend):
         out: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Tensor:
-        result = self.take(a, a.mT if b is None else b) * alpha
+        """See `Backend.symmetric_product`."""
+        assert out is None
+        assert active is None
+        result = self.arithmetic(a, a.mT if b is None else b) * alpha
         result = (result + result.mT) / 2
         result = result if addend is None else result + beta * addend
         return result if out is None else out.copy_(result)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from companding import spectral_compand, spectral_expand
+from companding import BACKEND, compand, cubic, expand, spectrum_matrix
 
 from lowbit_muon.linalg.spectral import (
     compand_singular_values,
     companding_gain,
+    decoding_operator,
+    unbiased_shift,
 )
 
 SHIFTS = [0.03, 0.1]
@@ -18,15 +20,6 @@ SHIFTS = [0.03, 0.1]
 # small ones (the encoder's gain 1/shift on them is undone by the decoder's shift). It is a
 # thousandth of what 4-bit codes add to every direction.
 ROUNDING = 4 * 64 * 2**-24
-
-
-def spectrum_matrix(singular_values: torch.Tensor, columns: int) -> torch.Tensor:
-    """float32 matrix [k, columns] of these k singular values, scaled to norm one."""
-    rows = len(singular_values)
-    u, _ = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))
-    v, _ = torch.linalg.qr(torch.randn(columns, rows, dtype=torch.float64))
-    scaled = singular_values / singular_values.norm()
-    return ((u * scaled) @ v.mT).float()
 
 
 SPECTRA = {
@@ -63,8 +56,7 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
 ) -> None:
     matrix = spectrum_matrix(SPECTRA[spectrum], 100) * size
     norm = float(matrix.norm())
-    companded = spectral_compand(matrix, norm, shift, method="eigh", out=torch.empty_like(matrix))
-    decoded = spectral_expand(companded, shift, out=torch.empty_like(matrix)).double()
+    decoded = cubic(compand(matrix, norm, shift, "eigh"), shift).double()
     exact = matrix.double() / norm
     u, s, _ = torch.linalg.svd(exact, full_matrices=False)
     difference = (u.mT @ (decoded - exact)).norm(dim=1)
@@ -76,31 +68,52 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
 def test_encoding_by_products_alone(spectrum: str, shift: float) -> None:
     """What "auto" takes; direction by direction in test_root_iteration."""
     matrix = spectrum_matrix(SPECTRA[spectrum], 100)
-    out = torch.empty_like(matrix)
-    companded = spectral_compand(matrix, 1.0, shift, method="products", out=out)
-    decoded = spectral_expand(companded, shift, out=torch.empty_like(matrix))
+    decoded = cubic(compand(matrix, 1.0, shift, "products"), shift)
     # The largest defect of the three programs is 0.4%; rounding is far below it.
     assert (decoded - matrix).norm() <= 0.005
 
 
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_decoding_operator(shift: float) -> None:
+    """A positive multiple of Y Y^T + c I, c without the bias of noise, that gives M its norm."""
+    columns = 100
+    y = torch.stack([spectrum_matrix(values, columns) for values in SPECTRA.values()])
+    y *= torch.tensor([1.0, 0.5, 1e-3, 2.0, 1.0]).view(-1, 1, 1)
+    norm = torch.tensor([1.0, 1e-8, 1e12, 3.0, 0.0], dtype=torch.float64)
+    noise = torch.tensor([0.0, 0.01, 0.1, 0.0, 0.0], dtype=torch.float64)
+    gram = BACKEND.symmetric_product(y)
+    before = gram.clone()
+    operators = decoding_operator(gram, norm, noise, shift, columns, BACKEND)
+    assert torch.equal(gram, before)
+    # Float32 terms: the Gram matrix sums `columns` of them, A R sums 64, and a few roundings more.
+    allowed = (columns + 64 + 8) * 2**-24
+    for i, operator in enumerate(operators.double()):
+        wide = y[i].double()
+        c = shift - float(noise[i]) * (1 / 64 + 1 / columns)
+        exact = wide @ wide.mT + c * torch.eye(64, dtype=torch.float64)
+        exact *= norm[i] / (exact @ wide).norm()
+        assert (operator - exact).norm() <= allowed * exact.norm()
+        assert ((operator @ wide).norm() - norm[i]).abs() <= allowed * norm[i]
+
+
 def test_zero_matrix_stays_zero() -> None:
-    zero = torch.zeros(4, 9)
-    assert not spectral_expand(zero, 0.01, out=torch.empty_like(zero)).any()
+    for norm in (0.0, 1.0):
+        assert not expand(torch.zeros(4, 9), norm, 0.01).any()
 
 
 def test_noise_is_taken_out_of_the_shift() -> None:
     """Averaged over white noise on Y, decoding gives back M in every direction."""
     exact = spectrum_matrix(SPECTRA["power law"], 100)
-    companded = spectral_compand(exact, 1.0, 0.03, out=torch.empty_like(exact))
+    companded = compand(exact, 1.0, 0.03)
     deviation = 0.1 * companded.square().mean().sqrt()
     biased, unbiased = torch.zeros_like(exact), torch.zeros_like(exact)
     repeats = 400
     for _ in range(repeats):
         error = deviation * torch.randn_like(companded)
-        noise = float(error.square().sum())
-        noisy, out = companded + error, torch.empty_like(exact)
-        biased += spectral_expand(noisy, 0.03, out=out) / repeats
-        unbiased += spectral_expand(noisy, 0.03, noise=noise, out=out) / repeats
+        noise = error.square().sum(dtype=torch.float64)
+        noisy = companded + error
+        biased += cubic(noisy, 0.03) / repeats
+        unbiased += cubic(noisy, float(unbiased_shift(0.03, noise, 64, 100))) / repeats
     u, s, v = torch.linalg.svd(exact.double(), full_matrices=False)
     sizes = [((u.mT @ mean.double()) * v).sum(dim=1) / s for mean in (biased, unbiased)]
     # The effect to remove: (m + n) v y relative to s, in the smallest direction.
@@ -116,12 +129,11 @@ def test_a_thousand_feedback_steps_keep_the_spectrum(spectrum: str) -> None:
     shift, decay = 0.03, 0.95
     grad = spectrum_matrix(SPECTRA[spectrum], 80)
     u, s, _ = torch.linalg.svd(grad.double(), full_matrices=False)
-    current, companded = grad.clone(), torch.empty_like(grad)
+    current = grad
     for _ in range(1000):
         norm = float(current.norm())
-        spectral_compand(current, norm, shift, out=companded)
-        spectral_expand(companded, shift, out=current)
-        current.mul_(decay * norm / current.norm()).add_(grad, alpha=1 - decay)
+        current = expand(compand(current, norm, shift), norm, shift)
+        current.mul_(decay).add_(grad, alpha=1 - decay)
     difference = (u.mT @ (current.double() - grad.double())).norm(dim=1)
     # An error of one step is forgotten as the momentum is: it adds up to 1/(1 - decay) of them.
     assert bool((difference <= 0.02 * s + ROUNDING / (1 - decay)).all())
