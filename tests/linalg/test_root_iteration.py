@@ -28,6 +28,7 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.linalg.root_iteration import (
     ROOT_TABLE,
     RootCoefficients,
+    iterate_root,
     root_coefficients,
 )
 from lowbit_muon.linalg.spectral import encoding_operator
@@ -148,9 +149,7 @@ def test_batch_is_the_matrices_one_by_one() -> None:
 
 
 def test_result_is_symmetric_and_the_input_unchanged() -> None:
-    gram_matrix = BACKEND.symmetric_product(
-        spectrum_matrix(SPECTRA["steep"](50), 60)
-    ).requires_grad_()
+    gram_matrix = gram(spectrum_matrix(SPECTRA["steep"](50), 60)).requires_grad_()
     before = gram_matrix.detach().clone()
     root = iterate_root(gram_matrix, 0.01, BACKEND)
     assert torch.equal(root, root.mT)
@@ -198,7 +197,7 @@ def test_products_are_taken_in_full_precision(setting: str) -> None:
     """Whatever the process allows and however it says so; in a process of its own, which torch's
     switches outlive."""
     program = f"""
-import sys; sys.path[:0] = ["tests/linalg", "tests"]
+import sys; sys.path.insert(0, "tests/linalg")
 import torch
 from lowbit_muon import Muon
 from lowbit_muon.backends.reference import float32_means_float32

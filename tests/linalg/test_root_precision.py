@@ -89,8 +89,7 @@ class Emulated(Backend):
         assert active is None
         result = self.arithmetic(a, a.mT if b is None else b) * alpha
         result = (result + result.mT) / 2
-        result = result if addend is None else result + beta * addend
-        return result if out is None else out.copy_(result)
+        return result if addend is None else result + beta * addend
 
 
 def encoder_error(x: Tensor, gram: Tensor, product: Product) -> float:
