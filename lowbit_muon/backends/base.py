@@ -23,6 +23,7 @@ from lowbit_muon.backends.codes import (
     Terms,
     check_integer_codes,
 )
+from lowbit_muon.backends.memory import share_memory
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 
@@ -90,14 +91,18 @@ class Backend:
         does.
         """
         codes, grad = terms.codes_and_grad()
-        x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        x = out
+        # In `out` itself where that can hold X and is not the gradient, which is read again.
+        if x is None or x.dtype != torch.float32 or not x.is_contiguous() or share_memory(x, grad):
+            x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
         squares = self.accumulate(x, terms)
         self.quantize(x, codes.codebook, codes.layout, packed=packed, scales=scales)
         if out is None:
             return squares, torch.zeros_like(squares)
         value_weight, grad_weight = out_weights
         out_squares = self.accumulate(x, Terms(value_weight, grad=grad, grad_weight=grad_weight))
-        out.copy_(x)
+        if x is not out:
+            out.copy_(x)
         return squares, out_squares
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:

@@ -132,6 +132,11 @@ def check_apart(written: Tensor, name: str, read: Tensor, other: str) -> None:
         raise ValueError(f"{name}: expected other memory than that of {other}, got the same")
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors might overlap: they lie in one allocation."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def has_plain_rows(x: Tensor) -> bool:
     """Whether each row of [m, n] is contiguous and rows do not overlap."""
     rows, columns = x.shape

@@ -19,11 +19,16 @@ from lowbit_muon.backends.cuda.memory import (
     codebook_arguments,
     number_arguments,
     plain_rows,
-    share_memory,
     strided_arguments,
 )
 from lowbit_muon.backends.cuda.products import CudaProducts
-from lowbit_muon.backends.memory import KERNEL_DTYPES, changed, check_book, has_plain_rows
+from lowbit_muon.backends.memory import (
+    KERNEL_DTYPES,
+    changed,
+    check_book,
+    has_plain_rows,
+    share_memory,
+)
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 # The longest row that the rotation holds in shared memory (csrc/cuda/rotation.cu).

@@ -23,11 +23,6 @@ def plain_rows(x: Tensor) -> Tensor:
     return rows if has_plain_rows(rows) else rows.contiguous()
 
 
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors might overlap: they lie in one allocation."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
 def number_arguments(name: str, x: Tensor) -> dict[str, Any]:
     """A matrix of one of the three float types, its type and its row stride."""
     return {
