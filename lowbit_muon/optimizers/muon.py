@@ -59,6 +59,7 @@ from lowbit_muon.step.options import (
     NsInput,
     UpdateDtype,
     check_keys,
+    check_loaded,
     check_values,
     plain_options,
 )
@@ -389,7 +390,7 @@ class Muon(Optimizer):
         return checkpoint.export(self)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_values(OPTIONS, group)
+        check_loaded(OPTIONS, group)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState

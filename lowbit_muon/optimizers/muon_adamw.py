@@ -30,6 +30,7 @@ from lowbit_muon.step.options import (
     AuxAdam,
     MuonOptions,
     check_keys,
+    check_loaded,
     check_values,
     plain_options,
 )
@@ -238,7 +239,7 @@ class MuonWithAuxAdam(Muon):
         if group["use_muon"]:
             super()._check_group(group)
         else:
-            check_values(AUX_OPTIONS, group)
+            check_loaded(AUX_OPTIONS, group)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: SavedState
