@@ -113,7 +113,7 @@ def read_matrix(
 def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[str]:
     """The keys of all tensors of stored matrices in a parameter's state."""
     keys = (view.prefix + role for view in views for role in ROLES)
-    return [key for key in keys if key in state]
+    return [key for key in keys if state.get(key) is not None]  # which another process keeps
 
 
 def resolve_group_format(group: Mapping[str, Any]) -> StateFormat | AutoFormat:
