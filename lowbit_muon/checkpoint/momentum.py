@@ -35,12 +35,14 @@ from lowbit_muon.state.parameter import (
     momentum_format,
     quantized_state,
     resolve_group_format,
+    stored_keys,
     write_matrix,
 )
 from lowbit_muon.state.placement import local_part, shape_only
 from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch
 from lowbit_muon.state.update_error import rotated_sample
+from lowbit_muon.step.batches import host_counters
 from lowbit_muon.step.options import LAYOUT_OPTIONS, OPTIONS
 
 # Of a state of ours: a step keeps norms below LARGEST_NORM, and codes may decode to somewhat more.
@@ -135,9 +137,9 @@ def pack_auto_state(param: Tensor, group: Group, state: State) -> State:
         parts += [state[key].to("cpu", meta.dtype) for key, meta in _layout(chosen, views)]
     values = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
     packed[: len(values)] = values
-    saved = {name: int(state[name]) for name in ("step", "skipped", "asked")}
-    saved |= {name: state[name] for name in ("remainder",) if name in state}
-    return saved | {"state_format": packed.to(local_part(param).device)}
+    stored = {*stored_keys(state, views), "state_format"}
+    rest = {key: value for key, value in host_counters(state).items() if key not in stored}
+    return rest | {"state_format": packed.to(local_part(param).device)}
 
 
 def _unpacked(auto: AutoFormat, views: list[MatrixView], packed: Tensor) -> State:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 State = dict[str, Any]
 
-_COUNTERS = ("step", "skipped")
 _REMAINDER = "remainder"  # lies beside the weights, in shards like theirs
 
 
@@ -59,15 +58,16 @@ def sharded_states(
     device = shared.exchange.device
     for index, name, param in zip(shared.indices, shared.names, shared.params, strict=True):
         state = states[param]
-        saved: State = {key: int(state[key]) for key in _COUNTERS}  # tensors on a device
         mesh, placements = _mesh(shared, param)
-        views = matrix_views(shape_only(param), group)
-        for key, (matrix, layout) in _layout(param, group, views):
+        layout = dict(_layout(param, group, matrix_views(shape_only(param), group)))
+        everywhere = state.keys() - layout.keys() - {_REMAINDER}
+        saved: State = {key: int(state[key]) for key in everywhere}  # counts
+        for key, (matrix, meta) in layout.items():
             owner = shared.owner(index, matrix)
             if owner == shared.exchange.rank:
                 full = state[key].to(device, copy=True)  # ours goes on changing
             else:
-                full = torch.empty(layout.shape, dtype=layout.dtype, device=device)
+                full = torch.empty(meta.shape, dtype=meta.dtype, device=device)
             with exchange_context([name]):
                 dist.broadcast(full, group=shared.process_group, group_src=owner)
             if full.numel() > 1:
