@@ -277,7 +277,8 @@ def _check_values(matrix: QuantizedMatrix, backend: str) -> None:
         if f.has_factors:
             for role, length in zip(("left_codes", "right_codes"), matrix.shape, strict=True):
                 _check_codes(matrix, role, length, f.factor_code_book(), f.factor_layout())
-    _check_size(matrix.dequantize(backend), "codes and scales")
+    largest = LARGEST_NORM * _SLACK if f.is_dense else _LARGEST_OWN
+    _check_size(matrix.dequantize(backend), "codes and scales", largest)
     for role, (largest, reason) in _largest_values(matrix, backend).items():
         values = matrix.tensors.get(role)  # factors of an empty matrix are not there
         found = float(values.max()) if values is not None and values.numel() else 0.0
@@ -314,7 +315,7 @@ def _largest_values(matrix: QuantizedMatrix, backend: str) -> dict[str, tuple[fl
     return limits
 
 
-def _check_size(momentum: Tensor, what: str, largest: float = _LARGEST_OWN) -> None:
+def _check_size(momentum: Tensor, what: str, largest: float) -> None:
     norm = float(torch.linalg.vector_norm(momentum, dtype=accumulation_dtype(momentum.device)))
     if not norm <= largest:
         raise ValueError(

@@ -60,7 +60,7 @@ def sharded_states(
         state = states[param]
         mesh, placements = _mesh(shared, param)
         layout = dict(_layout(param, group, matrix_views(shape_only(param), group)))
-        everywhere = state.keys() - layout.keys() - {_REMAINDER}
+        everywhere = sorted(state.keys() - layout.keys() - {_REMAINDER})
         saved: State = {key: int(state[key]) for key in everywhere}  # counts
         for key, (matrix, meta) in layout.items():
             owner = shared.owner(index, matrix)

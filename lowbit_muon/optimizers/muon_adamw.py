@@ -231,8 +231,8 @@ class MuonWithAuxAdam(Muon):
         moments = read_moments(param, self.state[param])
         return {
             "step": moments.step,
-            "exp_avg": moments.first.clone(),
-            "exp_avg_sq": moments.second.clone(),
+            "exp_avg": moments.first.to(torch.float32, copy=True),
+            "exp_avg_sq": moments.second.to(torch.float32, copy=True),
         }
 
 
