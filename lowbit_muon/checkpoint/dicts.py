@@ -212,16 +212,18 @@ def _parts(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[Group
             raise ValueError(
                 f"parameter group {index}: param_names: expected {count} strings, got {names!r}"
             )
-    return _by_key(states, groups), [dict(group) for group in groups]
+    keys = [key for group in groups for key in group["params"]]
+    if len(set(keys)) < len(keys):
+        raise ValueError("param_groups: expected every parameter once, got one several times")
+    return _by_key(states, set(keys)), [dict(group) for group in groups]
 
 
-def _by_key(states: Mapping[Any, Any], groups: Sequence[Group]) -> Mapping[Any, Any]:
-    """The states by the keys of the groups.
+def _by_key(states: Mapping[Any, Any], known: set[Any]) -> Mapping[Any, Any]:
+    """The states by the keys of the groups, which are known.
 
     torch.distributed.checkpoint makes strings of numbers: it loads what is no tensor into an entry
     "0" beside 0, whose own is old then.
     """
-    known = {key for group in groups for key in group["params"]}
     result: dict[Any, Any] = {}
     for key, entries in sorted(states.items(), key=lambda item: isinstance(item[0], str)):
         is_number = isinstance(key, str) and key.isdecimal() and key not in known

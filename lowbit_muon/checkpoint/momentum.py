@@ -315,6 +315,15 @@ def _largest_values(matrix: QuantizedMatrix, backend: str) -> dict[str, tuple[fl
     return limits
 
 
+def has_momentum(entries: Mapping[str, Any]) -> bool:
+    """Whether a state, ours, holds more than the zeros of a parameter that had no gradient yet."""
+    if entries.get("step", 1) != 0:
+        return bool(entries)  # what was loaded from another optimizer has no steps either, but ..
+    sizes = ("norm", "scales", "dense", "state_format")
+    found = (value for key, value in entries.items() if str(key).rpartition(".")[2] in sizes)
+    return any(isinstance(value, Tensor) and bool(value.any()) for value in found)
+
+
 def _check_size(momentum: Tensor, what: str, largest: float) -> None:
     norm = float(torch.linalg.vector_norm(momentum, dtype=accumulation_dtype(momentum.device)))
     if not norm <= largest:

@@ -18,6 +18,7 @@ from lowbit_muon.checkpoint import dicts as checkpoint
 from lowbit_muon.checkpoint.momentum import (
     convert_momentum,
     export_momentum,
+    has_momentum,
     pack_auto_state,
     torch_muon_group,
 )
@@ -234,7 +235,7 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif self._only_makes_states():
+        elif not any(self.state.values()) and self._only_makes_states():
             self._prepare_states()
             return None
         for group in self.param_groups:
@@ -307,7 +308,7 @@ class Muon(Optimizer):
         rule = MuonRule.from_group(group)
         for name, param in zip(parameter_names(group), group["params"], strict=True):
             state = host_counters(self.state[param]) if param in self.state else {}
-            if not state:
+            if not has_momentum(state):
                 continue
             whole = param.grad is not None and not is_dtensor(param)
             grad = flatten(param.grad, group) if whole else None
@@ -484,7 +485,7 @@ class Muon(Optimizer):
         torch.distributed.checkpoint takes one with zero gradients and a learning rate of 0, if
         there is no state yet. It must leave no trace, or training would go on from another state.
         """
-        if any(self.state.values()) or any(float(group["lr"]) for group in self.param_groups):
+        if any(float(group["lr"]) for group in self.param_groups):
             return False
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         grads = [param.grad for param in params if param.grad is not None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.state.placement import FSDP1_ADVICE, is_flattened, is_of_fsdp1
 from lowbit_muon.step.options import GROUP_DEFAULTS, OPTIONS, AdjustLr, check_values
 
 Group = dict[str, Any]
@@ -93,6 +94,9 @@ def muon_param_groups(
     an override is not an option of `Muon`; TypeError for an override of another type.
     """
     uses = _trainable(model)
+    of_fsdp1 = [use.param for use in uses if is_of_fsdp1(use.param)]
+    if of_fsdp1 and all(map(is_flattened, of_fsdp1)):  # they are whole in summon_full_params
+        raise ValueError(f"model: expected matrices for Muon, got none; {FSDP1_ADVICE}")
     heads = _output_heads(model)
     patterns = [re.compile(pattern) for pattern in aux_patterns]
     splits = _Splits(split_heads or {}, split_fused or {})

@@ -15,7 +15,7 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.auto import AutoFormat, format_of_json, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.state.placement import in_parts, local_part
+from lowbit_muon.state.placement import FSDP1_ADVICE, in_parts, is_flattened, local_part
 from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import ROLES, QuantizedMatrix, quantize
 
@@ -59,9 +59,10 @@ def flatten(tensor: Tensor, group: dict[str, Any]) -> Tensor:
 def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
     """The matrices of a parameter. Raises ValueError for a shape the group's options do not fit."""
     if param.ndim < 2:
+        advice = FSDP1_ADVICE if is_flattened(param) else "give it to AdamW (MuonWithAuxAdam does)"
         raise ValueError(
             "params: expected parameters of 2 or more dimensions, got one of size "
-            f"{tuple(param.shape)}; give it to AdamW (MuonWithAuxAdam does)"
+            f"{tuple(param.shape)}; {advice}"
         )
     check_memory(param, group)
     rows, columns = flatten(param.detach(), group).shape

@@ -45,6 +45,22 @@ class MatrixShard:
         return matrix.narrow(0, min(self.top, matrix.shape[0]), rows).narrow(1, self.left, columns)
 
 
+FSDP1_ADVICE = (
+    "FSDP1 (FullyShardedDataParallel) flattens parameters, so that no matrices are left: shard the "
+    "model with FSDP2 (torch.distributed.fsdp.fully_shard)"
+)
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Whether FSDP1 has made a vector of a parameter, or of several."""
+    return param.ndim < 2 and is_of_fsdp1(param)
+
+
+def is_of_fsdp1(param: Tensor) -> bool:
+    """Whether a parameter is, or is a part of, one that FSDP1 has flattened."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is distributed, without importing what makes such tensors."""
     module = sys.modules.get("torch.distributed.tensor")
