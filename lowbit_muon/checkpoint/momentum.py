@@ -24,6 +24,7 @@ from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
+from lowbit_muon.state.codec import SMALLEST_NORM
 from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.format_choice import choose_format
 from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
@@ -292,10 +293,13 @@ def _largest_values(matrix: QuantizedMatrix, backend: str) -> dict[str, tuple[fl
     if f.is_dense:
         return {}
     # In the code domain a matrix of norm one has entries of at most one: those of `spectral` are
-    # bounded by the largest singular value, and companding keeps [-1, 1].
+    # bounded by the largest singular value, and companding keeps [-1, 1]. Where squares underflow,
+    # the spectral operator is that of zeros, 1/shift.
     unit = _SLACK if f.stores_norm else _LARGEST_OWN
     reason = "of a momentum of norm one" if f.stores_norm else "of a momentum that steps go on from"
-    limits = {"scales": (f.code_layout().clip * unit, reason)}
+    layout = f.code_layout()
+    gain = max(1.0, 1 / f.spectral_shift) if f.spectral else 1.0
+    limits = {"scales": (layout.clip * unit * gain, reason)}
     if f.has_factors:
         clip = f.factor_layout().clip
         limits["left_scales"] = (clip * _SLACK, "of orthonormal columns")
@@ -304,14 +308,18 @@ def _largest_values(matrix: QuantizedMatrix, backend: str) -> dict[str, tuple[fl
         largest = 1.0 if f.normalize else LARGEST_NORM
         limits["norm"] = (largest * _SLACK, "the largest that a step leaves")
     if f.spectral:
-        # (a - b)^2 <= 2 a^2 + 2 b^2 for each value of Y and its code; the sum of the squares of
-        # Y's singular values, cube roots at most, is largest where all of them are equal.
+        # (a - b)^2 <= 2 a^2 + 2 b^2 for each value a of Y and b of its code. Of a block's values
+        # the scale tells the RMS, or the largest.
         stored = StoredBatch([matrix], get_backend(backend, matrix.device))
         assert isinstance(stored.codec, Coded)
         y = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
         codes = stored.backend.accumulate(y, Terms(codes=stored.codec.codes(stored)))
-        noise = 2 * (m ** (2 / 3) + float(codes.sum()))
-        limits["noise"] = (noise * _SLACK, "the largest error that these codes can have")
+        n = max(matrix.shape)
+        size = m * n if stored.codec.single_scale else layout.effective_block(n)
+        scales = matrix.tensors["scales"].to(accumulation_dtype(matrix.device))
+        values = scales.div(layout.clip).square().sum() * size
+        noise = 2 * (float(values) + float(codes.sum())) * _SLACK + SMALLEST_NORM
+        limits["noise"] = (noise, "the largest error that these codes can have")
     return limits
 
 
