@@ -6,16 +6,14 @@ product and sum, in the order written, which the kernels reproduce bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_muon.backends.codes import PackedCodes, Terms
+from lowbit_muon.backends.modes import float32_products
 from lowbit_muon.backends.packing import pack, unpack
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.codebook import Codebook, CodeLayout, rotation_signs
@@ -121,27 +119,6 @@ def rotate(x: Tensor, *, inverse: bool) -> None:
             x *= signs
 
 
-@contextlib.contextmanager
-def float32_means_float32() -> Iterator[None]:
-    """torch's products of float32 in float32, whatever the process allows (TF32 or bfloat16).
-
-    The spectral encoder resolves eigenvalues of shift^3; TF32 perturbs a Gram matrix by up to 5e-4.
-    """
-    # torch raises where its old switch (set_float32_matmul_precision) meets these, the new ones.
-    switches: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    )
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
-
-
 def product(
     a: Tensor,
     b: Tensor,
@@ -151,7 +128,7 @@ def product(
     active: Tensor | None,
 ) -> Tensor:
     """`Backend.product`."""
-    with float32_means_float32():
+    with float32_products:
         result = _wide(a) @ _wide(b)
     result.mul_(by_matrix(alpha, a.ndim) if isinstance(alpha, Tensor) else alpha)
     if out is None:
@@ -171,7 +148,7 @@ def symmetric_product(
     active: Tensor | None,
 ) -> Tensor:
     """`Backend.symmetric_product`."""
-    with float32_means_float32():
+    with float32_products:
         result = (_wide(a) @ _wide(a.mT if b is None else b)).mul_(alpha)
     if addend is not None:
         result.add_(addend, alpha=beta)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
@@ -25,6 +27,41 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
 def holds_values(value: object) -> TypeGuard[Tensor]:
     """True for a tensor whose elements can be read: dense, and not on the meta device."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+@contextmanager
+def error_context(what: str) -> Iterator[None]:
+    """Put the name of what is being looked at before the message of an error."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def check_memory(tensor: Tensor) -> None:
+    """Raise TypeError unless a tensor's elements lie in memory by strides, as kernels read them.
+
+    Wrappers of other tensors (torchao's quantised weights) have none of their own; meta tensors
+    pass.
+    """
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"expected a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"expected a floating point tensor of 16, 32 or 64 bits, got {tensor.dtype}"
+        )
+    if tensor.numel() and not tensor.is_meta and not _has_memory(tensor):
+        raise TypeError(
+            f"expected a tensor with memory of its own, got a {type(tensor).__name__}, which wraps "
+            "other tensors"
+        )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def is_real_number(value: object) -> TypeGuard[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from lowbit_muon.state.parameter import (
     MatrixView,
     assemble,
     flatten,
+    matrix_entries,
+    matrix_shape,
     matrix_views,
     momentum_format,
     quantized_state,
@@ -64,7 +67,8 @@ def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:
         return {}
     state_format, choice = _own_format(group, views, momentum)
     entries = quantized_state(momentum, state_format, views, group)
-    return {"step": 0, "skipped": 0} | choice | entries | _remainder(param, group, None)
+    counts = {"step": 0, "skipped": 0} | matrix_entries(param, group)
+    return counts | choice | entries | _remainder(param, group, None)
 
 
 def _remainder(param: Tensor, group: Group, saved: object) -> State:
@@ -72,7 +76,7 @@ def _remainder(param: Tensor, group: Group, saved: object) -> State:
     if not (group["compensation"] and Compensation.applies_to(param)):
         return {}
     if saved is None:
-        return {"remainder": torch.zeros_like(param, dtype=torch.int8)}
+        return {"remainder": torch.zeros(param.shape, dtype=torch.int8, device=param.device)}
     found = check_tensor("remainder", saved, torch.int8, tuple(param.shape))
     if bool((found == -128).any()):
         raise ValueError("remainder: expected values from -127 to 127, got -128")
@@ -96,13 +100,14 @@ def _converted(
     source = momentum_format(saved_group, entries)
     asked = whole_number("asked", entries.pop("asked", None)) if auto is not None else 0
     entries.pop("state_format", None)
+    _check_matrix_entries(param, entries, saved_group)
     state = _checked_copy(param, entries, source, source_views, group["backend"])
     target = resolve_group_format(group)
     keeps = source in target.formats if isinstance(target, AutoFormat) else source == target
     if keeps and source_views == views:
-        return state | _choice(target, source, asked)
+        return state | matrix_entries(param, group) | _choice(target, source, asked)
     momentum = assemble(param, source_views, source, state, group["backend"])
-    counts = {name: state[name] for name in ("step", "skipped")}
+    counts = {name: state[name] for name in ("step", "skipped")} | matrix_entries(param, group)
     if isinstance(target, AutoFormat) and not bool(momentum.any()):
         return counts | {"asked": 0, "state_format": None}  # chosen with the first gradient
     loses_size = isinstance(target, AutoFormat) or not target.normalize
@@ -114,7 +119,7 @@ def _converted(
                 "it from, so load between backward() and step()"
             )
         _give_size(momentum, flatten(param.grad, saved_group), source_views, group["momentum"])
-    momentum = momentum.reshape(flatten(param.detach(), group).shape)
+    momentum = momentum.reshape(matrix_shape(param, group))
     state_format, choice = _own_format(group, views, momentum)
     return counts | choice | quantized_state(momentum, state_format, views, group)
 
@@ -177,6 +182,17 @@ def _packed_bytes(auto: AutoFormat, views: list[MatrixView]) -> int:
         sum(meta.numel() * meta.itemsize for _, meta in _layout(candidate, views))
         for candidate in auto.formats
     )
+
+
+def _check_matrix_entries(param: Tensor, entries: State, saved_group: Group) -> None:
+    """Take out what says which matrix the state belongs to. Raises ValueError for another one."""
+    expected = matrix_entries(param, saved_group)
+    found = {name: whole_number(name, entries.pop(name, None)) for name in expected}
+    if found != expected:
+        raise ValueError(
+            f"expected the momentum of {expected['rows']} x {expected['columns']} elements, got "
+            f"that of {found['rows']} x {found['columns']}"
+        )
 
 
 def _give_size(
@@ -359,14 +375,13 @@ def _foreign_momentum(param: Tensor, group: Group, saved: SavedState) -> Tensor 
     if set(entries) != {"momentum_buffer"}:
         raise ValueError(f"expected 'momentum_buffer', got {sorted(map(repr, entries))}")
     buffer = entries["momentum_buffer"]
-    flat = flatten(param.detach(), group)
-    shapes = (param.shape, param.detach().flatten(1).shape)
+    shapes = (param.shape, (param.shape[0], math.prod(param.shape[1:])))
     if not holds_values(buffer) or buffer.shape not in shapes:
         got = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
         raise ValueError(f"momentum_buffer: expected shape {tuple(param.shape)}, got {got}")
     if not buffer.is_floating_point() or not bool(buffer.isfinite().all()):
         raise ValueError(f"momentum_buffer: expected finite values, got {buffer.dtype} with others")
-    momentum = buffer.detach().to(param.device, torch.float32).reshape(flat.shape)
+    momentum = buffer.detach().to(param.device, torch.float32).reshape(matrix_shape(param, group))
     _check_size(momentum, "momentum_buffer", LARGEST_NORM)
     return momentum * (1 - group["momentum"]) if saved.convention == "sum" else momentum
 

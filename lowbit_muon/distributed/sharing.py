@@ -25,7 +25,7 @@ from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.gradients import NonFiniteGradientError, count_skipped
 from lowbit_muon.state.parameter import (
     ParameterStep,
-    check_memory,
+    check_parameter,
     flatten,
     matrix_views,
     momentum_format,
@@ -242,7 +242,7 @@ class ShardedParameters(SharedParameters):
         def part(unit: Unit) -> Tensor:
             grad = self.params[unit.parameter].grad
             assert grad is not None
-            return self._rows(flatten(local_part(grad), group), unit)
+            return self._rows(flatten(local_part(grad).resolve_neg(), group), unit)
 
         def compute(owned: list[tuple[Unit, Tensor]]) -> list[tuple[Unit, Tensor]]:
             updates = [
@@ -284,7 +284,9 @@ class ShardedParameters(SharedParameters):
         if not change.numel():
             return
         param = self.params[unit.parameter]
-        weight = self._rows(flatten(local_part(param.detach()), group), unit)
+        local = local_part(param.detach())
+        matrix = flatten(local, group)
+        weight = self._rows(matrix, unit)
         lr = float(group["lr"])
         decay = 1 - lr * group["weight_decay"]
         rounding: Rounding | None = None
@@ -299,6 +301,8 @@ class ShardedParameters(SharedParameters):
             rounding = torch.tensor(seed, dtype=torch.int32, device=weight.device)
         backend = get_backend(group["backend"], weight.device)
         update_weight(orient(weight), orient(change), decay, lr, rounding, backend)
+        if matrix.data_ptr() != local.data_ptr():
+            local.copy_(matrix.view(local.shape))
 
 
 def _row_dims(param: Tensor, group: Group) -> int:
@@ -320,8 +324,8 @@ def _problem(param: Tensor, group: Group) -> str:
         return "expected a fixed state_format where several processes share, got 'auto'"
     try:
         local_shard(param, _row_dims(param, group))
-        check_memory(param, group)
-    except ValueError as error:
+        check_parameter(param, group)
+    except (TypeError, ValueError) as error:
         return str(error)
     return ""
 

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.modes import plain_modes
+from lowbit_muon.backends.tensors import error_context
 from lowbit_muon.checkpoint import dicts as checkpoint
 from lowbit_muon.checkpoint.momentum import (
     convert_momentum,
@@ -39,11 +41,13 @@ from lowbit_muon.formats.state_format import FORMAT_VERSION, StateFormat
 from lowbit_muon.linalg.coefficients import Coefficients
 from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
 from lowbit_muon.state.format_choice import revise_format
-from lowbit_muon.state.gradients import NonFiniteGradientError, describe, is_usable, refuse_gradient
+from lowbit_muon.state.gradients import NonFiniteGradientError, describe, is_usable
 from lowbit_muon.state.offload import finish_copies
 from lowbit_muon.state.parameter import (
     ParameterStep,
-    check_memory,
+    check_gradient,
+    check_parameter,
+    check_state,
     flatten,
     keep_on_host,
     matrix_views,
@@ -67,6 +71,7 @@ from lowbit_muon.step.options import (
     UpdateDtype,
     check_keys,
     check_values,
+    plain_options,
 )
 from lowbit_muon.step.update import MuonRule, check_ns_dtype
 
@@ -111,7 +116,8 @@ class Muon(Optimizer):
         eps: smallest norm that the matrix is divided by before Newton-Schulz.
         ns_steps: Newton-Schulz steps.
         adjust_lr_fn: "original" (or None): lr * sqrt(max(1, rows/columns)), KellerJordan's;
-            "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's.
+            "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's;
+            "spectral_unclamped": lr * sqrt(rows/columns), Bernstein's (torch 2.14 and newer).
         state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`), a
             `StateFormat`, or "auto" or an `AutoFormat`, which choose for each parameter the fewest
             bits that keep the error of its update below a target, and look again every so often.
@@ -187,13 +193,14 @@ class Muon(Optimizer):
         process_group: ProcessGroup | None = None,
         update_dtype: UpdateDtype = "float32",
     ) -> None:
-        given = dict(locals())  # the arguments: one for each row of the table
+        given = plain_options(locals())  # the arguments: one for each row of the table
         check_values(OPTIONS, given)
         self._sharing = Sharing(process_group, update_dtype)
         defaults = {option.name: given[option.name] for option in OPTIONS if option.in_group}
         defaults["state_format"] = resolve_group_format(defaults).to_dict()
         super().__init__(params, defaults)
 
+    @plain_modes()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
@@ -203,15 +210,17 @@ class Muon(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
         check_keys(OPTIONS, param_group)
-        group = {**self.defaults, **param_group, checkpoint.VERSION_KEY: FORMAT_VERSION}
+        group = plain_options({**self.defaults, **param_group})
+        group[checkpoint.VERSION_KEY] = FORMAT_VERSION
         check_values(OPTIONS, group)
         # Plain values only, so that a state_dict loads under weights_only=True.
         group["state_format"] = resolve_group_format(group).to_dict()
         super().add_param_group(group)
         try:
-            for param in group["params"]:
+            for name, param in zip(parameter_names(group), group["params"], strict=True):
                 matrix_views(shape_only(param), group)
-                check_memory(param, group)
+                with error_context(f"parameter {name!r}"):
+                    check_parameter(param, group)
                 if group["stochastic_rounding"] and param.dtype == torch.float16:
                     raise ValueError(
                         "stochastic_rounding: expected bfloat16 (or float32) parameters, got "
@@ -238,18 +247,22 @@ class Muon(Optimizer):
         elif not any(self.state.values()) and self._only_makes_states():
             self._prepare_states()
             return None
-        for group in self.param_groups:
-            if any(map(is_dtensor, group["params"])):
-                redistribute_gradients(group["params"])
-            shared = self._shared(group)
-            self._check_step(group, self._unshared(group, shared))
-            for part in shared:
-                part.check_gradients_finite(group)
-        for group in self.param_groups:
-            shared = self._shared(group)
-            self._step_parameters(group, self._unshared(group, shared))
-            for part in shared:
-                self._step_shared(group, part)
+        with plain_modes():
+            for group in self.param_groups:
+                self._check_parameters(group, range(len(group["params"])))
+            for group in self.param_groups:
+                if any(map(is_dtensor, group["params"])):
+                    redistribute_gradients(group["params"])
+                shared = self._shared(group)
+                if group["nonfinite"] == "raise":
+                    self._check_finite(group, self._unshared(group, shared))
+                for part in shared:
+                    part.check_gradients_finite(group)
+            for group in self.param_groups:
+                shared = self._shared(group)
+                self._step_parameters(group, self._unshared(group, shared))
+                for part in shared:
+                    self._step_shared(group, part)
         return loss
 
     def state_bytes(self) -> int:
@@ -274,6 +287,7 @@ class Muon(Optimizer):
         }
 
     @torch.no_grad()
+    @plain_modes()
     def diagnose(self) -> list[Diagnosis]:
         """What storing the momentum does to each matrix's update (`lowbit_muon.Diagnosis`).
 
@@ -331,6 +345,7 @@ class Muon(Optimizer):
                     backend=group["backend"],
                 )
 
+    @plain_modes()
     def state_dict(self) -> StateDict:
         """As torch's, with our format version in each group; tensors and plain values only.
 
@@ -353,8 +368,10 @@ class Muon(Optimizer):
         state = {key: host_counters(value) for key, value in state_dict["state"].items()}
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         state |= {key: saved[param] for key, param in enumerate(params) if param in saved}
-        return {**state_dict, "state": state}
+        groups = list(map(plain_options, state_dict["param_groups"]))
+        return {**state_dict, "state": state, "param_groups": groups}
 
+    @plain_modes()
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this class, or of torch.optim.Muon, KellerJordan's or Moonlight's Muon.
 
@@ -372,6 +389,7 @@ class Muon(Optimizer):
         with checkpoint.converting(self):
             super().load_state_dict(state_dict)
 
+    @plain_modes()
     def export_full_precision(self) -> StateDict:
         """A state dict that torch.optim.Muon loads and continues from.
 
@@ -410,13 +428,16 @@ class Muon(Optimizer):
 
     @outside_compiled_regions
     @torch.no_grad()
+    @plain_modes()
     def step_parameter(self, group_index: int, index: int) -> None:
         """Step `param_groups[group_index]["params"][index]` alone, as `step` would.
 
         For hooks that run in the backward pass (`attach_gradient_release`).
         """
         group = self.param_groups[group_index]
-        self._check_step(group, [index])
+        self._check_parameters(group, [index])
+        if group["nonfinite"] == "raise":
+            self._check_finite(group, [index])
         self._step_parameters(group, [index])
 
     def is_shared(self) -> bool:
@@ -494,6 +515,7 @@ class Muon(Optimizer):
         zeros = [on_every_part(grad, ~local_part(grad).any()) for grad in grads]
         return bool(zeros) and all(map(bool, zeros))
 
+    @plain_modes()
     def _prepare_states(self) -> None:
         """Make the states that are missing."""
         for group in self.param_groups:
@@ -518,17 +540,19 @@ class Muon(Optimizer):
             if is_auto:  # a format is chosen with the first gradient
                 self.state[param].update(asked=0, state_format=None)
 
-    def _check_step(self, group: dict[str, Any], indices: Sequence[int]) -> None:
+    def _check_parameters(self, group: dict[str, Any], indices: Sequence[int]) -> None:
         """Raise what a step of these parameters would raise, before any changes."""
-        if group.get("use_muon", True) and group["ns_dtype"] not in ("auto", "float32"):
+        if group["ns_dtype"] not in ("auto", "float32"):
             for device in {local_part(param).device for param in group["params"]}:
                 check_ns_dtype(group, get_backend(group["backend"], device))
         for index in indices:
-            grad = group["params"][index].grad
-            if grad is not None and (grad.is_sparse or grad.is_complex()):
-                refuse_gradient(group["params"][index])
-        if group["nonfinite"] != "raise":
-            return
+            param = group["params"][index]
+            if param.grad is not None:
+                check_gradient(group, index, "Muon")
+                check_state(self.state.get(param, {}), group, index)
+
+    def _check_finite(self, group: dict[str, Any], indices: Sequence[int]) -> None:
+        """Raise NonFiniteGradientError for the first gradient that would be skipped."""
         names = parameter_names(group)
         for index in indices:
             name, param = names[index], group["params"][index]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowbit_muon.backends.modes import plain_modes
 from lowbit_muon.checkpoint.adam import convert_adam, read_moments
 from lowbit_muon.checkpoint.dicts import VERSION_KEY, SavedState
 from lowbit_muon.distributed.agreement import on_every_part
@@ -22,6 +23,7 @@ from lowbit_muon.formats.state_format import FORMAT_VERSION
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import count_skipped
+from lowbit_muon.state.parameter import check_gradient, parameter_names
 from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.step.options import (
     AUX_DEFAULTS,
@@ -30,6 +32,7 @@ from lowbit_muon.step.options import (
     MuonOptions,
     check_keys,
     check_values,
+    plain_options,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +99,7 @@ class MuonWithAuxAdam(Muon):
         super().__setstate__(state)
         self.__dict__.setdefault("_engines", {})
 
+    @plain_modes()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which must say `use_muon`; see the class.
 
@@ -104,15 +108,18 @@ class MuonWithAuxAdam(Muon):
         uses_muon = param_group.get("use_muon") if isinstance(param_group, dict) else None
         if not isinstance(uses_muon, bool):
             raise ValueError(
-                "param_groups: expected dicts with use_muon True or False (muon_param_groups makes "
-                f"them from a model), got use_muon={uses_muon!r}"
+                "param_groups: expected dicts with use_muon True or False, as muon_param_groups "
+                "makes them from a model (to add those of a module that was frozen: for group in "
+                "muon_param_groups(module): optimizer.add_param_group(group)), got "
+                f"use_muon={uses_muon!r}"
             )
         if uses_muon:
             super().add_param_group(param_group)
             return
         check_keys(AUX_OPTIONS, param_group)
         own = {"nonfinite": self.defaults["nonfinite"], "aux_adam": self.aux_adam}
-        group = {**AUX_DEFAULTS, **own, **param_group, VERSION_KEY: FORMAT_VERSION}
+        group = plain_options({**AUX_DEFAULTS, **own, **param_group})
+        group[VERSION_KEY] = FORMAT_VERSION
         check_values(AUX_OPTIONS, group)
         options = set(group)
         Optimizer.add_param_group(self, group)
@@ -132,8 +139,6 @@ class MuonWithAuxAdam(Muon):
         params = [param for param in params if param.grad is not None]
         self._leave_8bit_if_sharded(group)
         for param in params:
-            if param.grad.is_sparse:
-                raise RuntimeError("AdamW does not support sparse gradients")
             if not self.state[param]:
                 self.state[param].update(self._fresh_state(param, group), skipped=0)
         finite = []
@@ -148,11 +153,34 @@ class MuonWithAuxAdam(Muon):
         self._step_engine(group, wide, group["eps"])
         self._step_engine(group, narrow, max(group["eps"], SMALLEST_FLOAT16))
 
+    def _check_parameters(self, group: dict[str, Any], indices: Sequence[int]) -> None:
+        if group["use_muon"]:
+            super()._check_parameters(group, indices)
+            return
+        for index in indices:
+            param = group["params"][index]
+            if param.grad is None:
+                continue
+            check_gradient(group, index, "AdamW")
+            state = self.state.get(param, {})
+            for key in ("exp_avg", "state1"):
+                if key in state and state[key].shape != param.shape:
+                    raise ValueError(
+                        f"parameter {parameter_names(group)[index]!r}: expected the size of its "
+                        f"state, {tuple(state[key].shape)}, got {tuple(param.shape)}; a parameter "
+                        "that was resized needs a new optimizer"
+                    )
+
     def _step_engine(self, group: dict[str, Any], params: list[Tensor], eps: float) -> None:
         if params:
             engine = self._engine(group["aux_adam"], params)
             engine.param_groups = [{**_engine_group(engine, group, params), "eps": eps}]
-            engine.step()
+            # bitsandbytes gives parameters other memory unless rows follow each other in theirs.
+            memories = [(p, p.data) for p in params if not p.is_contiguous()]
+            _step_without_hooks(engine)
+            for param, memory in memories:
+                if param.data_ptr() != memory.data_ptr():
+                    param.data = memory.copy_(param)
 
     def _prepare_unshared(self, group: dict[str, Any]) -> None:
         if group["use_muon"]:
@@ -195,7 +223,10 @@ class MuonWithAuxAdam(Muon):
         engine.state = {param: {}}
         engine.param_groups = [_engine_group(engine, group, [param])]
         engine.init_state(engine.param_groups[0], param, 0, 0)
-        return dict(engine.state[param])
+        return {
+            key: value.contiguous() if isinstance(value, Tensor) else value
+            for key, value in engine.state[param].items()
+        }
 
     def export_full_precision(self) -> dict[str, Any]:
         """A state dict in the layout of KellerJordan's SingleDeviceMuonWithAuxAdam, in float32.
@@ -288,7 +319,7 @@ def _8bit_problem(device_type: str) -> str | None:
     try:
         param = torch.zeros(_PROBE_ELEMENTS, device=device_type, requires_grad=True)
         param.grad = torch.ones_like(param)
-        _create_engine("adamw8bit", [param], lr=1.0).step()
+        _step_without_hooks(_create_engine("adamw8bit", [param], lr=1.0))
         moved = float(param.detach().mean())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -304,6 +335,13 @@ def _create_engine(kind: str, params: list[Tensor], lr: float = 0.0) -> Optimize
     import bitsandbytes
 
     return cast(Optimizer, bitsandbytes.optim.AdamW8bit(params, lr=lr))
+
+
+def _step_without_hooks(engine: Optimizer) -> None:
+    """One step, without torch's hooks for all optimizers, which are called for the user's own."""
+    step: Any = type(engine).step
+    # torch wraps the method of a class whose objects call hooks (Optimizer._patch_step_function)
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(engine)
 
 
 def _engine_group(engine: Optimizer, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,6 @@ NORM_EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
 
 class NonFiniteGradientError(ValueError):
     """A gradient with inf, nan or values near float32's end; raised before anything changes."""
-
-
-def refuse_gradient(param: Tensor) -> NoReturn:
-    """Raise, as torch.optim.Muon does, for a gradient that is complex or sparse."""
-    if torch.is_complex(param):
-        raise RuntimeError("Muon does not support complex parameters")
-    raise RuntimeError("Muon does not support sparse gradients")
 
 
 def frobenius_norm(grad: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.tensors import accumulation_dtype
+from lowbit_muon.backends.tensors import accumulation_dtype, check_memory, error_context
 from lowbit_muon.formats.auto import AutoFormat, format_of_json, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.placement import FSDP1_ADVICE, in_parts, is_flattened, local_part
@@ -48,7 +48,10 @@ def parameter_names(group: dict[str, Any]) -> list[str]:
 
 
 def flatten(tensor: Tensor, group: dict[str, Any]) -> Tensor:
-    """The parameter (or its gradient) as one matrix, a view: [out, in*...] or [experts*out, in]."""
+    """The parameter (or its gradient) as one matrix: [out, in*...] or [experts*out, in].
+
+    A view where the order of its memory allows that; convolutions in channels_last are copied.
+    """
     if tensor.ndim == 2:
         return tensor
     if group["batch_experts"]:
@@ -56,16 +59,41 @@ def flatten(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     return tensor.flatten(1)
 
 
+def part_of(tensor: Tensor, view: MatrixView, group: dict[str, Any]) -> Tensor:
+    """One matrix of a parameter (or its gradient) [rows, ...], always a view of its memory.
+
+    It has the parameter's own other dimensions: `flatten(1)` makes a matrix of it.
+    """
+    if tensor.ndim == 2 or not group["batch_experts"]:
+        return tensor[view.rows]
+    if group["row_splits"] is not None:
+        return flatten(tensor, group)[view.rows]  # `check_parameter` sees to it that it is a view
+    number, place = view.rows.start // tensor.shape[-2], []
+    for size in reversed(tensor.shape[:-2]):
+        number, index = divmod(number, size)
+        place.append(index)
+    return tensor[tuple(reversed(place))]
+
+
+def matrix_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of what `flatten` makes of a parameter."""
+    row_dims = param.ndim - 1 if group["batch_experts"] else 1
+    return math.prod(param.shape[:row_dims]), math.prod(param.shape[row_dims:])
+
+
 def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
     """The matrices of a parameter. Raises ValueError for a shape the group's options do not fit."""
     if param.ndim < 2:
-        advice = FSDP1_ADVICE if is_flattened(param) else "give it to AdamW (MuonWithAuxAdam does)"
+        remedy = "give it to AdamW, as MuonWithAuxAdam with muon_param_groups does"
+        if is_flattened(param):
+            remedy = FSDP1_ADVICE
+        elif "use_muon" in group:
+            remedy = "put it into a group with use_muon=False, as muon_param_groups does"
         raise ValueError(
             "params: expected parameters of 2 or more dimensions, got one of size "
-            f"{tuple(param.shape)}; {advice}"
+            f"{tuple(param.shape)}; {remedy}"
         )
-    check_memory(param, group)
-    rows, columns = flatten(param.detach(), group).shape
+    rows, columns = matrix_shape(param, group)
     if group["row_splits"] is not None:
         sizes = list(group["row_splits"])
     elif group["batch_experts"] and param.ndim > 2:
@@ -84,13 +112,79 @@ def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
     return views
 
 
-def check_memory(param: Tensor, group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter, or a part of one, that is a matrix only by a copy."""
-    local = local_part(param.detach())
-    if local.numel() and flatten(local, group).data_ptr() != local.data_ptr():
+def matrix_entries(param: Tensor, group: dict[str, Any]) -> dict[str, int]:
+    """What a parameter's state says of the matrix it belongs to, since codes do not tell."""
+    return dict(zip(("rows", "columns"), matrix_shape(param, group), strict=True))
+
+
+def check_gradient(group: dict[str, Any], index: int, optimizer: str) -> None:
+    """Raise for a gradient that no step takes, whatever its values.
+
+    RuntimeError, as torch.optim does, for one that is sparse or complex, TypeError for others that
+    do not lie in memory by strides, ValueError for another size than the parameter's.
+    """
+    param = group["params"][index]
+    grad = param.grad
+    plain = type(grad) is Tensor and grad.layout == torch.strided
+    if plain and grad.is_floating_point() and grad.shape == param.shape:
+        return
+    name = f"gradient of parameter {parameter_names(group)[index]!r}"
+    if grad.is_complex():
+        raise RuntimeError(f"{name}: {optimizer} does not support complex parameters")
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name}: {optimizer} does not support sparse gradients")
+    if grad.shape != param.shape:
+        expected, got = tuple(param.shape), tuple(grad.shape)
+        raise ValueError(f"{name}: expected size {expected}, got {got}")
+    with error_context(name):
+        check_memory(local_part(grad))
+
+
+def check_state(state: Mapping[str, Any], group: dict[str, Any], index: int) -> None:
+    """Raise ValueError unless a parameter's state, if it has one, is of its size and device.
+
+    TypeError for a parameter whose strides have become such that no step can write to it.
+    """
+    param = group["params"][index]
+    if group["batch_experts"] and group["row_splits"] is not None:
+        with error_context(f"parameter {parameter_names(group)[index]!r}"):
+            check_parameter(param, group)
+    if "rows" not in state:
+        return
+    expected, stored = matrix_shape(param, group), (state["rows"], state["columns"])
+    if stored != expected:
         raise ValueError(
-            f"params: expected a parameter that can be viewed as a matrix, got size "
-            f"{tuple(local.shape)} with strides {local.stride()}"
+            f"parameter {parameter_names(group)[index]!r}: expected the size that its momentum was "
+            f"stored with, {stored[0]} x {stored[1]}, got {expected[0]} x {expected[1]}; a "
+            "parameter that was resized or pruned needs a new optimizer"
+        )
+    if group["offload"]:
+        return
+    for role in ("codes", "dense", "0.codes", "0.dense"):
+        if state.get(role) is not None and state[role].device != param.device:
+            raise ValueError(
+                f"parameter {parameter_names(group)[index]!r}: expected the device of its "
+                f"momentum, {state[role].device}, got {param.device}; load the optimizer's "
+                "state_dict after the model was moved"
+            )
+
+
+def check_parameter(param: Tensor, group: dict[str, Any]) -> None:
+    """Raise TypeError for a parameter, or a part of one, that a step could not write to."""
+    local = local_part(param.detach())
+    if local.is_complex():
+        return  # refused by `step`, as torch.optim.Muon does
+    check_memory(local)
+    if torch._debug_has_internal_overlap(local) == 1 or local.is_neg():
+        raise TypeError(
+            f"expected elements with memory of their own, got size {tuple(local.shape)} with "
+            f"strides {local.stride()}{' as the negative of others' if local.is_neg() else ''}"
+        )
+    cut = group["batch_experts"] and group["row_splits"] is not None
+    if cut and local.numel() and flatten(local, group).data_ptr() != local.data_ptr():
+        raise TypeError(
+            f"expected a parameter that can be viewed as a matrix with row_splits and "
+            f"batch_experts, got size {tuple(local.shape)} with strides {local.stride()}"
         )
 
 
@@ -190,6 +284,8 @@ def prepare_state(
     local = local_part(param)
     for name in ("step", "skipped"):
         state.setdefault(name, 0)
+    if "rows" not in state:
+        state.update(matrix_entries(param, group))
     for index, view in enumerate(views):
         kept_here = own is None or own[index]
         if not kept_here or view.prefix + "codes" in state or view.prefix + "dense" in state:
@@ -206,7 +302,8 @@ def prepare_state(
     here = own is None or any(own) or in_parts(param)
     kept = here and group["compensation"] and Compensation.applies_to(param)
     if kept and "remainder" not in state:
-        state["remainder"] = torch.zeros_like(local, dtype=torch.int8)
+        # In the order of rows and columns, however the weights lie.
+        state["remainder"] = torch.zeros(local.shape, dtype=torch.int8, device=local.device)
     if group["offload"]:
         keep_on_host(state, views)
 

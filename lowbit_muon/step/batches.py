@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit_muon.state.gradients import count_skipped, is_usable
 from lowbit_muon.state.offload import Fetched
-from lowbit_muon.state.parameter import ParameterStep, flatten, read_matrix
+from lowbit_muon.state.parameter import ParameterStep, part_of, read_matrix
 from lowbit_muon.state.rounding import Compensation, Rounding, rounding_seed, seed_of_step
 from lowbit_muon.state.stored import QuantizedMatrix, orient
 from lowbit_muon.step.update import Batch, MuonRule, update
@@ -30,7 +30,7 @@ HOST_ELEMENTS = 2**17
 class _Item:
     """One matrix, and what its parameter is told of it."""
 
-    weight: Tensor
+    weight: Tensor  # [rows, ...], see `part_of`
     grad: Tensor
     momentum: QuantizedMatrix
     rounding: Rounding | None
@@ -51,21 +51,25 @@ def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[
     batches = [part for items in buckets.values() for part in _parts(items)]
     fetched = _fetched(batches) if group["offload"] else ((items, None) for items in batches)
     for items, momenta in fetched:
+        weights = [item.weight.flatten(1) for item in items]
         batch = Batch(
-            [item.weight for item in items],
-            [item.grad for item in items],
+            weights,
+            [item.grad.flatten(1) for item in items],
             momenta or [item.momentum for item in items],
             [item.rounding for item in items],
             _flags(items) if any(item.usable is not None for item in items) else None,
         )
         _count(items, update(batch, rule, items[0].one.backend))
+        for item, weight in zip(items, weights, strict=True):
+            if weight.data_ptr() != item.weight.data_ptr():  # in channels_last it is a copy
+                item.weight.copy_(weight.view(item.weight.shape))
 
 
 def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
     """The matrices of a parameter; none if a host finds that its gradient is not usable."""
     state, views = one.state, one.views
     backend = one.backend
-    grad = one.grad.float() if one.grad.dtype == torch.float64 else one.grad
+    grad = (one.grad.float() if one.grad.dtype == torch.float64 else one.grad).resolve_neg()
     # A parameter of several matrices is skipped as a whole, so it is checked as a whole first.
     usable = is_usable(grad) if len(views) > 1 else None
     if usable is not None and not backend.asynchronous:
@@ -73,16 +77,15 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
             count_skipped(state, one.param)
             return
         usable = None
-    grad, weights = flatten(grad, group), flatten(one.param, group)
     rounds = "remainder" in state or group["stochastic_rounding"]
     counts = True
     for index, view in enumerate(views):
         if not view.shape[0] * view.shape[1]:
             continue
-        weight = weights[view.rows]
+        weight, part = part_of(one.param, view, group), part_of(grad, view, group)
         matrix = read_matrix(state, view, one.state_format)
         rounding = _rounding(one, index, group) if rounds else None
-        yield _Item(weight, grad[view.rows], matrix, rounding, one, counts, usable)
+        yield _Item(weight, part, matrix, rounding, one, counts, usable)
         counts = False
     if counts:  # nothing in it, and nothing to wait for
         state["step"] += 1
@@ -91,8 +94,8 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
 def _rounding(one: ParameterStep, index: int, group: dict[str, Any]) -> Rounding | None:
     """How a matrix's new weights are rounded, if not to the nearest."""
     if "remainder" in one.state:
-        rows = one.views[index].rows
-        return Compensation(orient(flatten(one.state["remainder"], group)[rows]))
+        remainder = part_of(one.state["remainder"], one.views[index], group)
+        return Compensation(orient(remainder.flatten(1)))
     if not (group["stochastic_rounding"] and one.param.dtype == torch.bfloat16):
         return None
     device = one.param.device

@@ -6,14 +6,17 @@ of `MuonOptions`; a test holds them together.
 
 from __future__ import annotations
 
+import decimal
 import difflib
 import functools
+import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch.distributed as dist
+from torch import Tensor
 
 from lowbit_muon.backends import check_backend_name
 from lowbit_muon.backends.tensors import is_real_number
@@ -24,7 +27,7 @@ from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS, Coefficients, resol
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-AdjustLr = Literal["original", "match_rms_adamw"]
+AdjustLr = Literal["original", "match_rms_adamw", "spectral_unclamped"]
 NsInput = Literal["exact", "stored"]
 NsDtype = Literal["auto", "float32", "float16", "bfloat16"]
 NonFinite = Literal["skip", "raise"]
@@ -86,6 +89,35 @@ class MuonOptions(TypedDict, total=False):
     offload: bool
     process_group: ProcessGroup | None
     update_dtype: UpdateDtype
+
+
+def plain_value(value: Any) -> Any:
+    """A value as Python's own types have it: of NumPy, of other sequences, mappings and numbers.
+
+    What a state dict holds has to load under weights_only=True. Tensors stay, and what is no value.
+    """
+    if value is None or type(value) in (float, int, bool, str) or isinstance(value, Tensor):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if callable(getattr(value, "tolist", None)):
+        return plain_value(value.tolist())
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, (numbers.Real, decimal.Decimal)):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {plain_value(key): plain_value(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return tuple(map(plain_value, value))
+    return value
+
+
+def plain_options(group: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A group with plain values for options, and for what schedulers keep; the rest as it is."""
+    return {
+        key: plain_value(value) if key in _PLAIN_KEYS else value for key, value in group.items()
+    }
 
 
 def _expect(expected: str, test: Callable[[Any], bool]) -> Check:
@@ -237,6 +269,7 @@ _FRAMEWORK_KEYS = {
     "name", "lr_scale", "lr_mult", "wd_mult", "moe",
     "start_wd", "end_wd", "is_expert_parallel", "is_decoupled_lr", "default_config",
 }  # fmt: skip
+_PLAIN_KEYS = {*SCHEDULER_KEYS, *GROUP_DEFAULTS, *AUX_DEFAULTS}
 # How other libraries say what `use_muon` says.
 _KIND_KEYS = {"use_muon", "is_muon", "algorithm", "kind"}
 # Options that change the update elsewhere and have no counterpart here: of torch.optim, NorMuon,

@@ -27,12 +27,13 @@ from lowbit_muon.linalg.newton_schulz import (
     standard_form,
     takes_gram_form,
 )
+from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.codecs.spectral import Spectral
 from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.state.operands import SCRATCH_FLOATS, Companded, Dense, Operand, Panels, row_slices
 from lowbit_muon.state.rounding import Compensation, Rounding, update_weight
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient, rescaling
-from lowbit_muon.step.options import AdjustLr, NsDtype
+from lowbit_muon.step.options import AdjustLr, NsDtype, plain_value
 
 _T = TypeVar("_T")
 
@@ -62,7 +63,7 @@ class MuonRule:
             coefficients = cached_coefficients(*given)
         except TypeError:  # lists
             coefficients = resolve_coefficients(*given)
-        return cls(coefficients=coefficients, **{name: group[name] for name in names})
+        return cls(coefficients=coefficients, **{name: plain_value(group[name]) for name in names})
 
 
 def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
@@ -70,6 +71,8 @@ def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
     rows, columns = shape
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
+    if adjust_lr_fn == "spectral_unclamped":
+        return math.sqrt(rows / columns)
     return math.sqrt(max(1.0, rows / columns))
 
 
@@ -116,26 +119,31 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
     M <- momentum*M + (1 - momentum)*G; W <- (1 - lr*wd)*W - lr*scale*orthogonalize(X) with X = M,
     or with Nesterov momentum*M + (1 - momentum)*G, or what the codes hold then (`ns_input`). A
     format with `normalize` divides G by its norm, sums, and divides M by its norm
-    (arXiv 2605.11396).
+    (arXiv 2605.11396). Where G is zero, M becomes smaller and its codes stay.
     """
     stored = StoredBatch(batch.momenta, backend)
-    terms = _terms(batch.stacked_gradients(), stored, rule)
+    grads = batch.stacked_gradients()
+    idle = _idle(grads, stored)
+    if isinstance(idle, list):
+        return _update_in_parts(idle, batch, rule, backend)
+    terms = _terms(grads, stored, rule)
     fresh, squares = _add_gradient(stored, terms, rule)
 
     accepted = squares <= LARGEST_NORM**2  # false for nan
     if batch.allowed is not None:
         accepted &= batch.allowed
     if backend.asynchronous:
-        stored.accepted = accepted
+        idle = None if idle is None else idle & accepted
+        stored.accepted = accepted if idle is None else accepted & ~idle
     elif not bool(accepted.all()):
-        return _update_others(accepted, batch, rule, backend)
+        return _update_in_parts(accepted.tolist(), batch, rule, backend, skipped=True)
     norm = torch.where(accepted, squares, 0.0).sqrt()
 
     scale, terms = _scale(fresh, norm, terms, stored)
     # Codes that products go on reading are replaced last.
     encode_last = isinstance(fresh, Panels) and rule.ns_input == "exact"
     if not encode_last:
-        _encode(stored, fresh, norm, scale, rule)
+        _encode(stored, fresh, norm, scale, rule, idle)
     if rule.ns_input == "stored":
         x, x_norm, scale, rule = _stored_operand(stored, norm, rule)
     elif rule.nesterov:
@@ -148,7 +156,7 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
     inverse = torch.where(accepted, 1 / divisor.clamp_min(_SMALLEST_DIVISOR), 0.0)
     _update_weights(batch, _orthogonalize(x, x_norm, inverse, rule), accepted, rule)
     if encode_last:
-        _encode(stored, fresh, norm, scale, rule)
+        _encode(stored, fresh, norm, scale, rule, idle)
     return accepted
 
 
@@ -195,11 +203,36 @@ def _add_gradient(
     return Dense(matrix, backend, keep_gram=exact and not rule.nesterov), squares
 
 
-def _update_others(accepted: Tensor, batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
-    """`update` of those that a host has found acceptable; nothing has changed so far."""
-    flags = accepted.tolist()
-    if any(flags):
-        accepted[accepted.clone()] = update(batch.where(flags), rule, backend)
+def _idle(grads: Tensor, stored: StoredBatch) -> Tensor | list[bool] | None:
+    """Which gradients are zero, as those of an expert without tokens: bool [b], or None if none is.
+
+    A host that finds some of both kinds gets a list, to step each kind by itself. Dense formats
+    store a smaller momentum as exactly as it was.
+    """
+    if not isinstance(stored.codec, Coded):
+        return None
+    if stored.backend.asynchronous:
+        return torch.linalg.vector_norm(grads, ord=math.inf, dim=(1, 2)) == 0
+    if bool(grads[:, 0].any(dim=1).all()):  # most often one row tells
+        return None
+    idle = ~grads.flatten(1).any(dim=1)
+    if bool(idle.all()):
+        return idle
+    return idle.tolist() if bool(idle.any()) else None
+
+
+def _update_in_parts(
+    flags: list[bool], batch: Batch, rule: MuonRule, backend: Backend, *, skipped: bool = False
+) -> Tensor:
+    """`update` of those with a flag and, unless they are skipped, of the others by themselves.
+
+    Only hosts come here; nothing has changed so far.
+    """
+    accepted = torch.zeros(len(flags), dtype=torch.bool, device=batch.weights[0].device)
+    for kind in (True,) if skipped else (True, False):
+        chosen = [flag == kind for flag in flags]
+        if any(chosen):
+            accepted[torch.tensor(chosen)] = update(batch.where(chosen), rule, backend)
     return accepted
 
 
@@ -227,16 +260,25 @@ def _multiply(x: Dense | Panels, factors: Tensor) -> None:
 
 
 def _encode(
-    stored: StoredBatch, fresh: Dense | Panels, norm: Tensor, scale: Tensor | None, rule: MuonRule
+    stored: StoredBatch,
+    fresh: Dense | Panels,
+    norm: Tensor,
+    scale: Tensor | None,
+    rule: MuonRule,
+    idle: Tensor | None,
 ) -> None:
     """Store the new momentum, of which `fresh` is `scale` times."""
-    if not isinstance(fresh, _Ahead):
+    shrinks = idle is not None and not stored.backend.asynchronous
+    if not (isinstance(fresh, _Ahead) or shrinks):
         if stored.codec.state_format.normalize and scale is not None:
             norm, scale = norm * scale, None  # what is stored is the scaled momentum itself
         # bfloat16 would be a tenth of 4-bit noise after the encoder has enlarged it
         dtype = torch.float32 if rule.ns_dtype == "float32" else torch.float16
         stored.codec.encode(stored, fresh, norm, scale, dtype)
     stored.commit()
+    if idle is not None and not stored.codec.state_format.normalize:
+        assert isinstance(stored.codec, Coded)
+        stored.codec.shrink(stored, torch.where(idle, rule.momentum, 1.0))
     if isinstance(fresh, Panels):
         fresh.release()
 

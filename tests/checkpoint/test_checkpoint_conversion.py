@@ -48,7 +48,14 @@ def test_splits_are_changed_on_the_way() -> None:
     run(whole, 0, 2)
     split = Muon(make_params([(24, 16)]), state_format="fp32", row_splits=(8, 16))
     split.load_state_dict(whole.state_dict())
-    assert set(split.state_dict()["state"][0]) == {"step", "skipped", "0.dense", "1.dense"}
+    assert set(split.state_dict()["state"][0]) == {
+        "step",
+        "skipped",
+        "rows",
+        "columns",
+        "0.dense",
+        "1.dense",
+    }
     assert torch.equal(momentum_of(split), momentum_of(whole))
     again = Muon(make_params([(24, 16)]), state_format="fp32")
     again.load_state_dict(split.state_dict())

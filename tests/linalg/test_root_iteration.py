@@ -200,7 +200,7 @@ def test_products_are_taken_in_full_precision(setting: str) -> None:
 import sys; sys.path.insert(0, "tests/linalg")
 import torch
 from lowbit_muon import Muon
-from lowbit_muon.backends.reference import float32_means_float32
+from lowbit_muon.backends.modes import float32_products
 from test_root_iteration import *
 {setting}
 def allowed():
@@ -211,7 +211,7 @@ with CountOperations() as count:
 assert count.precisions == {{"ieee"}}, count.precisions
 assert allowed() == before, allowed()
 try:
-    with float32_means_float32():
+    with float32_products:
         raise RuntimeError("inside")
 except RuntimeError as error:
     assert str(error) == "inside"

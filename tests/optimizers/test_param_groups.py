@@ -146,7 +146,7 @@ def test_convolutions_norms_and_biases() -> None:
     )  # fmt: skip
     groups = muon_param_groups(model, aux_patterns=[r"^0\."])
     assert_partition(groups, model)
-    assert names(groups, True) == {"2.weight", "4.weight", "6.weight"}
+    assert names(groups, True) == {"4.weight", "6.weight"}
     assert all(not group.get("batch_experts") for group in groups)
 
 
@@ -335,7 +335,7 @@ def test_overrides_by_function_join_equal_ones_in_a_group() -> None:
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [
-        ({"layers.9.*": "linear8"}, ValueError, "'layers.9.*' matches no matrix"),
+        ({"layers.9.*": "linear8"}, ValueError, "'layers.9.*' matches no parameter"),
         ({"layers.*": "int5"}, ValueError, "overrides['layers.*']: state_format: expected one of"),
         ({"layers.*": {"stat_format": "nf4"}}, ValueError, "got stat_format"),
         ({"layers.*": {"row_splits": (4, 4)}}, ValueError, "got row_splits"),
@@ -346,3 +346,188 @@ def test_overrides_by_function_join_equal_ones_in_a_group() -> None:
 def test_bad_overrides_are_named(override: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         muon_param_groups(stack_of_layers(), overrides=override)
+
+
+class Mamba(nn.Module):
+    """The parameters of a Mamba layer (arXiv 2312.00752), under the names of its implementation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(6, 24, bias=False), nn.Linear(12, 6, bias=False)
+        self.conv1d = nn.Conv1d(12, 12, 4, groups=12)
+        self.x_proj, self.dt_proj = nn.Linear(12, 9, bias=False), nn.Linear(3, 12)
+        self.A_log = nn.Parameter(torch.ones(12, 4))
+        self.D = nn.Parameter(torch.ones(12))
+
+
+class Rwkv(nn.Module):
+    """Of RWKV 6 and 7 (arXiv 2404.05892, 2503.14456): factors, and low-rank operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_maa = nn.Parameter(torch.ones(5, 8))
+        self.time_decay = nn.Parameter(torch.ones(2, 4))
+        self.time_faaaa = nn.Parameter(torch.ones(2, 4))
+        self.r_k = nn.Parameter(torch.ones(2, 4))
+        self.time_decay_w1 = nn.Parameter(torch.ones(8, 3))
+        self.w2 = nn.Parameter(torch.ones(3, 8))
+
+
+def test_only_operators_of_state_space_models_go_to_muon() -> None:
+    model = nn.ModuleDict({"mamba": Mamba(), "rwkv": Rwkv()})
+    groups = muon_param_groups(model)
+    assert_partition(groups, model)
+    assert names(groups, True) == {
+        "mamba.in_proj.weight", "mamba.out_proj.weight", "mamba.x_proj.weight",
+        "mamba.dt_proj.weight", "rwkv.time_decay_w1", "rwkv.w2",
+    }  # fmt: skip
+
+
+def parametrised() -> nn.Sequential:
+    from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+    return nn.Sequential(
+        weight_norm(nn.Conv1d(8, 8, 5, groups=2), dim=2), spectral_norm(nn.Conv2d(4, 6, 3)),
+        weight_norm(nn.Embedding(10, 4)), orthogonal(nn.Linear(4, 4)), weight_norm(nn.Linear(4, 6)),
+    )  # fmt: skip
+
+
+def test_a_parametrised_weight_is_its_modules_own() -> None:
+    model = parametrised()
+    groups = muon_param_groups(model)
+    assert_partition(groups, model)
+    weights = {f"{i}.parametrizations.weight.original" for i in (1, 3)}
+    weights |= {f"{i}.parametrizations.weight.original1" for i in (0, 4)}
+    assert names(groups, True) == weights
+    assert not any(group.get("batch_experts") for group in groups)
+    assert names(muon_param_groups(parametrised()[4], aux_patterns=["^bias"]), True) == {
+        "parametrizations.weight.original1"
+    }
+
+
+def wrapped() -> dict[str, nn.Module]:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4))
+
+    inner = net()
+    inner[0] = torch.compile(inner[0])  # type: ignore[assignment]
+    inner[2] = checkpoint_wrapper(inner[2])
+    return {
+        "plain": net(),
+        "compiled": torch.compile(net()),  # type: ignore[dict-item]
+        "parallel": nn.DataParallel(net()),
+        "both": torch.compile(nn.DataParallel(net())),  # type: ignore[dict-item]
+        "inner": inner,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", ["plain", "compiled", "parallel", "both", "inner"])
+def test_wrappers_are_looked_through(name: str) -> None:
+    model = wrapped()[name]
+    groups = muon_param_groups(
+        model, aux_patterns=[r"^2\."], overrides={"0.*": {"lr": 0.5}, "1.weight": {"eps": 1e-6}},
+        no_decay=[r"^1\.weight$"], aux_weight_decay=0.1,
+    )  # fmt: skip
+    found = {
+        name: (group["use_muon"], group["lr"], group.get("eps"))
+        for group in groups
+        for name in group["param_names"]
+    }
+    assert found == {
+        "0.weight": (True, 0.5, None), "0.bias": (False, 0.5, 1e-10),
+        "1.weight": (False, 3e-4, 1e-6), "1.bias": (False, 3e-4, 1e-10),
+        "2.weight": (False, 3e-4, 1e-10), "2.bias": (False, 3e-4, 1e-10),
+    }  # fmt: skip
+    # Names as the wrapped model gives them are found as well.
+    raw = next(name for name, _ in model.named_parameters())
+    assert names(muon_param_groups(model, aux_patterns=[re.escape(raw)]), True) == {"2.weight"}
+
+
+@pytest.mark.parametrize("option", ["aux_patterns", "no_decay"])
+def test_a_pattern_without_a_match_is_refused(option: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=rf"{option}: 'hed' matches no parameter"):
+        muon_param_groups(model, **{option: ["0.bias", "hed"]})
+    with pytest.raises(TypeError, match=rf"{option}: expected a sequence of strings, got 'head'"):
+        muon_param_groups(model, **{option: "head"})
+    model[1].requires_grad_(False)  # what is frozen is there, too
+    muon_param_groups(model, **{option: ["^1"]})
+
+
+def test_overrides_reach_both_kinds_by_the_options_that_they_have() -> None:
+    model = nn.ModuleDict(
+        {"emb": nn.Embedding(50, 32), "norm": nn.LayerNorm(32), "fc": nn.Linear(32, 32)}
+    )
+    groups = muon_param_groups(
+        model, weight_decay=0.1, aux_weight_decay=0.1,
+        overrides={
+            "norm.*": {"weight_decay": 0.0}, "emb.*": {"lr": 3e-3, "betas": (0.8, 0.9)},
+            "fc.*": {"state_format": "linear8", "lr": 0.3},
+        },
+    )  # fmt: skip
+    keys = ("use_muon", "lr", "weight_decay", "state_format", "betas")
+    found = {name: [g.get(key) for key in keys] for g in groups for name in g["param_names"]}
+    assert found == {
+        "fc.weight": [True, 0.3, 0.1, "linear8", None],
+        "fc.bias": [False, 0.3, 0.1, None, (0.9, 0.95)],
+        "norm.weight": [False, 3e-4, 0.0, None, (0.9, 0.95)],
+        "norm.bias": [False, 3e-4, 0.0, None, (0.9, 0.95)],
+        "emb.weight": [False, 3e-3, 0.1, None, (0.8, 0.9)],
+    }
+    MuonWithAuxAdam(groups)
+    by_function = muon_param_groups(
+        model, overrides=lambda name, param: {"weight_decay": 0.5} if param.ndim == 1 else "nf4"
+    )
+    decays = {name: g["weight_decay"] for g in by_function for name in g["param_names"]}
+    assert decays == {
+        "fc.weight": 0.0, "fc.bias": 0.5, "norm.weight": 0.5, "norm.bias": 0.5, "emb.weight": 0.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"emb.*": "linear8"},
+            "'emb.*' matches no parameter that has 'state_format', an option of",
+        ),
+        ({"fc.weight": {"betas": (0.5, 0.5)}}, "that has 'betas', an option of AdamW"),
+        ({"emb.*": {"lr": 0.1, "momentum": 0.5}}, "that has 'momentum', an option of Muon"),
+        ({"emb.*": {"betas": (0.5, 1.5)}}, "overrides['emb.*']: betas: expected two numbers"),
+    ],
+)
+def test_an_override_that_reaches_nothing_is_refused(overrides: Any, message: str) -> None:
+    model = nn.ModuleDict({"emb": nn.Embedding(50, 32), "fc": nn.Linear(32, 32)})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        muon_param_groups(model, overrides=overrides)
+
+
+def test_no_decay_spares_vectors_and_norms() -> None:
+    model = nn.ModuleDict(
+        {"emb": nn.Embedding(50, 32), "norm": nn.LayerNorm((2, 32)), "fc": nn.Linear(32, 32)}
+    )
+    groups = muon_param_groups(
+        model, weight_decay=0.1, aux_weight_decay=0.2, no_decay=True,
+        overrides={"fc.bias": {"weight_decay": 0.3}},
+    )  # fmt: skip
+    decays = {name: g["weight_decay"] for g in groups for name in g["param_names"]}
+    assert decays == {
+        "fc.weight": 0.1, "fc.bias": 0.3, "norm.weight": 0.0, "norm.bias": 0.0, "emb.weight": 0.2
+    }  # fmt: skip
+
+
+def test_each_group_has_a_tensor_lr_of_its_own() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.experts = nn.Linear(8, 8), nn.Parameter(torch.randn(2, 8, 8))
+
+    rates = []
+    for lr in (0.02, torch.tensor(0.02)):
+        optimizer = MuonWithAuxAdam(muon_param_groups(Model(), lr=lr), aux_adam="adamw")
+        torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _, k=k: k for k in (1.0, 0.1, 0.5)])
+        rates.append([float(group["lr"]) for group in optimizer.param_groups])
+    assert rates[1] == pytest.approx(rates[0], rel=1e-6)  # float32

@@ -23,6 +23,7 @@ from lowbit_muon import (
 )
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.optimizers import muon as muon_module
+from lowbit_muon.state.stored import ROLES
 from lowbit_muon.step import batches
 
 SHAPES = ((24, 40), (24, 40), (40, 24), (33, 33), (1, 7))
@@ -150,7 +151,7 @@ def test_stored_input_orthogonalises_what_the_codes_hold(
         stored = QuantizedMatrix(
             PRESETS[name],
             tuple(param.shape),
-            {k: v for k, v in optimizer.state[param].items() if k not in ("step", "skipped")},
+            {k: v for k, v in optimizer.state[param].items() if k in ROLES},
         )
         scale = 0.02 * max(1.0, param.shape[0] / param.shape[1]) ** 0.5
         update = scale * stored_direction(stored)
@@ -172,7 +173,7 @@ def test_a_nonfinite_gradient_changes_nothing(
     optimizer.step()
     assert torch.equal(params[1], weights[1])
     for key, value in states[1].items():
-        if key not in ("step", "skipped"):
+        if key in ROLES:
             assert torch.equal(optimizer.state[params[1]][key], value), key
     counts = [
         (state["step"], state["skipped"]) for state in optimizer.state_dict()["state"].values()

@@ -129,6 +129,20 @@ class Coded(Codec):
             if self.state_format.spectral:
                 self.measure_noise(stored, rows, values)
 
+    def shrink(self, stored: Stored, factors: Tensor) -> None:
+        """Multiply what is stored by factors in [0, 1], [b]; its codes stay.
+
+        Encoding what only became smaller would round it again, and over many steps lose it.
+        """
+        role = "norm" if self.stores_norm else "scales"
+        smallest = SMALLEST_NORM if self.stores_norm else SMALLEST_SCALE
+        roles = [role, "left_scales"] if self.rank and not self.stores_norm else [role]
+        for role in roles:
+            values = stored[role]
+            values = values * factors.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+            values = torch.where(values < smallest, 0.0, values)
+            torch._foreach_copy_(list(stored.each(role)), list(values.unbind()))
+
     def measure_noise(self, stored: Stored, rows: slice, values: Tensor) -> None:
         """Of rows that have been quantised, for formats that keep it; overwrites the values."""
         raise ValueError(f"noise: expected a spectral format, got {self.state_format}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.reference import float32_means_float32
+from lowbit_muon.backends.modes import float32_products
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS
 
@@ -76,7 +76,7 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 def exact_newton_schulz(x: Tensor) -> Tensor:
     """`newton_schulz` of float32 x, whatever precision the process allows its products."""
-    with float32_means_float32():
+    with float32_products:
         return newton_schulz(x)
 
 
