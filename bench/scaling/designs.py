@@ -2,7 +2,7 @@
 
 Counted is Muon's part: embeddings, heads and norms go to AdamW in every design, and what FSDP2
 sends for a forward pass is the same. Weights and gradients are bfloat16, one per element on each
-process in parts (FSDP2: rows, in as many equal pieces as torch.chunk makes) or as a whole (DDP).
+process in parts (FSDP2: rows, in as many equal shards as torch.chunk makes) or as a whole (DDP).
 
     ours              an owner for each matrix: parts of gradients in, parts of updates out
     ours, DDP         the same of whole gradients; weights out (`process_group`)
@@ -37,7 +37,7 @@ from lowbit_muon import PRESETS, QuantizedMatrix
 from lowbit_muon.distributed.exchange import Unit, bytes_of_step, packed_bytes
 from lowbit_muon.distributed.ownership import assign_owners, cost
 from lowbit_muon.distributed.sharing import _only_holder
-from lowbit_muon.state.placement import Piece
+from lowbit_muon.state.placement import MatrixShard
 from lowbit_muon.step.options import UpdateDtype
 
 Shape = tuple[int, int]
@@ -115,16 +115,16 @@ def chunk(size: int, processes: int) -> list[tuple[int, int]]:
     return [(min(i * each, size), min((i + 1) * each, size)) for i in range(processes)]
 
 
-def parts(stack: Stack, processes: int) -> list[tuple[Piece, ...]]:
-    """The pieces of each matrix of a parameter under FSDP2's Shard(0)."""
+def parts(stack: Stack, processes: int) -> list[tuple[MatrixShard, ...]]:
+    """The shards of each matrix of a parameter under FSDP2's Shard(0)."""
     rows, columns = stack.shape
     if stack.matrices == 1:
-        return [tuple(Piece(top, stop, 0, columns) for top, stop in chunk(rows, processes))]
+        return [tuple(MatrixShard(top, stop, 0, columns) for top, stop in chunk(rows, processes))]
     found = []
-    whole, empty = Piece(0, rows, 0, columns), Piece(0, 0, 0, columns)
+    whole, empty = MatrixShard(0, rows, 0, columns), MatrixShard(0, 0, 0, columns)
     for holder, (start, stop) in enumerate(chunk(stack.matrices, processes)):
-        pieces = (*[empty] * holder, whole, *[empty] * (processes - holder - 1))
-        found += [pieces] * (stop - start)
+        shards = (*[empty] * holder, whole, *[empty] * (processes - holder - 1))
+        found += [shards] * (stop - start)
     return found
 
 
@@ -132,13 +132,13 @@ def sharded_units(stacks: Sequence[Stack], processes: int) -> list[Unit]:
     """Every matrix as `ShardedParameters` makes it, with its owner."""
     pieces_of = {stack: parts(stack, processes) for stack in set(stacks)}
     units = [
-        Unit("", parameter, matrix, stack.shape, -1, pieces, DTYPE)
+        Unit("", parameter, matrix, stack.shape, -1, shards, DTYPE)
         for parameter, stack in enumerate(stacks)
-        for matrix, pieces in enumerate(pieces_of[stack])
+        for matrix, shards in enumerate(pieces_of[stack])
     ]
-    holders = {id(unit.pieces): _only_holder(unit) for unit in _one_of_each(units)}
+    holders = {id(unit.shards): _only_holder(unit) for unit in _one_of_each(units)}
     costs = [cost(unit.shape) for unit in units]
-    owners = assign_owners(costs, processes, [holders[id(unit.pieces)] for unit in units])
+    owners = assign_owners(costs, processes, [holders[id(unit.shards)] for unit in units])
     return _with_owners(units, owners)
 
 
@@ -147,8 +147,8 @@ def _with_owners(units: Sequence[Unit], owners: Sequence[int]) -> list[Unit]:
 
 
 def _one_of_each(units: Sequence[Unit]) -> list[Unit]:
-    """Units that differ in their pieces; those alike share one tuple."""
-    return list({id(unit.pieces): unit for unit in units}.values())
+    """Units that differ in their shards; those alike share one tuple."""
+    return list({id(unit.shards): unit for unit in units}.values())
 
 
 @dataclass(frozen=True)
@@ -162,23 +162,23 @@ class Traffic:
 def traffic(units: Sequence[Unit], processes: int, dtype: UpdateDtype) -> Traffic:
     """`bytes_of_step` of every process, and what it receives.
 
-    That is a sum over units, and one unit's share depends on the piece that a process has of it,
-    so it is asked once for each kind of unit and piece.
+    That is a sum over units, and one unit's share depends on the shard that a process has of it,
+    so it is asked once for each kind of unit and shard.
     """
     sent = np.zeros(processes, dtype=np.int64)
     received = np.zeros(processes, dtype=np.int64)
     owners: dict[int, list[int]] = {}
     for unit in units:
-        owners.setdefault(id(unit.pieces), []).append(unit.owner)
+        owners.setdefault(id(unit.shards), []).append(unit.owner)
     for unit in _one_of_each(units):
-        count = len(owners[id(unit.pieces)])
-        owned = np.bincount(owners[id(unit.pieces)], minlength=processes)
+        count = len(owners[id(unit.shards)])
+        owned = np.bincount(owners[id(unit.shards)], minlength=processes)
         by_piece: dict[tuple[int, int, bool], tuple[int, int, int, int]] = {}
-        for process, piece in enumerate(unit.pieces):
-            if not piece.numel and not owned[process]:
+        for process, shard in enumerate(unit.shards):
+            if not shard.numel and not owned[process]:
                 continue
             # (the costly question, so only where a process owns such a unit)
-            key = (*piece.shape, bool(owned[process]))
+            key = (*shard.shape, bool(owned[process]))
             if key not in by_piece:
                 by_piece[key] = _of_piece(unit, process, dtype, bool(owned[process]))
             own_out, own_in, other_out, other_in = by_piece[key]
@@ -192,14 +192,14 @@ def _of_piece(
     unit: Unit, process: int, dtype: UpdateDtype, owns: bool
 ) -> tuple[int, int, int, int]:
     """Bytes (out, in) of a process for a unit of its own, then for one of another's."""
-    piece = unit.pieces[process]
+    shard = unit.shards[process]
     rows, columns = unit.shape
     own_out = 0
     if owns:
         own_out = bytes_of_step([dataclasses.replace(unit, owner=process)], process, dtype)
     other_out = bytes_of_step([dataclasses.replace(unit, owner=-1)], process, dtype)
-    own_in = (rows * columns - piece.numel) * unit.dtype.itemsize
-    return own_out, own_in, other_out, packed_bytes(piece, dtype)
+    own_in = (rows * columns - shard.numel) * unit.dtype.itemsize
+    return own_out, own_in, other_out, packed_bytes(shard, dtype)
 
 
 # Designs ------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ class Step:
 
     def _state_in_parts(self) -> int:
         """Of process 0, which has the largest parts; like the parameters, as `zeros_like` makes."""
-        return sum(unit.pieces[0].numel for unit in self.units) * DTYPE.itemsize
+        return sum(unit.shards[0].numel for unit in self.units) * DTYPE.itemsize
 
     def muon_fsdp2(self) -> Estimate:
         """Matrix i to process i mod P and back."""

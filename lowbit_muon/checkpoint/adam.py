@@ -10,6 +10,7 @@ Entries, with the parameter's shape unless stated:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.tensors import check_tensor, holds_values
+from lowbit_muon.backends.tensors import accumulation_dtype, check_tensor, holds_values
 from lowbit_muon.checkpoint.dicts import SavedState, State, own_copy, whole_number
 
 BLOCK_SIZE = 256  # bitsandbytes, optim/optimizer.py
+_SLACK = 1.01  # for rounding in bfloat16
 _MOMENT_NAMES = (("exp_avg", "exp_avg_sq"), ("state1", "state2"), ("moment1", "moment2"))
 _CODE_ENTRIES = ("qmap1", "qmap2", "absmax1", "absmax2")
 
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's state in full precision: float32, the parameter's shape."""
+    """AdamW's state in full precision: float32 or float64, the parameter's shape."""
 
     step: int
     first: Tensor
@@ -46,6 +48,7 @@ def convert_adam(param: Tensor, saved: SavedState, fresh: State) -> State:
     if not entries:
         return {}
     moments = read_moments(param, entries)
+    _check_range(moments, _names(entries), fresh[_names(fresh)[0]].dtype)
     state = {**fresh, "skipped": skipped}
     if isinstance(fresh["step"], Tensor):
         fresh["step"].fill_(moments.step)
@@ -87,11 +90,26 @@ def read_moments(param: Tensor, entries: Mapping[str, Any]) -> Moments:
             raise ValueError(f"{name}: expected shape {tuple(param.shape)}, got {got}")
         elif not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ValueError(f"{name}: expected finite floating point values, got others")
-        values.append(value.detach().to(param.device, torch.float32))
+        wide = value.dtype == torch.float64
+        dtype = accumulation_dtype(param.device) if wide else torch.float32
+        values.append(value.detach().to(param.device, dtype))
     first, second = values
     if bool((second < 0).any()):
         raise ValueError(f"{names[1]}: expected values >= 0, got {float(second.min())}")
     return Moments(whole_number("step", entries["step"]), first, second)
+
+
+def _check_range(moments: Moments, names: tuple[str, str], dtype: torch.dtype) -> None:
+    """Raise ValueError for moments that no gradient whose square is finite can leave.
+
+    dtype: of the moments that they become; 8 bits are decoded to float32.
+    """
+    largest = torch.finfo(dtype if dtype.is_floating_point else torch.float32).max
+    limits = (math.sqrt(largest) * _SLACK, largest)
+    for name, values, limit in zip(names, (moments.first, moments.second), limits, strict=True):
+        found = float(torch.linalg.vector_norm(values, math.inf)) if values.numel() else 0.0
+        if not found <= limit:
+            raise ValueError(f"{name}: expected values up to {limit:g}, got {found:g}")
 
 
 def _names(entries: Mapping[str, Any]) -> tuple[str, str]:
@@ -113,6 +131,8 @@ def _load_8bit(param: Tensor, name: str, entries: Mapping[str, Any], index: str)
     for entry, values in ((f"qmap{index}", qmap), (f"absmax{index}", absmax)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{entry}: expected finite values, got inf or nan")
+    if bool((qmap.diff() < 0).any()) or bool((qmap.abs() > 1).any()):
+        raise ValueError(f"qmap{index}: expected ascending values from -1 to 1, got others")
     if bool((absmax < 0).any()):
         raise ValueError(f"absmax{index}: expected values >= 0, got {float(absmax.min())}")
     scales = absmax.repeat_interleave(BLOCK_SIZE)[: param.numel()]
@@ -122,6 +142,6 @@ def _load_8bit(param: Tensor, name: str, entries: Mapping[str, Any], index: str)
 def _store_8bit(values: Tensor, codes: Tensor, qmap: Tensor, absmax: Tensor) -> None:
     from bitsandbytes.functional import quantize_blockwise
 
-    found, state = quantize_blockwise(values.contiguous(), code=qmap, blocksize=BLOCK_SIZE)
+    found, state = quantize_blockwise(values.float().contiguous(), code=qmap, blocksize=BLOCK_SIZE)
     codes.copy_(found)
     absmax.copy_(state.absmax)

@@ -13,6 +13,7 @@ optimizer works (`Option.load`) stays as it was constructed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +32,11 @@ State = dict[str, Any]
 StateDict = dict[str, Any]
 
 VERSION_KEY = "format_version"
+_TABLE = (*OPTIONS, *AUX_OPTIONS)
+_SAVED = [*dict.fromkeys(o.name for o in _TABLE if o.load == "saved"), *SCHEDULER_KEYS]
 # What stays as the optimizer was constructed.
-_KEPT = {
-    *(option.name for option in (*OPTIONS, *AUX_OPTIONS) if option.load != "saved"),
-    "use_muon", VERSION_KEY,
-}  # fmt: skip
-_LARGEST_COUNT = 2**63  # counts are int64 on devices
+_KEPT = {*(o.name for o in _TABLE if o.load != "saved"), "use_muon", "param_names", VERSION_KEY}
+_LARGEST_COUNT = 2**31 - 1  # bitsandbytes counts in int32
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,6 @@ class Checkpointed(Protocol):
     def _export_group(self, group: Group) -> Group: ...
 
     def _export_state(self, param: Tensor, group: Group) -> State: ...
-
-
-def with_version(state_dict: StateDict) -> StateDict:
-    """The state dict that `Optimizer.state_dict` made, with our version in each of its groups."""
-    for group in state_dict.get("param_groups", ()):  # a user's hook may have rearranged it
-        group[VERSION_KEY] = FORMAT_VERSION
-    return state_dict
 
 
 @contextmanager
@@ -114,25 +107,30 @@ def convert_state_dict(
     group or the parameter, what was expected and what came.
     """
     saved_states, saved_groups = _parts(state_dict)
-    saved_groups = _matching_groups(optimizer.param_groups, saved_groups)
+    groups = optimizer.param_groups
+    matches = _by_name(groups, saved_groups) or _by_order(groups, saved_groups, saved_states)
     new_groups: list[Group] = []
     new_states: dict[Tensor, State] = {}
     unused = set(saved_states)
-    for index, (group, saved_group) in enumerate(
-        zip(optimizer.param_groups, saved_groups, strict=True)
-    ):
-        with blaming(f"parameter group {index}"):
-            convention = _convention(saved_group)
-            new_group = _merged_group(group, saved_group, convention)
+    for index, (group, match) in enumerate(zip(groups, matches, strict=True)):
+        with error_context(f"parameter group {index}"):
+            new_group = _merged_group(group, match)
             optimizer._check_group(new_group)
         new_groups.append(new_group)
         names = group.get("param_names") or [f"#{i}" for i in range(len(group["params"]))]
-        keys = _keys_by_parameter(group, saved_group, saved_states)
-        for name, param, key in zip(names, group["params"], keys, strict=True):
+        for name, param, (key, saved_group) in zip(
+            names, group["params"], match.params, strict=True
+        ):
             unused.discard(key)
-            if saved_states.get(key):
-                with blaming(f"state of parameter {key!r} (group {index}, {name})"):
-                    saved = SavedState(saved_states[key], saved_group, convention)
+            # torch.distributed.checkpoint puts {} for what it does not find
+            entries = {
+                name: value
+                for name, value in saved_states.get(key, {}).items()
+                if not (isinstance(value, Mapping) and not value)
+            }
+            if entries:
+                with error_context(f"state of parameter {key!r} (group {index}, {name})"):
+                    saved = SavedState(entries, saved_group, _convention(saved_group))
                     new_states[param] = optimizer._convert_state(param, new_group, saved)
     if unused:
         raise ValueError(
@@ -171,15 +169,17 @@ def whole_number(name: str, value: object) -> int:
     if (
         not isinstance(number, (int, float))
         or isinstance(number, bool)
-        or not 0 <= number < _LARGEST_COUNT
+        or not 0 <= number <= _LARGEST_COUNT
         or number != number // 1
     ):
-        raise ValueError(f"{name}: expected a whole number >= 0, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a whole number >= 0, at most {_LARGEST_COUNT}, got {value!r}"
+        )
     return int(number)
 
 
 @contextmanager
-def blaming(what: str) -> Iterator[None]:
+def error_context(what: str) -> Iterator[None]:
     """Put the name of what was being read before the message of an error."""
     try:
         yield
@@ -205,7 +205,93 @@ def _parts(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[Group
                 f"parameter group {index}: expected numbers or names as 'params', "
                 f"got {group['params']!r}"
             )
-    return states, [dict(group) for group in groups]
+        names, count = group.get("param_names", ()), len(group["params"])
+        if "param_names" in group and not (
+            isinstance(names, (list, tuple)) and [type(name) for name in names] == [str] * count
+        ):
+            raise ValueError(
+                f"parameter group {index}: param_names: expected {count} strings, got {names!r}"
+            )
+    keys = [key for group in groups for key in group["params"]]
+    if len(set(keys)) < len(keys):
+        raise ValueError("param_groups: expected every parameter once, got one several times")
+    return _by_key(states, set(keys)), [dict(group) for group in groups]
+
+
+def _by_key(states: Mapping[Any, Any], known: set[Any]) -> Mapping[Any, Any]:
+    """The states by the keys of the groups, which are known.
+
+    torch.distributed.checkpoint makes strings of numbers: it loads what is no tensor into an entry
+    "0" beside 0, whose own is old then.
+    """
+    result: dict[Any, Any] = {}
+    for key, entries in sorted(states.items(), key=lambda item: isinstance(item[0], str)):
+        is_number = isinstance(key, str) and key.isdecimal() and key not in known
+        known_key = int(key) if is_number and int(key) in known else key
+        result[known_key] = {**result.get(known_key, {}), **entries}
+    return result
+
+
+@dataclass(frozen=True)
+class _Match:
+    """What is saved for one of our groups: its options, and (key, saved group) by parameter."""
+
+    groups: list[Group]
+    params: list[tuple[Any, Group]]
+
+
+def _by_name(groups: Sequence[Group], saved_groups: list[Group]) -> list[_Match] | None:
+    """What is saved for our groups by the names of parameters; None unless both sides have names.
+
+    Keys that are names go before `param_names`: torch.distributed.checkpoint puts keys in our
+    order, but not those. Raises ValueError for other names.
+    """
+    ours = [[_plain_name(name) for name in group.get("param_names", ())] for group in groups]
+    keys = [(key, group) for group in saved_groups for key in group["params"]]
+    has_names = all(isinstance(key, str) for key, _ in keys)
+    saved_names = (
+        [key for key, _ in keys]
+        if has_names
+        else [name for group in saved_groups for name in group.get("param_names", ())]
+    )
+    found = dict(zip(map(_plain_name, saved_names), keys, strict=False))
+    expected = {name for names in ours for name in names}
+    count = sum(len(group["params"]) for group in groups)
+    if not keys or len(expected) != count or len(found) != len(keys) != len(saved_names):
+        return None
+    if expected != set(found):
+        if has_names:
+            return None
+        raise ValueError(
+            f"param_names: expected {sorted(expected - set(found)) or 'no more'}, got "
+            f"{sorted(set(found) - expected) or 'none of them'}"
+        )
+    matches = []
+    for index, names in enumerate(ours):
+        params = [found[name] for name in names]
+        members = list({id(group): group for _, group in params}.values())
+        matches.append(_Match(members or saved_groups[index : index + 1], params))
+    return matches
+
+
+_WRAPPERS = re.compile(
+    r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what wrappers of modules add to it."""
+    return _WRAPPERS.sub("", name)
+
+
+def _by_order(
+    groups: Sequence[Group], saved_groups: list[Group], saved_states: Mapping[Any, Any]
+) -> list[_Match]:
+    """What is saved for our groups, by their order."""
+    return [
+        _Match([saved], [(key, saved) for key in _keys_by_parameter(group, saved, saved_states)])
+        for group, saved in zip(groups, _matching_groups(groups, saved_groups), strict=True)
+    ]
 
 
 def _matching_groups(groups: Sequence[Group], saved_groups: list[Group]) -> list[Group]:
@@ -235,16 +321,23 @@ def _convention(saved_group: Group) -> Literal["ours", "ema", "sum"]:
     return "ours"
 
 
-def _merged_group(group: Group, saved_group: Group, convention: str) -> Group:
+def _merged_group(group: Group, match: _Match) -> Group:
     """Our group with the saved options, and the saved parameter keys as its `params`."""
-    uses_muon = group.get("use_muon", True)
+    merged = [{**group, **_saved_options(group, saved)} for saved in match.groups] or [group]
+    for other in merged[1:]:
+        differing = [name for name in _SAVED if other.get(name) != merged[0].get(name)]
+        if differing:
+            raise ValueError(
+                f"expected parameters that were saved with the same options, got two of {differing}"
+            )
+    return {**merged[0], "params": [key for key, _ in match.params]}
+
+
+def _saved_options(group: Group, saved_group: Group) -> Group:
+    """What our group takes from a saved one."""
+    convention, uses_muon = _convention(saved_group), group.get("use_muon", True)
     if saved_group.get("use_muon", uses_muon) is not uses_muon:
         raise ValueError(f"use_muon: expected {uses_muon}, got {saved_group['use_muon']!r}")
-    names, count = saved_group.get("param_names", ()), len(group["params"])
-    if "param_names" in saved_group and not (
-        isinstance(names, (list, tuple)) and [type(name) for name in names] == [str] * count
-    ):
-        raise ValueError(f"param_names: expected {count} strings, got {names!r}")
     saved = dict(saved_group)
     if convention == "sum":
         saved |= {"weight_decay": saved["wd"], "adjust_lr_fn": "match_rms_adamw"}
@@ -253,7 +346,7 @@ def _merged_group(group: Group, saved_group: Group, convention: str) -> Group:
     if convention != "ours":
         known = {*group, *SCHEDULER_KEYS}
         saved = {name: value for name, value in saved.items() if name in known}
-    return {**group, **{name: value for name, value in saved.items() if name not in _KEPT}}
+    return {name: value for name, value in saved.items() if name not in _KEPT}
 
 
 def _keys_by_parameter(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.codes import Terms
 from lowbit_muon.backends.packing import unpack
 from lowbit_muon.backends.tensors import accumulation_dtype, check_tensor, holds_values
 from lowbit_muon.checkpoint.dicts import (
     Group,
     SavedState,
     State,
-    blaming,
+    error_context,
     own_copy,
     whole_number,
 )
@@ -23,6 +25,8 @@ from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
+from lowbit_muon.state.codec import SMALLEST_NORM
+from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.format_choice import choose_format
 from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.state.parameter import (
@@ -35,15 +39,19 @@ from lowbit_muon.state.parameter import (
     momentum_format,
     quantized_state,
     resolve_group_format,
+    stored_keys,
     write_matrix,
 )
+from lowbit_muon.state.placement import local_part, shape_only
 from lowbit_muon.state.rounding import Compensation
-from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch
 from lowbit_muon.state.update_error import rotated_sample
+from lowbit_muon.step.batches import host_counters
 from lowbit_muon.step.options import LAYOUT_OPTIONS, OPTIONS
 
 # Of a state of ours: a step keeps norms below LARGEST_NORM, and codes may decode to somewhat more.
 _LARGEST_OWN = 1e35
+_SLACK = 1.05  # for rounding, half precision in the encoder included
 
 
 def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:
@@ -52,7 +60,8 @@ def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:
     if saved.convention == "ours":
         entries = dict(saved.entries)
         kept = _remainder(param, group, entries.pop("remainder", None))
-        return _converted(param, group, views, entries, saved.group) | kept
+        converted = _converted(param, group, views, entries, saved.group)
+        return converted | kept if converted else {}
     momentum = _foreign_momentum(param, group, saved)
     if momentum is None:
         return {}
@@ -69,6 +78,8 @@ def _remainder(param: Tensor, group: Group, saved: object) -> State:
     if saved is None:
         return {"remainder": torch.zeros(param.shape, dtype=torch.int8, device=param.device)}
     found = check_tensor("remainder", saved, torch.int8, tuple(param.shape))
+    if bool((found == -128).any()):
+        raise ValueError("remainder: expected values from -127 to 127, got -128")
     return {"remainder": own_copy(found, param.device)}
 
 
@@ -80,11 +91,15 @@ def _converted(
     if missing:
         raise ValueError(f"expected the options {missing} in the saved group, got none")
     _check_layout(saved_group)
-    source, source_views = momentum_format(saved_group, entries), matrix_views(param, saved_group)
-    asked = 0
-    if isinstance(resolve_group_format(saved_group), AutoFormat):
-        asked = whole_number("asked", entries.pop("asked", None))
-        del entries["state_format"]
+    source_views, saved_format = matrix_views(param, saved_group), resolve_group_format(saved_group)
+    auto = saved_format if isinstance(saved_format, AutoFormat) else None
+    if auto is not None and isinstance(entries.get("state_format"), Tensor):
+        entries |= _unpacked(auto, source_views, entries.pop("state_format"))
+        if "state_format" not in entries:
+            return {}  # a format is chosen with the first gradient
+    source = momentum_format(saved_group, entries)
+    asked = whole_number("asked", entries.pop("asked", None)) if auto is not None else 0
+    entries.pop("state_format", None)
     _check_matrix_entries(param, entries, saved_group)
     state = _checked_copy(param, entries, source, source_views, group["backend"])
     target = resolve_group_format(group)
@@ -92,7 +107,11 @@ def _converted(
     if keeps and source_views == views:
         return state | matrix_entries(param, group) | _choice(target, source, asked)
     momentum = assemble(param, source_views, source, state, group["backend"])
-    if source.normalize and (isinstance(target, AutoFormat) or not target.normalize):
+    counts = {name: state[name] for name in ("step", "skipped")} | matrix_entries(param, group)
+    if isinstance(target, AutoFormat) and not bool(momentum.any()):
+        return counts | {"asked": 0, "state_format": None}  # chosen with the first gradient
+    loses_size = isinstance(target, AutoFormat) or not target.normalize
+    if source.normalize and loses_size and bool(momentum.any()):
         if param.grad is None or not bool(param.grad.isfinite().all()):
             name = "auto" if isinstance(target, AutoFormat) else target.name
             raise ValueError(
@@ -102,8 +121,67 @@ def _converted(
         _give_size(momentum, flatten(param.grad, saved_group), source_views, group["momentum"])
     momentum = momentum.reshape(matrix_shape(param, group))
     state_format, choice = _own_format(group, views, momentum)
-    counts = {name: state[name] for name in ("step", "skipped")} | matrix_entries(param, group)
     return counts | choice | quantized_state(momentum, state_format, views, group)
+
+
+def pack_auto_state(param: Tensor, group: Group, state: State) -> State:
+    """A state of an automatic choice as it is saved: its momentum is one tensor `state_format`.
+
+    uint8 [4 + bytes of the largest candidate]: the number of the chosen candidate plus one, int32,
+    or 0 before the first gradient; then the bytes of the stored tensors, and zeros. Its size does
+    not depend on the choice, so torch.distributed.checkpoint can load it into another state.
+    """
+    auto, views = resolve_group_format(group), matrix_views(shape_only(param), group)
+    assert isinstance(auto, AutoFormat)
+    chosen = None if state["state_format"] is None else momentum_format(group, state)
+    if chosen is not None and chosen not in auto.formats:
+        return state  # the option has been changed since
+    number = 0 if chosen is None else 1 + auto.formats.index(chosen)
+    packed = torch.zeros(_packed_bytes(auto, views), dtype=torch.uint8)
+    parts = [torch.tensor([number], dtype=torch.int32)]
+    if chosen is not None:
+        parts += [state[key].to("cpu", meta.dtype) for key, meta in _layout(chosen, views)]
+    values = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    packed[: len(values)] = values
+    stored = {*stored_keys(state, views), "state_format"}
+    rest = {key: value for key, value in host_counters(state).items() if key not in stored}
+    return rest | {"state_format": packed.to(local_part(param).device)}
+
+
+def _unpacked(auto: AutoFormat, views: list[MatrixView], packed: Tensor) -> State:
+    """The entries that `pack_auto_state` has packed; {} where nothing was chosen yet."""
+    check_tensor("state_format", packed, torch.uint8, (_packed_bytes(auto, views),))
+    packed = packed.detach().cpu()
+    number = int(packed[:4].clone().view(torch.int32))
+    if not 0 <= number <= len(auto.formats):
+        raise ValueError(
+            f"state_format: expected the number of one of {len(auto.formats)} candidates, or 0, "
+            f"got {number}"
+        )
+    if number == 0:
+        return {}
+    chosen = auto.formats[number - 1]
+    entries: State = {"state_format": chosen.to_dict()}
+    start = 4
+    for key, meta in _layout(chosen, views):
+        stop = start + meta.numel() * meta.itemsize
+        entries[key] = packed[start:stop].clone().view(meta.dtype).view(meta.shape)
+        start = stop
+    return entries
+
+
+def _layout(state_format: StateFormat, views: list[MatrixView]) -> Iterator[tuple[str, Tensor]]:
+    """(key, meta tensor) of all stored tensors of a parameter."""
+    for view in views:
+        zeros = QuantizedMatrix.zeros(view.shape, state_format, seed=0, device=torch.device("meta"))
+        yield from ((view.prefix + role, tensor) for role, tensor in zeros.tensors.items())
+
+
+def _packed_bytes(auto: AutoFormat, views: list[MatrixView]) -> int:
+    return 4 + max(
+        sum(meta.numel() * meta.itemsize for _, meta in _layout(candidate, views))
+        for candidate in auto.formats
+    )
 
 
 def _check_matrix_entries(param: Tensor, entries: State, saved_group: Group) -> None:
@@ -196,7 +274,7 @@ def _checked_copy(
     for view in views:
         found = [key for key in rest if isinstance(key, str) and key.startswith(view.prefix)]
         tensors = {key.removeprefix(view.prefix): rest.pop(key) for key in found}
-        with blaming(f"matrix {view.prefix}{list(view.shape)}"):
+        with error_context(f"matrix {view.prefix}{list(view.shape)}"):
             matrix = QuantizedMatrix.from_tensors(view.shape, state_format, tensors)
             matrix.tensors = {
                 role: own_copy(value, param.device) for role, value in matrix.tensors.items()
@@ -216,10 +294,61 @@ def _check_values(matrix: QuantizedMatrix, backend: str) -> None:
         if f.has_factors:
             for role, length in zip(("left_codes", "right_codes"), matrix.shape, strict=True):
                 _check_codes(matrix, role, length, f.factor_code_book(), f.factor_layout())
-    _check_size(matrix.dequantize(backend), "codes and scales")
+    largest = LARGEST_NORM * _SLACK if f.is_dense else _LARGEST_OWN
+    _check_size(matrix.dequantize(backend), "codes and scales", largest)
+    for role, (largest, reason) in _largest_values(matrix, backend).items():
+        values = matrix.tensors.get(role)  # factors of an empty matrix are not there
+        found = float(values.max()) if values is not None and values.numel() else 0.0
+        if found > largest:
+            raise ValueError(f"{role}: expected at most {largest:.6g}, {reason}, got {found:g}")
 
 
-def _check_size(momentum: Tensor, what: str, largest: float = _LARGEST_OWN) -> None:
+def _largest_values(matrix: QuantizedMatrix, backend: str) -> dict[str, tuple[float, str]]:
+    """How large the positive tensors of a stored matrix may be, and why."""
+    f, m = matrix.state_format, min(matrix.shape)
+    if f.is_dense:
+        return {}
+    # In the code domain a matrix of norm one has entries of at most one: those of `spectral` are
+    # bounded by the largest singular value, and companding keeps [-1, 1]. Where squares underflow,
+    # the spectral operator is that of zeros, 1/shift.
+    unit = _SLACK if f.stores_norm else _LARGEST_OWN
+    reason = "of a momentum of norm one" if f.stores_norm else "of a momentum that steps go on from"
+    layout = f.code_layout()
+    gain = max(1.0, 1 / f.spectral_shift) if f.spectral else 1.0
+    limits = {"scales": (layout.clip * unit * gain, reason)}
+    if f.has_factors:
+        clip = f.factor_layout().clip
+        limits["left_scales"] = (clip * _SLACK, "of orthonormal columns")
+        limits["right_scales"] = (clip * unit, reason)
+    if f.stores_norm:
+        largest = 1.0 if f.normalize else LARGEST_NORM
+        limits["norm"] = (largest * _SLACK, "the largest that a step leaves")
+    if f.spectral:
+        # (a - b)^2 <= 2 a^2 + 2 b^2 for each value a of Y and b of its code. Of a block's values
+        # the scale tells the RMS, or the largest.
+        stored = StoredBatch([matrix], get_backend(backend, matrix.device))
+        assert isinstance(stored.codec, Coded)
+        y = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+        codes = stored.backend.accumulate(y, Terms(codes=stored.codec.codes(stored)))
+        n = max(matrix.shape)
+        size = m * n if stored.codec.single_scale else layout.effective_block(n)
+        scales = matrix.tensors["scales"].to(accumulation_dtype(matrix.device))
+        values = scales.div(layout.clip).square().sum() * size
+        noise = 2 * (float(values) + float(codes.sum())) * _SLACK + SMALLEST_NORM
+        limits["noise"] = (noise, "the largest error that these codes can have")
+    return limits
+
+
+def has_momentum(entries: Mapping[str, Any]) -> bool:
+    """Whether a state, ours, holds more than the zeros of a parameter that had no gradient yet."""
+    if entries.get("step", 1) != 0:
+        return bool(entries)  # what was loaded from another optimizer has no steps either, but ..
+    sizes = ("norm", "scales", "dense", "state_format")
+    found = (value for key, value in entries.items() if str(key).rpartition(".")[2] in sizes)
+    return any(isinstance(value, Tensor) and bool(value.any()) for value in found)
+
+
+def _check_size(momentum: Tensor, what: str, largest: float) -> None:
     norm = float(torch.linalg.vector_norm(momentum, dtype=accumulation_dtype(momentum.device)))
     if not norm <= largest:
         raise ValueError(

@@ -19,7 +19,7 @@ class ExchangeError(RuntimeError):
 
 
 @contextmanager
-def exchanging(names: Sequence[str]) -> Iterator[None]:
+def exchange_context(names: Sequence[str]) -> Iterator[None]:
     """Name the parameters in errors of the communication within: timeouts, processes that died."""
     try:
         yield
@@ -28,11 +28,11 @@ def exchanging(names: Sequence[str]) -> Iterator[None]:
         raise ExchangeError(f"{shown}: exchange with other processes failed: {error}") from error
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup, names: Sequence[str]) -> list[Any]:
-    """The plain values of all processes, in their order."""
-    values: list[Any] = [None] * group.size()
-    with exchanging(names):
-        dist.all_gather_object(values, value, group=group)
+def gather_objects(value: Any, process_group: dist.ProcessGroup, names: Sequence[str]) -> list[Any]:
+    """The plain values of all processes, by rank."""
+    values: list[Any] = [None] * process_group.size()
+    with exchange_context(names):
+        dist.all_gather_object(values, value, group=process_group)
     return values
 
 
@@ -42,22 +42,22 @@ def check_agreement(descriptions: Sequence[list[dict[str, Any]]]) -> None:
     descriptions: of each process, a dict for each parameter, with its "name".
     """
     first = descriptions[0]
-    for process, other in enumerate(descriptions[1:], start=1):
+    for rank, other in enumerate(descriptions[1:], start=1):
         if len(first) != len(other):
             raise ValueError(
                 f"params: expected the same number on all processes, got {len(first)} on process 0 "
-                f"and {len(other)} on process {process}"
+                f"and {len(other)} on process {rank}"
             )
         for ours, theirs in zip(first, other, strict=True):
             for key in ours:
                 if ours[key] != theirs.get(key):
                     raise ValueError(
                         f"{ours['name']}: expected the same {key} on all processes, got "
-                        f"{ours[key]!r} on process 0 and {theirs.get(key)!r} on process {process}"
+                        f"{ours[key]!r} on process 0 and {theirs.get(key)!r} on process {rank}"
                     )
 
 
-def place_gradients(params: Iterable[Tensor]) -> None:
+def redistribute_gradients(params: Iterable[Tensor]) -> None:
     """Give gradients that are DTensors the placements of their parameters.
 
     Collective where they differ: a gradient may come as the terms of a sum.
@@ -92,7 +92,7 @@ def usable_gradients(
     grads: Sequence[Tensor | None],
     names: Sequence[str],
     device: torch.device,
-    group: dist.ProcessGroup,
+    process_group: dist.ProcessGroup,
 ) -> list[bool | None]:
     """For each parameter: None without a gradient, else whether it is finite on every process.
 
@@ -101,15 +101,15 @@ def usable_gradients(
     there = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=device)
     bad = [
         torch.zeros((), dtype=torch.bool, device=device) if grad is None
-        else ~is_usable(grad, parts=group.size())
+        else ~is_usable(grad, parts=process_group.size())
         for grad in grads
     ]  # fmt: skip
     flags = torch.stack([there, 1 - there, torch.stack(bad).int()]) if grads else there
-    with exchanging(names):
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-    found: list[bool | None] = []
+    with exchange_context(names):
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=process_group)
+    usable: list[bool | None] = []
     for name, (some, missing, not_finite) in zip(names, flags.mT.tolist(), strict=True):
         if some and missing:
             raise ValueError(f"{name}: expected a gradient on all processes or none, got some")
-        found.append(not not_finite if some else None)
-    return found
+        usable.append(not not_finite if some else None)
+    return usable

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_muon.distributed.agreement import exchanging
-from lowbit_muon.state.placement import Piece
+from lowbit_muon.distributed.agreement import exchange_context
+from lowbit_muon.state.placement import MatrixShard
 from lowbit_muon.step.options import UpdateDtype
 
 _INT8_MAX = 127
@@ -25,9 +25,9 @@ _INT8_MAX = 127
 class Unit:
     """One matrix, and what each process holds of it.
 
-    parameter, matrix: places of its parameter in the group and of the matrix in its parameter.
-    shape: [rows, columns]. owner: process of the group that keeps its momentum. pieces: of each
-    process, in the coordinates of the matrix. dtype: of its gradient on the way.
+    parameter, matrix: numbers of its parameter among the shared ones and of the matrix in it.
+    shape: [rows, columns]. owner: rank of the process that keeps its momentum. shards: by rank, in
+    the coordinates of the matrix. dtype: of its gradient on the way.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Unit:
     matrix: int
     shape: tuple[int, int]
     owner: int
-    pieces: tuple[Piece, ...]
+    shards: tuple[MatrixShard, ...]
     dtype: torch.dtype
 
 
@@ -43,13 +43,13 @@ class Exchange:
     """The communication of one process group. `bytes_sent` counts what left this process."""
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, update_dtype: UpdateDtype
+        self, process_group: dist.ProcessGroup, device: torch.device, update_dtype: UpdateDtype
     ) -> None:
-        self.group = group
+        self.process_group = process_group
         self.device = device
         self.update_dtype = update_dtype
-        self.process: int = dist.get_rank(group)
-        self.processes: int = group.size()
+        self.rank: int = dist.get_rank(process_group)
+        self.world_size: int = process_group.size()
         self.bytes_sent = 0
 
     def send_gradients(
@@ -62,22 +62,22 @@ class Exchange:
         """
         dtypes = {unit.dtype for unit in units}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        mine = [unit for unit in units if unit.owner == self.process]
+        mine = [unit for unit in units if unit.owner == self.rank]
         outgoing = [
-            [part(unit).to(dtype).reshape(-1) for unit in units if unit.owner == process]
-            for process in range(self.processes)
+            [part(unit).to(dtype).reshape(-1) for unit in units if unit.owner == rank]
+            for rank in range(self.world_size)
         ]
-        incoming = [sum(unit.pieces[p].numel for unit in mine) for p in range(self.processes)]
+        incoming = [sum(unit.shards[p].numel for unit in mine) for p in range(self.world_size)]
         wait = self._all_to_all(units, outgoing, incoming, dtype)
 
         def received() -> list[tuple[Unit, Tensor]]:
             buffers = wait()
             full = [torch.empty(unit.shape, dtype=dtype, device=self.device) for unit in mine]
-            for process, buffer in enumerate(buffers):
-                sizes = [unit.pieces[process].numel for unit in mine]
+            for rank, buffer in enumerate(buffers):
+                sizes = [unit.shards[rank].numel for unit in mine]
                 for unit, matrix, values in zip(mine, full, buffer.split(sizes), strict=True):
-                    piece = unit.pieces[process]
-                    piece.of(matrix).copy_(values.view(piece.shape))
+                    shard = unit.shards[rank]
+                    shard.of(matrix).copy_(values.view(shard.shape))
             return list(zip(mine, full, strict=True))
 
         return received
@@ -89,25 +89,25 @@ class Exchange:
 
         Returns (unit, this process's part of the update, float32) for each of the units.
         """
-        outgoing: list[list[Tensor]] = [[] for _ in range(self.processes)]
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.world_size)]
         for unit, update in updates:
-            for process, piece in enumerate(unit.pieces):
-                outgoing[process].append(pack(piece.of(update), self.update_dtype))
+            for rank, shard in enumerate(unit.shards):
+                outgoing[rank].append(pack(shard.of(update), self.update_dtype))
         sizes = [
-            [packed_bytes(unit.pieces[self.process], self.update_dtype)
-             for unit in units if unit.owner == process]
-            for process in range(self.processes)
+            [packed_bytes(unit.shards[self.rank], self.update_dtype)
+             for unit in units if unit.owner == rank]
+            for rank in range(self.world_size)
         ]  # fmt: skip
         wait = self._all_to_all(units, outgoing, [sum(each) for each in sizes], torch.uint8)
 
         def received() -> list[tuple[Unit, Tensor]]:
-            found = []
-            for process, buffer in enumerate(wait()):
-                owned = (unit for unit in units if unit.owner == process)
-                for unit, values in zip(owned, buffer.split(sizes[process]), strict=True):
-                    shape = unit.pieces[self.process].shape
-                    found.append((unit, unpack(values, shape, self.update_dtype)))
-            return found
+            updates_here = []
+            for rank, buffer in enumerate(wait()):
+                owned = (unit for unit in units if unit.owner == rank)
+                for unit, values in zip(owned, buffer.split(sizes[rank]), strict=True):
+                    shape = unit.shards[self.rank].shape
+                    updates_here.append((unit, unpack(values, shape, self.update_dtype)))
+            return updates_here
 
         return received
 
@@ -124,14 +124,14 @@ class Exchange:
         empty = torch.empty(0, dtype=dtype, device=self.device)
         sent = torch.cat([empty, *(tensor for tensors in outgoing for tensor in tensors)])
         received = torch.empty(sum(incoming), dtype=dtype, device=self.device)
-        self.bytes_sent += (sum(sizes) - sizes[self.process]) * dtype.itemsize
-        with exchanging(names):
+        self.bytes_sent += (sum(sizes) - sizes[self.rank]) * dtype.itemsize
+        with exchange_context(names):
             work = dist.all_to_all_single(
-                received, sent, list(incoming), sizes, group=self.group, async_op=True
+                received, sent, list(incoming), sizes, group=self.process_group, async_op=True
             )
 
         def wait() -> list[Tensor]:
-            with exchanging(names):
+            with exchange_context(names):
                 work.wait()
             _ = sent  # held until here
             return list(received.split(list(incoming)))
@@ -161,24 +161,24 @@ def unpack(values: Tensor, shape: tuple[int, int], dtype: UpdateDtype) -> Tensor
     return values[4 * shape[0] :].view(torch.int8).view(shape) * scales[:, None]
 
 
-def packed_bytes(piece: Piece, dtype: UpdateDtype) -> int:
+def packed_bytes(shard: MatrixShard, dtype: UpdateDtype) -> int:
     """Bytes of a part of an update on the way."""
     if dtype == "int8":
-        return 4 * piece.shape[0] + piece.numel
-    return piece.numel * getattr(torch, dtype).itemsize
+        return 4 * shard.shape[0] + shard.numel
+    return shard.numel * getattr(torch, dtype).itemsize
 
 
-def bytes_of_step(units: Sequence[Unit], process: int, dtype: UpdateDtype) -> int:
+def bytes_of_step(units: Sequence[Unit], rank: int, dtype: UpdateDtype) -> int:
     """What one process sends in a step: parts of gradients to owners, and of its own updates."""
     gradients = sum(
-        unit.pieces[process].numel * unit.dtype.itemsize for unit in units if unit.owner != process
+        unit.shards[rank].numel * unit.dtype.itemsize for unit in units if unit.owner != rank
     )
     updates = sum(
-        packed_bytes(piece, dtype)
+        packed_bytes(shard, dtype)
         for unit in units
-        if unit.owner == process
-        for other, piece in enumerate(unit.pieces)
-        if other != process
+        if unit.owner == rank
+        for other, shard in enumerate(unit.shards)
+        if other != rank
     )
     return gradients + updates
 
@@ -200,16 +200,14 @@ def step_in_rounds(
     if not rounds:
         return
     ahead = exchange.send_gradients(rounds[0], part)
-    behind: Callable[[], list[tuple[Unit, Tensor]]] | None = None
+    behind: Callable[[], list[tuple[Unit, Tensor]]] = list
     for index, units in enumerate(rounds):
         here = ahead
         if index + 1 < len(rounds):
             ahead = exchange.send_gradients(rounds[index + 1], part)
         sent = exchange.send_updates(units, compute(here()))
-        if behind is not None:
-            for unit, update in behind():
-                apply(unit, update)
+        for unit, update in behind():
+            apply(unit, update)
         behind = sent
-    assert behind is not None
     for unit, update in behind():
         apply(unit, update)

@@ -19,25 +19,25 @@ def cost(shape: tuple[int, int]) -> int:
 
 def assign_owners(
     costs: Sequence[int],
-    processes: int,
+    world_size: int,
     fixed: Sequence[int | None] | None = None,
     load: list[int] | None = None,
 ) -> list[int]:
-    """The process that owns each matrix.
+    """The rank of each matrix's owner.
 
     Longest processing time first (Graham, 1969): matrices by falling cost, each to the process with
     the least so far. That is within a third of the best balance.
-    fixed: owners that are given, for matrices that one process holds anyway. load: what processes
+    fixed: owners that are given, for matrices that one process holds anyway. load: what ranks
     own already, to which this is added.
     """
     fixed = fixed or [None] * len(costs)
     owners = [-1] * len(costs)
-    load = [0] * processes if load is None else load
+    load = [0] * world_size if load is None else load
     for index, owner in enumerate(fixed):
         if owner is not None:
             owners[index] = owner
             load[owner] += costs[index]
-    queue = [(so_far, process) for process, so_far in enumerate(load)]
+    queue = [(so_far, rank) for rank, so_far in enumerate(load)]
     heapq.heapify(queue)
     for index in _falling(costs):
         if owners[index] < 0:
@@ -55,20 +55,20 @@ def rounds(
     One matrix at least. sizes: elements of each. Every process goes through its matrices by falling
     cost, so that those of one round, and the work of its processes, are alike.
     """
-    place: dict[int, int] = {}  # of each process: the round that it is at, and the room left there
+    current: dict[int, int] = {}  # of each owner: the round that it is at, and the room left there
     room: dict[int, int] = {}
-    found: list[list[int]] = []
+    members: list[list[int]] = []
     for index in _falling(costs):
         owner, size = owners[index], sizes[index]
-        if owner not in place:
-            place[owner], room[owner] = 0, elements
+        if owner not in current:
+            current[owner], room[owner] = 0, elements
         elif size > room[owner]:
-            place[owner], room[owner] = place[owner] + 1, elements
+            current[owner], room[owner] = current[owner] + 1, elements
         room[owner] -= size
-        while len(found) <= place[owner]:
-            found.append([])
-        found[place[owner]].append(index)
-    return [sorted(members) for members in found]
+        if len(members) == current[owner]:
+            members.append([])
+        members[current[owner]].append(index)
+    return [sorted(indices) for indices in members]
 
 
 def _falling(costs: Sequence[int]) -> list[int]:

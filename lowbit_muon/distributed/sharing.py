@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit_muon.backends import get_backend
 from lowbit_muon.distributed.agreement import (
     check_agreement,
-    exchanging,
+    exchange_context,
     gather_objects,
     usable_gradients,
 )
@@ -35,9 +35,9 @@ from lowbit_muon.state.parameter import (
 from lowbit_muon.state.placement import (
     is_dtensor,
     local_part,
-    local_piece,
+    local_shard,
+    shape_only,
     sharded_group,
-    stand_in,
 )
 from lowbit_muon.state.rounding import (
     Compensation,
@@ -82,6 +82,7 @@ class SharedParameters(abc.ABC):
         device = local_part(self.params[0]).device
         self.exchange = Exchange(process_group, device, update_dtype)
         self._usable: list[bool | None] | None = None
+        self._owners: dict[tuple[int, int], int] = {}  # ranks, by index in the group and matrix
         self._check(group)
         self._assign(group, load)
 
@@ -105,9 +106,9 @@ class SharedParameters(abc.ABC):
                 if problem:
                     raise ValueError(f"{name}: {problem}")
 
-    @abc.abstractmethod
-    def owns(self, index: int, matrix: int) -> bool:
-        """Whether this process keeps the momentum of a matrix of the group's parameter."""
+    def owner(self, index: int, matrix: int) -> int:
+        """The rank that keeps the momentum of a matrix of the group's parameter `index`."""
+        return self._owners[index, matrix]
 
     def check_gradients_finite(self, group: Group) -> None:
         """Find which gradients the next step takes (`usable_gradients`), before anything changes.
@@ -115,14 +116,14 @@ class SharedParameters(abc.ABC):
         Raises NonFiniteGradientError where the group asks for it.
         """
         grads = [None if p.grad is None else local_part(p.grad) for p in self.params]
-        found = usable_gradients(grads, self.names, self.exchange.device, self.process_group)
-        bad = [name for name, finite in zip(self.names, found, strict=True) if finite is False]
+        usable = usable_gradients(grads, self.names, self.exchange.device, self.process_group)
+        bad = [name for name, finite in zip(self.names, usable, strict=True) if finite is False]
         if bad and group["nonfinite"] == "raise":
             raise NonFiniteGradientError(
                 f"gradient of parameter {bad[0]!r}: expected finite values on all processes, got "
                 "inf or nan"
             )
-        self._usable = found
+        self._usable = usable
 
     def _start(self, group: Group, states: States) -> list[int]:
         """Places in `indices` of what is stepped; what is not finite is counted as skipped."""
@@ -131,7 +132,7 @@ class SharedParameters(abc.ABC):
         for param, finite in zip(self.params, usable, strict=True):
             if finite is False:
                 count_skipped(states[param], param)
-        return [place for place, finite in enumerate(usable) if finite]
+        return [position for position, finite in enumerate(usable) if finite]
 
 
 class ReplicatedParameters(SharedParameters):
@@ -141,50 +142,49 @@ class ReplicatedParameters(SharedParameters):
     """
 
     def _assign(self, group: Group, load: list[int]) -> None:
-        costs = [
-            sum(cost(view.shape) for view in matrix_views(stand_in(param), group))
-            for param in self.params
-        ]
+        views = [matrix_views(shape_only(param), group) for param in self.params]
+        costs = [sum(cost(view.shape) for view in each) for each in views]
         sizes = [param.numel() for param in self.params]
-        self.owners = assign_owners(costs, self.exchange.processes, load=load)
+        self.owners = assign_owners(costs, self.exchange.world_size, load=load)
+        self._owners = {
+            (index, matrix): owner
+            for index, owner, each in zip(self.indices, self.owners, views, strict=True)
+            for matrix in range(len(each))
+        }
         self.rounds = rounds(costs, sizes, self.owners, ROUND_ELEMENTS)
 
-    def owns(self, index: int, matrix: int) -> bool:
-        """See `SharedParameters.owns`."""
-        return self.owners[self.indices.index(index)] == self.exchange.process
-
     def step(self, group: Group, states: States, update: Callable[[list[int]], None]) -> None:
-        """One step; `update` steps own parameters by their indices in the group."""
+        """One step; `update` steps owned parameters by their indices in the group."""
         active = set(self._start(group, states))
         sending: list[Callable[[], None]] = []
         for members in self.rounds:
-            places = [place for place in members if place in active]
-            own = [p for p in places if self.owners[p] == self.exchange.process]
-            update([self.indices[place] for place in own])
-            for place in places:
-                if place not in own:
-                    states[self.params[place]]["step"] += 1
+            positions = [position for position in members if position in active]
+            owned = [p for p in positions if self.owners[p] == self.exchange.rank]
+            update([self.indices[position] for position in owned])
+            for position in positions:
+                if position not in owned:
+                    states[self.params[position]]["step"] += 1
             for wait in sending:
                 wait()
-            sending = [self._broadcast(place) for place in places]
+            sending = [self._broadcast(position) for position in positions]
         for wait in sending:
             wait()
 
-    def _broadcast(self, place: int) -> Callable[[], None]:
+    def _broadcast(self, position: int) -> Callable[[], None]:
         """Start to send weights from their owner; the result waits for them."""
-        weight, owner = local_part(self.params[place].detach()), self.owners[place]
-        own = owner == self.exchange.process
-        if own:
-            others = self.exchange.processes - 1
+        weight, owner = local_part(self.params[position].detach()), self.owners[position]
+        is_owner = owner == self.exchange.rank
+        if is_owner:
+            others = self.exchange.world_size - 1
             self.exchange.bytes_sent += weight.numel() * weight.dtype.itemsize * others
-        names, sent = [self.names[place]], weight.contiguous()  # gloo takes no notice of strides
-        with exchanging(names):
+        names, sent = [self.names[position]], weight.contiguous()  # gloo takes no notice of strides
+        with exchange_context(names):
             work = dist.broadcast(sent, group=self.process_group, group_src=owner, async_op=True)
 
         def wait() -> None:
-            with exchanging(names):
+            with exchange_context(names):
                 work.wait()
-            if not own and sent is not weight:
+            if not is_owner and sent is not weight:
                 weight.copy_(sent)
 
         return wait
@@ -194,44 +194,40 @@ class ShardedParameters(SharedParameters):
     """Parameters of which every process has a part, as FSDP2 and tensor parallelism leave them."""
 
     def _assign(self, group: Group, load: list[int]) -> None:
-        pieces = gather_objects(
-            [local_piece(param, _row_dims(param, group)) for param in self.params],
+        shards = gather_objects(
+            [local_shard(param, _row_dims(param, group)) for param in self.params],
             self.process_group,
             self.names,
         )
-        self._views = [matrix_views(stand_in(param), group) for param in self.params]
+        self._views = [matrix_views(shape_only(param), group) for param in self.params]
         # The first row, in this process's part of the parameter, of what it has of each matrix.
         self._local_starts: list[list[int]] = []
         units: list[Unit] = []
-        for place, (param, views) in enumerate(zip(self.params, self._views, strict=True)):
+        for position, (param, views) in enumerate(zip(self.params, self._views, strict=True)):
             dtype = torch.float32 if param.dtype == torch.float64 else param.dtype
             held = [0]
             for matrix, view in enumerate(views):
                 parts = tuple(
-                    of_process[place].rows_within(view.rows.start, view.rows.stop)
-                    for of_process in pieces
+                    of_rank[position].rows_within(view.rows.start, view.rows.stop)
+                    for of_rank in shards
                 )
-                units.append(Unit(self.names[place], place, matrix, view.shape, -1, parts, dtype))
-                held.append(held[-1] + parts[self.exchange.process].shape[0])
+                units.append(
+                    Unit(self.names[position], position, matrix, view.shape, -1, parts, dtype)
+                )
+                held.append(held[-1] + parts[self.exchange.rank].shape[0])
             self._local_starts.append(held)
         costs = [cost(unit.shape) for unit in units]
         sizes = [unit.shape[0] * unit.shape[1] for unit in units]
         fixed = [_only_holder(unit) for unit in units]
-        owners = assign_owners(costs, self.exchange.processes, fixed, load)
+        owners = assign_owners(costs, self.exchange.world_size, fixed, load)
         self.units = [
             dataclasses.replace(unit, owner=owner)
             for unit, owner in zip(units, owners, strict=True)
         ]
         self.rounds = rounds(costs, sizes, owners, ROUND_ELEMENTS)
-        self._own = {
-            (self.indices[unit.parameter], unit.matrix)
-            for unit in self.units
-            if unit.owner == self.exchange.process
+        self._owners = {
+            (self.indices[unit.parameter], unit.matrix): unit.owner for unit in self.units
         }
-
-    def owns(self, index: int, matrix: int) -> bool:
-        """See `SharedParameters.owns`."""
-        return (index, matrix) in self._own
 
     def step(self, group: Group, states: States, first: int) -> None:
         """One step; first: number of the group's first parameter.
@@ -248,13 +244,13 @@ class ShardedParameters(SharedParameters):
             assert grad is not None
             return self._rows(flatten(local_part(grad).resolve_neg(), group), unit)
 
-        def compute(own: list[tuple[Unit, Tensor]]) -> list[tuple[Unit, Tensor]]:
+        def compute(owned: list[tuple[Unit, Tensor]]) -> list[tuple[Unit, Tensor]]:
             updates = [
                 (unit, torch.zeros(unit.shape, dtype=torch.float32, device=grad.device))
-                for unit, grad in own
+                for unit, grad in owned
             ]
             steps = []
-            for (unit, grad), (_, weight) in zip(own, updates, strict=True):
+            for (unit, grad), (_, weight) in zip(owned, updates, strict=True):
                 param = self.params[unit.parameter]
                 view = self._views[unit.parameter][unit.matrix]
                 view = dataclasses.replace(view, rows=slice(0, unit.shape[0]))
@@ -275,8 +271,8 @@ class ShardedParameters(SharedParameters):
             self.exchange, [units for units in chosen if units], part=part, compute=compute,
             apply=apply,
         )  # fmt: skip
-        for place in active:
-            states[self.params[place]]["step"] += 1
+        for position in active:
+            states[self.params[position]]["step"] += 1
 
     def _rows(self, local: Tensor, unit: Unit) -> Tensor:
         """The rows of this process's part of a parameter, 2-D, that belong to a unit."""
@@ -299,8 +295,8 @@ class ShardedParameters(SharedParameters):
             rounding = Compensation(orient(self._rows(rest, unit)))
         elif group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             start = rounding_seed(group["seed"], first + self.indices[unit.parameter], unit.matrix)
-            # Parts of a matrix lie at the same places in their processes' memory.
-            start += 0x165667B1 * self.exchange.process
+            # Parts of a matrix lie at the same positions in their processes' memory.
+            start += 0x165667B1 * self.exchange.rank
             seed = seed_of_step(start, int(states[param]["step"]))
             rounding = torch.tensor(seed, dtype=torch.int32, device=weight.device)
         backend = get_backend(group["backend"], weight.device)
@@ -315,9 +311,9 @@ def _row_dims(param: Tensor, group: Group) -> int:
 
 
 def _only_holder(unit: Unit) -> int | None:
-    """The process that has all of a matrix, as with experts in parallel; None without one."""
+    """The rank that has all of a matrix, as with experts in parallel; None without one."""
     size = unit.shape[0] * unit.shape[1]
-    holders = [process for process, piece in enumerate(unit.pieces) if piece.numel == size]
+    holders = [rank for rank, shard in enumerate(unit.shards) if shard.numel == size]
     return holders[0] if len(holders) == 1 and size else None
 
 
@@ -327,7 +323,7 @@ def _problem(param: Tensor, group: Group) -> str:
         # A checkpoint is loaded into a state that is there, and this one's sizes may change.
         return "expected a fixed state_format where several processes share, got 'auto'"
     try:
-        local_piece(param, _row_dims(param, group))
+        local_shard(param, _row_dims(param, group))
         check_parameter(param, group)
     except (TypeError, ValueError) as error:
         return str(error)
@@ -343,10 +339,12 @@ class Sharing:
     def __init__(self, process_group: dist.ProcessGroup | None, update_dtype: UpdateDtype) -> None:
         self.process_group = process_group
         self._update_dtype = update_dtype
-        self._found: dict[int, tuple[list[Tensor], list[Shared]]] = {}  # by the group's place
+        self._by_group: dict[
+            int, tuple[list[Tensor], list[Shared]]
+        ] = {}  # by the number of the group
         self._loads: dict[dist.ProcessGroup, list[int]] = {}  # what its processes own, in cost
 
-    def of(self, place: int, group: Group) -> list[Shared]:
+    def of(self, number: int, group: Group) -> list[Shared]:
         """The shared parameters of a Muon group, by process group.
 
         Parameters in parts are shared by the processes that hold the parts, others by the process
@@ -356,21 +354,21 @@ class Sharing:
         Raises ValueError where only some of them are others: owners, and with them momentum, would
         change.
         """
-        params, shared = self._found.get(place, ([], []))
+        params, shared = self._by_group.get(number, ([], []))
         if _same(params, group["params"]):
             return shared
         if {id(param) for param in params} & {id(param) for param in group["params"]}:
             raise ValueError(
-                f"params: expected group {place}, which processes share, to keep its parameters; "
+                f"params: expected group {number}, which processes share, to keep its parameters; "
                 "add others with add_param_group"
             )
         shared = self._share(group)
-        self._found[place] = (list(group["params"]), shared)
+        self._by_group[number] = (list(group["params"]), shared)
         return shared
 
-    def part_with(self, param: Tensor) -> tuple[Shared, int] | None:
+    def find(self, param: Tensor) -> tuple[Shared, int] | None:
         """The shared parameters that a parameter belongs to, and its index in its group."""
-        for params, shared in self._found.values():
+        for params, shared in self._by_group.values():
             for part in shared:
                 for index in part.indices:
                     if params[index] is param:
@@ -381,26 +379,28 @@ class Sharing:
         sharded: dict[dist.ProcessGroup, list[int]] = defaultdict(list)
         replicated: list[int] = []
         for index, param in enumerate(group["params"]):
-            parts = sharded_group(param) if is_dtensor(param) else None
-            if parts is not None:
-                sharded[parts].append(index)
+            holders = sharded_group(param) if is_dtensor(param) else None
+            if holders is not None:
+                sharded[holders].append(index)
             elif self.process_group is not None:
                 replicated.append(index)
-        found: list[Shared] = [
-            ShardedParameters(group, indices, processes, self._update_dtype, self._load(processes))
-            for processes, indices in sharded.items()
+        shared: list[Shared] = [
+            ShardedParameters(
+                group, indices, process_group, self._update_dtype, self._load(process_group)
+            )
+            for process_group, indices in sharded.items()
         ]
         if replicated and self.process_group is not None:
             load = self._load(self.process_group)
-            found.append(
+            shared.append(
                 ReplicatedParameters(
                     group, replicated, self.process_group, self._update_dtype, load
                 )
             )
-        return found
+        return shared
 
-    def _load(self, processes: dist.ProcessGroup) -> list[int]:
-        return self._loads.setdefault(processes, [0] * processes.size())
+    def _load(self, process_group: dist.ProcessGroup) -> list[int]:
+        return self._loads.setdefault(process_group, [0] * process_group.size())
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

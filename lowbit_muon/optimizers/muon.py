@@ -20,13 +20,24 @@ from lowbit_muon.checkpoint import dicts as checkpoint
 from lowbit_muon.checkpoint.momentum import (
     convert_momentum,
     export_momentum,
+    has_momentum,
+    pack_auto_state,
     torch_muon_group,
 )
-from lowbit_muon.distributed.agreement import is_usable_everywhere, place_gradients
+from lowbit_muon.distributed.agreement import (
+    is_usable_everywhere,
+    on_every_part,
+    redistribute_gradients,
+)
 from lowbit_muon.distributed.sharing import ReplicatedParameters, Shared, Sharing
-from lowbit_muon.distributed.state_dicts import gathered, own_state, spread_states
+from lowbit_muon.distributed.state_dicts import (
+    owned_state,
+    prepare_shared_state,
+    sharded_states,
+    whole_state,
+)
 from lowbit_muon.formats.auto import AutoFormat
-from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.formats.state_format import FORMAT_VERSION, StateFormat
 from lowbit_muon.linalg.coefficients import Coefficients
 from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
 from lowbit_muon.state.format_choice import revise_format
@@ -47,7 +58,7 @@ from lowbit_muon.state.parameter import (
     resolve_group_format,
     stored_keys,
 )
-from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
+from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.step.batches import host_counters, step_parameters
 from lowbit_muon.step.options import (
     DEFAULT_COEFFICIENTS,
@@ -201,13 +212,14 @@ class Muon(Optimizer):
             raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
         check_keys(OPTIONS, param_group)
         group = plain_options({**self.defaults, **param_group})
+        group[checkpoint.VERSION_KEY] = FORMAT_VERSION
         check_values(OPTIONS, group)
         # Plain values only, so that a state_dict loads under weights_only=True.
         group["state_format"] = resolve_group_format(group).to_dict()
         super().add_param_group(group)
         try:
             for name, param in zip(parameter_names(group), group["params"], strict=True):
-                matrix_views(stand_in(param), group)
+                matrix_views(shape_only(param), group)
                 with error_context(f"parameter {name!r}"):
                     check_parameter(param, group)
                 if group["stochastic_rounding"] and param.dtype == torch.float16:
@@ -233,12 +245,15 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif not any(self.state.values()) and self._only_makes_states():
+            self._prepare_states()
+            return None
         with plain_modes():
             for group in self.param_groups:
                 self._check_parameters(group, range(len(group["params"])))
             for group in self.param_groups:
                 if any(map(is_dtensor, group["params"])):
-                    place_gradients(group["params"])
+                    redistribute_gradients(group["params"])
                 shared = self._shared(group)
                 if group["nonfinite"] == "raise":
                     self._check_finite(group, self._unshared(group, shared))
@@ -269,7 +284,7 @@ class Muon(Optimizer):
             for group in self.param_groups
             if group.get("use_muon", True)
             for name, param in zip(parameter_names(group), group["params"], strict=True)
-            if stored_keys(self.state.get(param, {}), matrix_views(stand_in(param), group))
+            if stored_keys(self.state.get(param, {}), matrix_views(shape_only(param), group))
         }
 
     @torch.no_grad()
@@ -308,13 +323,13 @@ class Muon(Optimizer):
         rule = MuonRule.from_group(group)
         for name, param in zip(parameter_names(group), group["params"], strict=True):
             state = host_counters(self.state[param]) if param in self.state else {}
-            if not state:
+            if not has_momentum(state):
                 continue
             whole = param.grad is not None and not is_dtensor(param)
             grad = flatten(param.grad, group) if whole else None
             if grad is not None and not bool(is_usable(grad)):
                 grad = None
-            views = matrix_views(stand_in(param), group)
+            views = matrix_views(shape_only(param), group)
             for index, view in enumerate(views):
                 if not stored_keys(state, [view]):
                     continue
@@ -335,23 +350,25 @@ class Muon(Optimizer):
     def state_dict(self) -> StateDict:
         """As torch's, with our format version in each group; tensors and plain values only.
 
-        Of parameters shared between processes the states are made before the first step, so that
-        all processes have the same keys, and their tensors are DTensors, in parts: save them with
-        torch.distributed.checkpoint, which loads them on any number of processes.
+        Missing states are made first, so that a state dict has the same keys before and after the
+        first step, and on all processes. Of parameters shared between processes the tensors are
+        DTensors, in shards: save them with torch.distributed.checkpoint, which loads them on any
+        number of processes.
         """
         self._finish_copies()
-        spread: dict[Tensor, dict[str, Any]] = {}
+        self._prepare_states()
+        saved: dict[Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
             for part in self._shared(group):
-                self._prepare_shared(group, part)
-                spread |= spread_states(part, self.state)
-        if self.is_shared():
-            for group in self.param_groups:
-                self._prepare_unshared(group)
-        state_dict = checkpoint.with_version(super().state_dict())
+                saved |= sharded_states(part, group, self.state)
+            if group.get("use_muon", True) and isinstance(resolve_group_format(group), AutoFormat):
+                for param in group["params"]:
+                    if self.state.get(param):
+                        saved[param] = pack_auto_state(param, group, self.state[param])
+        state_dict = super().state_dict()
         state = {key: host_counters(value) for key, value in state_dict["state"].items()}
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        state |= {key: spread[param] for key, param in enumerate(params) if param in spread}
+        state |= {key: saved[param] for key, param in enumerate(params) if param in saved}
         groups = list(map(plain_options, state_dict["param_groups"]))
         return {**state_dict, "state": state, "param_groups": groups}
 
@@ -395,13 +412,13 @@ class Muon(Optimizer):
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState
     ) -> dict[str, Any]:
-        entries, whole = gathered(saved.entries), stand_in(param)
+        entries, whole = whole_state(saved.entries), shape_only(param)
         state = convert_momentum(whole, group, dataclasses.replace(saved, entries=entries))
-        views, found = matrix_views(whole, group), self._sharing.part_with(param)
-        if found is not None:
-            state = own_state(state, param, views, *found)
+        shared = self._sharing.find(param)
+        if state and shared is not None:
+            state = owned_state(state, param, group, *shared)
         if group["offload"]:
-            keep_on_host(state, views)
+            keep_on_host(state, matrix_views(whole, group))
         return state
 
     def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -470,7 +487,7 @@ class Muon(Optimizer):
                 continue
             whole, weight, grad = param, param, param.grad
             if is_dtensor(param):
-                whole, weight, grad = stand_in(param), local_part(param), local_part(param.grad)
+                whole, weight, grad = shape_only(param), local_part(param), local_part(param.grad)
             views = matrix_views(whole, group)
             if isinstance(auto, AutoFormat):
                 if group["offload"]:
@@ -484,22 +501,45 @@ class Muon(Optimizer):
             steps.append(ParameterStep(weight, grad, state, views, first + index, f, backend))
         step_parameters(steps, MuonRule.from_group(group), group)
 
+    def _only_makes_states(self) -> bool:
+        """Whether this step is meant to make states and no more.
+
+        torch.distributed.checkpoint takes one with zero gradients and a learning rate of 0, if
+        there is no state yet. It must leave no trace, or training would go on from another state.
+        """
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        grads = [param.grad for param in params if param.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            return False
+        zeros = [on_every_part(grad, ~local_part(grad).any()) for grad in grads]
+        return bool(zeros) and all(map(bool, zeros))
+
+    @plain_modes()
+    def _prepare_states(self) -> None:
+        """Make the states that are missing."""
+        for group in self.param_groups:
+            for part in self._shared(group):
+                self._prepare_shared(group, part)
+            self._prepare_unshared(group)
+
     def _prepare_shared(self, group: dict[str, Any], part: Shared) -> None:
         """States on every process: of its own matrices, and counters of the others."""
-        for index in part.indices:
-            param = group["params"][index]
-            views = matrix_views(stand_in(param), group)
-            own = [part.owns(index, matrix) for matrix in range(len(views))]
-            prepare_state(self.state[param], param, group, views, own)
+        for index, param in zip(part.indices, part.params, strict=True):
+            prepare_shared_state(self.state[param], param, group, part, index)
 
     def _prepare_unshared(self, group: dict[str, Any]) -> None:
-        """States of the parameters of a group that are not shared."""
-        if isinstance(resolve_group_format(group), AutoFormat):
-            return  # formats are chosen with the first gradients
+        """States of the parameters of a group that are not shared, and that are trained."""
+        is_auto = isinstance(resolve_group_format(group), AutoFormat)
         for index in self._unshared(group, self._shared(group)):
             param = group["params"][index]
-            views = matrix_views(stand_in(param), group)
+            if not param.requires_grad or self.state.get(param):
+                continue
+            views = [] if is_auto else matrix_views(shape_only(param), group)
             prepare_state(self.state[param], param, group, views)
+            if is_auto:  # a format is chosen with the first gradient
+                self.state[param].update(asked=0, state_format=None)
 
     def _check_parameters(self, group: dict[str, Any], indices: Sequence[int]) -> None:
         """Raise what a step of these parameters would raise, before any changes."""

@@ -16,14 +16,15 @@ from torch.optim import Optimizer
 
 from lowbit_muon.backends.modes import plain_modes
 from lowbit_muon.checkpoint.adam import convert_adam, read_moments
-from lowbit_muon.checkpoint.dicts import SavedState
+from lowbit_muon.checkpoint.dicts import VERSION_KEY, SavedState
 from lowbit_muon.distributed.agreement import on_every_part
-from lowbit_muon.distributed.state_dicts import cut_like, gathered
+from lowbit_muon.distributed.state_dicts import shard_like, whole_state
+from lowbit_muon.formats.state_format import FORMAT_VERSION
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import count_skipped
 from lowbit_muon.state.parameter import check_gradient, parameter_names
-from lowbit_muon.state.placement import is_dtensor, local_part, stand_in
+from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.step.options import (
     AUX_DEFAULTS,
     AUX_OPTIONS,
@@ -119,6 +120,7 @@ class MuonWithAuxAdam(Muon):
         check_keys(AUX_OPTIONS, param_group)
         own = {"nonfinite": self.defaults["nonfinite"], "aux_adam": self.aux_adam}
         group = plain_options({**AUX_DEFAULTS, **own, **param_group})
+        group[VERSION_KEY] = FORMAT_VERSION
         check_values(AUX_OPTIONS, group)
         options = set(group)
         Optimizer.add_param_group(self, group)
@@ -187,7 +189,7 @@ class MuonWithAuxAdam(Muon):
             return
         self._leave_8bit_if_sharded(group)
         for param in group["params"]:
-            if not self.state[param]:
+            if param.requires_grad and not self.state.get(param):
                 self.state[param].update(self._fresh_state(param, group), skipped=0)
 
     def _leave_8bit_if_sharded(self, group: dict[str, Any]) -> None:
@@ -246,9 +248,9 @@ class MuonWithAuxAdam(Muon):
     ) -> dict[str, Any]:
         if group["use_muon"]:
             return super()._convert_state(param, group, saved)
-        entries, whole = gathered(saved.entries), stand_in(param)
+        entries, whole = whole_state(saved.entries), shape_only(param)
         saved = dataclasses.replace(saved, entries=entries)
-        return cut_like(param, convert_adam(whole, saved, self._fresh_state(whole, group)))
+        return shard_like(param, convert_adam(whole, saved, self._fresh_state(whole, group)))
 
     def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
         aux = [option.name for option in AUX_OPTIONS if option.load == "saved"]
@@ -261,8 +263,8 @@ class MuonWithAuxAdam(Muon):
         moments = read_moments(param, self.state[param])
         return {
             "step": moments.step,
-            "exp_avg": moments.first.clone(),
-            "exp_avg_sq": moments.second.clone(),
+            "exp_avg": moments.first.to(torch.float32, copy=True),
+            "exp_avg_sq": moments.second.to(torch.float32, copy=True),
         }
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.state.placement import FSDP1_ADVICE, is_flattened, is_of_fsdp1
 from lowbit_muon.step.options import (
     AUX_DEFAULTS,
     AUX_OPTIONS,
@@ -134,6 +135,9 @@ def muon_param_groups(
     type.
     """
     uses = _trainable(model)
+    of_fsdp1 = [use.param for use in uses if is_of_fsdp1(use.param)]
+    if of_fsdp1 and all(map(is_flattened, of_fsdp1)):  # they are whole in summon_full_params
+        raise ValueError(f"model: expected matrices for Muon, got none; {FSDP1_ADVICE}")
     heads = _output_heads(model)
     to_aux = _Patterns("aux_patterns", aux_patterns)
     undecayed = _Patterns("no_decay", () if isinstance(no_decay, bool) else no_decay)

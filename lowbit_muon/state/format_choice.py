@@ -73,7 +73,7 @@ def revise_format(
     state["asked"] = asked + 1
     if not auto.is_due(asked):
         return
-    present = momentum_format(group, state) if "state_format" in state else None
+    present = momentum_format(group, state) if state.get("state_format") else None
     chosen, error = present or auto.formats[-1], None
     if bool(is_usable(grad)):
         samples = _next_momenta(flatten(grad, group), state, views, group, present)

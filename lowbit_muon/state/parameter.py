@@ -15,7 +15,7 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype, check_memory, error_context
 from lowbit_muon.formats.auto import AutoFormat, format_of_json, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.state.placement import in_parts, local_part
+from lowbit_muon.state.placement import FSDP1_ADVICE, in_parts, is_flattened, local_part
 from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import ROLES, QuantizedMatrix, quantize
 
@@ -84,11 +84,11 @@ def matrix_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
 def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
     """The matrices of a parameter. Raises ValueError for a shape the group's options do not fit."""
     if param.ndim < 2:
-        remedy = (
-            "put it into a group with use_muon=False, as muon_param_groups does"
-            if "use_muon" in group
-            else "give it to AdamW, as MuonWithAuxAdam with muon_param_groups does"
-        )
+        remedy = "give it to AdamW, as MuonWithAuxAdam with muon_param_groups does"
+        if is_flattened(param):
+            remedy = FSDP1_ADVICE
+        elif "use_muon" in group:
+            remedy = "put it into a group with use_muon=False, as muon_param_groups does"
         raise ValueError(
             "params: expected parameters of 2 or more dimensions, got one of size "
             f"{tuple(param.shape)}; {remedy}"
@@ -161,7 +161,7 @@ def check_state(state: Mapping[str, Any], group: dict[str, Any], index: int) -> 
     if group["offload"]:
         return
     for role in ("codes", "dense", "0.codes", "0.dense"):
-        if role in state and state[role].device != param.device:
+        if state.get(role) is not None and state[role].device != param.device:
             raise ValueError(
                 f"parameter {parameter_names(group)[index]!r}: expected the device of its "
                 f"momentum, {state[role].device}, got {param.device}; load the optimizer's "
@@ -208,7 +208,7 @@ def read_matrix(
 def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[str]:
     """The keys of all tensors of stored matrices in a parameter's state."""
     keys = (view.prefix + role for view in views for role in ROLES)
-    return [key for key in keys if key in state]
+    return [key for key in keys if state.get(key) is not None]  # which another process keeps
 
 
 def resolve_group_format(group: Mapping[str, Any]) -> StateFormat | AutoFormat:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixShard:
     """A rectangle of a matrix [rows, columns], in its coordinates; may be empty."""
 
     top: int
@@ -33,9 +33,9 @@ class Piece:
         """Elements in it."""
         return self.shape[0] * self.shape[1]
 
-    def rows_within(self, start: int, stop: int) -> Piece:
+    def rows_within(self, start: int, stop: int) -> MatrixShard:
         """What it has of the rows [start, stop), in their coordinates."""
-        return Piece(
+        return MatrixShard(
             max(self.top, start) - start, min(self.bottom, stop) - start, self.left, self.right
         )
 
@@ -43,6 +43,22 @@ class Piece:
         """A view of this part of a whole matrix."""
         rows, columns = self.shape
         return matrix.narrow(0, min(self.top, matrix.shape[0]), rows).narrow(1, self.left, columns)
+
+
+FSDP1_ADVICE = (
+    "FSDP1 (FullyShardedDataParallel) flattens parameters, so that no matrices are left: shard the "
+    "model with FSDP2 (torch.distributed.fsdp.fully_shard)"
+)
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Whether FSDP1 has made a vector of a parameter, or of several."""
+    return param.ndim < 2 and is_of_fsdp1(param)
+
+
+def is_of_fsdp1(param: Tensor) -> bool:
+    """Whether a parameter is, or is a part of, one that FSDP1 has flattened."""
+    return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
@@ -61,7 +77,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def stand_in(param: Tensor) -> Tensor:
+def shape_only(param: Tensor) -> Tensor:
     """A tensor of a parameter's whole shape, dtype and device: itself, or one without memory."""
     if not is_dtensor(param):
         return param
@@ -94,14 +110,14 @@ def _is_split(placement: Any) -> bool:
     return not placement.is_replicate()
 
 
-def local_piece(param: Tensor, row_dims: int) -> Piece:
+def local_shard(param: Tensor, row_dims: int) -> MatrixShard:
     """What this process holds of a parameter that is a matrix, by its first dimensions as rows.
 
     Raises ValueError for a sharding that leaves no rectangle of that matrix.
     """
     full, k = tuple(param.shape), row_dims
     if not is_dtensor(param):
-        return Piece(0, math.prod(full[:k]), 0, math.prod(full[k:]))
+        return MatrixShard(0, math.prod(full[:k]), 0, math.prod(full[k:]))
     # Not public, and the one place where uneven, strided and nested shards are worked out.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -115,4 +131,4 @@ def local_piece(param: Tensor, row_dims: int) -> Piece:
         )
     row, column = math.prod(full[1:k]), math.prod(full[k + 1 :])
     top, left = offset[0] * row, offset[k] * column
-    return Piece(top, top + size[0] * row, left, left + size[k] * column)
+    return MatrixShard(top, top + size[0] * row, left, left + size[k] * column)

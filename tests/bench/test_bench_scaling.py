@@ -84,13 +84,13 @@ def test_parts_are_those_of_torch(stack: Stack, processes: int) -> None:
         local, offset = _compute_local_shape_and_global_offset(
             size, (processes,), [process], [Shard(0)]
         )
-        for index, pieces in enumerate(matrices):
+        for index, shards in enumerate(matrices):
             if several:
                 held = offset[0] <= index < offset[0] + local[0]
-                assert pieces[process].shape == (stack.rows if held else 0, stack.columns)
+                assert shards[process].shape == (stack.rows if held else 0, stack.columns)
             else:
-                assert pieces[process].shape == tuple(local)
-                assert pieces[process].top == offset[0] or not pieces[process].numel
+                assert shards[process].shape == tuple(local)
+                assert shards[process].top == offset[0] or not shards[process].numel
 
 
 def test_stacked_experts_belong_to_their_holders() -> None:
@@ -138,7 +138,7 @@ def test_bytes_are_what_an_exchange_counts(
         at_work = exchange.Exchange(group, torch.device("cpu"), dtype)
 
         def part(unit: Unit, process: int = process) -> torch.Tensor:
-            return torch.zeros(unit.pieces[process].shape, dtype=DTYPE)
+            return torch.zeros(unit.shards[process].shape, dtype=DTYPE)
 
         at_work.send_gradients(units, part)
         own = [(unit, torch.ones(unit.shape)) for unit in units if unit.owner == process]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit_muon import orthogonalize
 from lowbit_muon.distributed.exchange import pack, packed_bytes, unpack
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
-from lowbit_muon.state.placement import Piece
+from lowbit_muon.state.placement import MatrixShard
 from lowbit_muon.step.options import UpdateDtype
 
 # --- owners and rounds, without processes ---
@@ -74,7 +74,7 @@ def part(rows: int, columns: int) -> Tensor:
 def test_packed_updates_have_the_bytes_they_say(shape: tuple[int, int], dtype: UpdateDtype) -> None:
     update = part(*shape)
     packed = pack(update, dtype)
-    assert packed.numel() == packed_bytes(Piece(0, shape[0], 0, shape[1]), dtype)
+    assert packed.numel() == packed_bytes(MatrixShard(0, shape[0], 0, shape[1]), dtype)
     found = unpack(torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:], shape, dtype)
     if dtype == "float32":
         assert torch.equal(found, update)

@@ -79,11 +79,11 @@ def test_bytes_are_those_of_the_formula(
     # In all: every element that its owner lacks goes there once in float32, and comes back.
     units: list[Unit] = found[0]["units"]
     away = [
-        [piece for process, piece in enumerate(unit.pieces) if process != unit.owner]
+        [shard for process, shard in enumerate(unit.shards) if process != unit.owner]
         for unit in units
     ]
-    elements = sum(piece.numel for pieces in away for piece in pieces)
-    rows = sum(piece.shape[0] for pieces in away for piece in pieces)
+    elements = sum(shard.numel for shards in away for shard in shards)
+    rows = sum(shard.shape[0] for shards in away for shard in shards)
     back = {"float32": 4 * elements, "bfloat16": 2 * elements, "int8": elements + 4 * rows}
     assert sum(each["sent"] for each in found) == 2 * (4 * elements + back[update_dtype])
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 
-from lowbit_muon import Muon, MuonWithAuxAdam, NonFiniteGradientError
+from lowbit_muon import Muon, MuonWithAuxAdam, NonFiniteGradientError, muon_param_groups
 from lowbit_muon.optimizers import muon as muon_module
 
 
@@ -252,11 +252,45 @@ def test_remainders_of_copies_are_the_owners(tmp_path: Path) -> None:
     assert sorted(run(2, copies_with_remainders, tmp_path)) == [0, (4 + 1) * 8 * 12]
 
 
-def automatic_beside_parts() -> list[int]:
+def automatic_beside_parts() -> tuple[list[int], int]:
     plain, parts = nn.Parameter(start((8, 12), 0)), nn.Parameter(shard(start((8, 12), 1)))
     groups = [{"params": [parts]}, {"params": [plain], "state_format": "auto"}]
-    return sorted(Muon(groups).state_dict()["state"])
+    states = Muon(groups).state_dict()["state"]
+    return sorted(states), int(states[1]["state_format"].sum())
 
 
 def test_a_state_before_the_first_step_leaves_formats_to_it(tmp_path: Path) -> None:
-    assert run(2, automatic_beside_parts, tmp_path) == [[0], [0]]
+    assert run(2, automatic_beside_parts, tmp_path) == [([0, 1], 0)] * 2
+
+
+def messages_of_fsdp1(use_orig_params: bool) -> list[str]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(
+        nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)),
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+    messages = []
+    for make in (lambda: muon_param_groups(model), lambda: Muon(model.parameters())):
+        with pytest.raises(ValueError, match="expected") as caught:
+            make()
+        messages.append(str(caught.value))
+    if use_orig_params:
+        with FullyShardedDataParallel.summon_full_params(model):
+            optimizer = MuonWithAuxAdam(muon_param_groups(model), aux_adam="adamw")
+        model(torch.randn(8, 32)).square().mean().backward()
+        with pytest.raises(ValueError, match="expected") as caught:
+            optimizer.step()
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_told_of_fsdp2(use_orig_params: bool, tmp_path: Path) -> None:
+    for messages in run(2, messages_of_fsdp1, tmp_path, use_orig_params):
+        for message in messages:
+            assert "FSDP1" in message, message
+            assert "flattens" in message, message
+            assert "fully_shard" in message, message
+            assert "AdamW" not in message, message

@@ -377,7 +377,8 @@ def act(optimizer: Muon, action: str, case: Case) -> Muon:
             assert_same(optimizer.state_dict(), before)
         else:
             optimizer.add_param_group(group)
-            assert_same(optimizer.state_dict()["state"], before["state"])
+            states = optimizer.state_dict()["state"]  # those of the new group come last
+            assert_same({key: states[key] for key in before["state"]}, before["state"])
         return optimizer
     if action == "nothing":
         return optimizer
@@ -434,7 +435,7 @@ def checked_step(optimizer: Muon, kinds: tuple[str, str]) -> None:
             assert kind in ("inf", "nan", "huge") or (kind == "mixed" and squared)
             same_bits(param, weight)
             assert now["skipped"] == state.get("skipped", 0) + 1
-            if state:
+            if state and state.get("state_format", {}) is not None:  # of auto, chosen by now
                 asked = {"asked": now["asked"]} if "asked" in now else {}
                 assert_same({**now, "skipped": 0}, {**state, **asked, "skipped": 0})
             assert int(now["step"]) == int(state.get("step", 0))

@@ -71,6 +71,7 @@ def test_groups_of_kellerjordan_are_taken_unchanged_with_their_defaults() -> Non
         "weight_decay": 0.0,
         "nonfinite": "skip",
         "aux_adam": "adamw",
+        "format_version": 1,
     }
     assert "aux_adam" not in muon
 

@@ -67,8 +67,8 @@ def test_signatures_docstrings_and_groups_are_those_of_the_table() -> None:
         aux_adam="adamw",
     )
     muon, adamw = optimizer.param_groups
-    assert set(muon) == {"params", "use_muon", *GROUP_DEFAULTS}
-    assert set(adamw) == {"params", "use_muon", *aux}
+    assert set(muon) == {"params", "use_muon", "format_version", *GROUP_DEFAULTS}
+    assert set(adamw) == {"params", "use_muon", "format_version", *aux}
     for option in AUX_OPTIONS[:-1]:
         assert adamw[option.name] == option.default
     # Of torch's groups everything is loaded, and of no others.
@@ -107,7 +107,7 @@ def test_a_load_leaves_in_a_group_what_the_table_says() -> None:
     optimizer = Muon([matrix()])
     own = copy.deepcopy(optimizer.param_groups[0])
     for name, value in OTHER_VALUES.items():
-        saved = optimizer.state_dict()
+        saved = {**optimizer.state_dict(), "state": {}}
         saved["param_groups"][0][name] = value
         (loaded,), _ = convert_state_dict(optimizer, saved)
         expected = value if BY_NAME[name].load == "saved" else own[name]
@@ -173,14 +173,14 @@ def test_keys_that_ask_for_another_update_are_refused_and_nothing_is_added(
     both = MuonWithAuxAdam([{"params": [matrix()], "use_muon": True}], aux_adam="adamw")
     optimizers: list[Muon] = [both, Muon([matrix()])] if uses_muon else [both]
     for optimizer in optimizers:
-        before = copy.deepcopy(optimizer.state_dict())
+        before = copy.deepcopy(optimizer.state_dict()["param_groups"])
         group = {"params": [matrix()], key: value}
         if optimizer is both:
             group["use_muon"] = uses_muon
         given = dict(group)
         with pytest.raises(ValueError, match=re.escape(message) + ".*" + re.escape(reason)):
             optimizer.add_param_group(group)
-        assert optimizer.state_dict() == before
+        assert optimizer.state_dict()["param_groups"] == before
         assert group == given
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.checkpoint.dicts import VERSION_KEY
+from lowbit_muon.checkpoint.momentum import has_momentum
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.step.options import LAYOUT_OPTIONS
 from lowbit_muon.tools.doctor.errors import DoctorError
@@ -119,7 +120,7 @@ def _muon_part(index: int, group: Group, states: Mapping[Any, Any]) -> _MuonPart
     chosen = [
         (key, name)
         for key, name in zip(keys, names, strict=True)
-        if uses_muon and states.get(key) and not _is_aux(states[key])
+        if uses_muon and has_momentum(states.get(key) or {}) and not _is_aux(states[key])
     ]
     if chosen and is_ours and "param_names" not in group:
         raise DoctorError(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowbit_muon.distributed.state_dicts import gathered
+from lowbit_muon.distributed.state_dicts import whole_state
 from lowbit_muon.tools.finetune.errors import FinetuneError
 from lowbit_muon.tools.finetune.llama import Llama
 
@@ -75,7 +75,7 @@ class Processes:
         """An optimizer's state as one process would have it, on the first; {} on the others."""
         states = {}
         for key, entries in state_dict["state"].items():
-            whole = gathered(entries)  # by all, and dropped by the others before the next
+            whole = whole_state(entries)  # by all, and dropped by the others before the next
             if self.is_first:
                 states[key] = whole
         return {**state_dict, "state": states} if self.is_first else {}
