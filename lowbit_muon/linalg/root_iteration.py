@@ -1,7 +1,7 @@
 """The spectral encoder without eigenvectors: a fixed number of matrix products.
 
-For R = M M^T / ||M||_F^2 the encoder of `linalg.spectral` is C = f(R), where f(lambda) is the
-positive root of lambda f^3 + c f = 1 and c is the format's shift. `iterate_root` computes it from
+For R = M M^T / ||M||_F^2 the encoder of `linalg.spectral` is Y = C M with C = f(R), where f(lambda)
+is the positive root of lambda f^3 + c f = 1 and c the format's shift. `iterate_root` computes C from
 products of symmetric, commuting m x m matrices alone: no eigenvectors, no solves and no decision
 on values, so the host never waits for the device.
 
@@ -20,9 +20,9 @@ which in every step changes its size in a momentum of decay beta by the share E*
     fewest products within 2%: defect         10: 0.7%  15: 1.5%  19: 1.5%  23: 1.7%
 
 At 0.03, the default, a momentum of decay 0.95 keeps every direction to 2% under a thousand steps of
-feedback beside a constant gradient. With 4-bit codes in the loop the iteration and `eigh` have the
-same error after Newton-Schulz. All products are symmetric, so the CPU kernels compute a triangle
-and use every thread, which `eigh` does not.
+feedback beside a constant gradient. With 4-bit codes in the loop the iteration and the exact f(R),
+by eigendecomposition, have the same error after Newton-Schulz. All products are symmetric, so the
+CPU kernels compute a triangle and use every thread, which LAPACK does not.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ def test_formats_are_frozen() -> None:
         ("factor_divisor", 1.5),
         ("factor_bits", 5),
         ("spectral_shift", 0.0),
+        ("spectral_shift", 0.0049),
     ],
 )
 def test_bad_fields_are_named(field: str, value: object) -> None:
