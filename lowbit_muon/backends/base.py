@@ -1,9 +1,11 @@
-"""What a backend offers. `Backend` itself computes in torch operations, on any device.
+"""What a backend offers, checked and documented here once for all of them.
 
-It is the ground truth ("reference") that every kernel is tested against, and what a backend
-inherits where it has no kernel: a new one is a folder with a subclass and a line in the registry
-of `backends/__init__.py`. Element-wise and integer operations give the same bits in all backends;
-float products agree to the rounding of their sums.
+Each public method of `Backend` checks its arguments and hands them to the method of the same name
+with an underscore. Those compute in torch operations, on any device: they are the ground truth
+("reference") that every kernel is tested against, and what a backend inherits where it has no
+kernel. A new one is a folder with a subclass that overrides some of them, and a line in the
+registry of `backends/__init__.py`. Element-wise and integer operations give the same bits in all
+backends; float products agree to the rounding of their sums.
 
 Matrices are [m, n], or [b, m, n] for a batch of them, each by itself.
 """
@@ -16,14 +18,16 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends import reference
-from lowbit_muon.backends.codes import (
-    INTEGER_SEGMENT,
-    LIMB_LIMIT,
-    PackedCodes,
-    Terms,
-    check_integer_codes,
+from lowbit_muon.backends.codes import PackedCodes, Product, Terms, check_integer_codes
+from lowbit_muon.backends.memory import (
+    KERNEL_DTYPES,
+    Checks,
+    changed,
+    check_apart,
+    check_book,
+    rows_in_place,
 )
-from lowbit_muon.backends.memory import share_memory
+from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 
@@ -32,11 +36,17 @@ class Backend:
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
-    in their dense products.
+    in their dense products of a step. product_dtypes: of its dense products. checks: of tensors on
+    its devices.
+
+    All methods raise ValueError or TypeError, naming the parameter, for tensors with another
+    device, dtype or shape than is stated.
     """
 
     name: ClassVar[str] = "reference"
     asynchronous: ClassVar[bool] = False
+    product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
+    checks: Checks = Checks()
 
     def quantize(
         self,
@@ -44,13 +54,20 @@ class Backend:
         codebook: Codebook,
         layout: CodeLayout,
         *,
-        packed: Tensor | None = None,  # uint8 [.., m, layout.row_bytes(n)]
-        scales: Tensor | None = None,  # float32 [.., m, layout.blocks(n)]
+        packed: Tensor | None = None,  # uint8 [.., m, layout.row_bytes(n)], contiguous
+        scales: Tensor | None = None,  # float32 [.., m, layout.blocks(n)], contiguous
     ) -> tuple[Tensor, Tensor]:
         """Scales from the statistic of each block, then codes: (packed, scales)."""
-        found = reference.block_scales(x, layout)
-        scales = found if scales is None else scales.copy_(found)
-        return self.encode(x, scales, codebook, layout, packed=packed), scales
+        *leading, n = self.checks.tensor(x, "x", None, torch.float32)
+        check_book(codebook, layout)
+        output = self.checks.output
+        packed = output(packed, "packed", (*leading, layout.row_bytes(n)), torch.uint8, x)
+        scales = output(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
+        changed(packed, scales)
+        if x.numel():
+            codes = PackedCodes(packed, scales, codebook, layout, n)
+            self._quantize(x, codes, layout.statistic)
+        return packed, scales
 
     def encode(
         self,
@@ -62,15 +79,43 @@ class Backend:
         packed: Tensor | None = None,
     ) -> Tensor:
         """Codes for given scales: packed."""
-        found = reference.encode(x, scales, codebook, layout)
-        return found if packed is None else packed.copy_(found)
+        *leading, n = self.checks.tensor(x, "x", None, torch.float32)
+        check_book(codebook, layout)
+        self.checks.tensor(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
+        shape = (*leading, layout.row_bytes(n))
+        packed = self.checks.output(packed, "packed", shape, torch.uint8, x)
+        changed(packed)
+        if x.numel():
+            codes = PackedCodes(packed, scales.contiguous(), codebook, layout, n)
+            self._quantize(x, codes, "given")
+        return packed
+
+    def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
+        """Write into `codes`; statistic: the layout's, or "given" for the scales that are there."""
+        if statistic != "given":
+            codes.scales.copy_(reference.block_scales(x, codes.layout))
+        codes.packed.copy_(reference.encode(x, codes.scales, codes.codebook, codes.layout))
 
     def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
         """buffer <- the sum of the terms, float32 [.., m, n], in place.
 
-        Returns the sum of squares of each row, [.., m], in float64 (float32 where the device has
-        nothing wider), which is not finite if any element is not.
+        Rows of the buffer are contiguous and do not overlap. Returns the sum of squares of each
+        row, [.., m], in float64 (float32 where the device has nothing wider), which is not finite
+        if any element is not.
         """
+        shape = self.checks.tensor(buffer, "buffer", None, torch.float32)
+        terms = self.checks.terms(terms, shape, buffer)
+        whole = rows_in_place(buffer, "buffer")
+        if not buffer.numel():
+            return reference.row_squares(buffer)
+        changed(buffer)
+        squares = self._accumulate(whole, terms)
+        if whole is not buffer:
+            buffer.copy_(whole)
+        return squares
+
+    def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        """Rows of the buffer lie at even distances."""
         reference.add_terms(buffer, terms)
         return reference.row_squares(buffer)
 
@@ -80,23 +125,50 @@ class Backend:
         *,
         packed: Tensor,  # uint8 [.., m, layout.row_bytes(n)], contiguous
         scales: Tensor,  # float32 [.., m, layout.blocks(n)], contiguous
-        out: Tensor | None = None,  # float32, bfloat16 or float16 [.., m, n]
+        out: Tensor | None = None,  # float32, bfloat16 or float16 [.., m, n], contiguous rows
         out_weights: tuple[float, float] = (1.0, 0.0),
     ) -> tuple[Tensor, Tensor]:
         """One pass: X = the sum of the terms, quantised as by `quantize` into (packed, scales).
 
-        packed and scales do not overlap the codes of the terms. out <- w * X + v * grad with
+        packed, scales and `out` overlap nothing that is read. out <- w * X + v * grad with
         (w, v) = out_weights, in float32 from X before it was quantised. Returns the rows' sums of
         squares of X, and of `out` before it was rounded (zeros without `out`), as `accumulate`
         does.
         """
         codes, grad = terms.codes_and_grad()
-        x = out
-        # In `out` itself where that can hold X and is not the gradient, which is read again.
-        if x is None or x.dtype != torch.float32 or not x.is_contiguous() or share_memory(x, grad):
+        shape = self.checks.tensor(grad, "grad", None, KERNEL_DTYPES)
+        terms = self.checks.terms(terms, shape, grad)
+        codes, grad = terms.codes_and_grad()
+        output = self.checks.output
+        output(packed, "packed", codes.packed.shape, torch.uint8, grad)
+        output(scales, "scales", codes.scales.shape, torch.float32, grad)
+        check_apart(packed, "packed", codes.packed, "codes.packed")
+        check_apart(scales, "scales", codes.scales, "codes.scales")
+        written = out
+        if out is not None:
+            self.checks.tensor(out, "out", shape, KERNEL_DTYPES, grad)
+            check_apart(out, "out", grad, "grad")
+            written = rows_in_place(out, "out")
+            changed(out)
+        if not grad.numel():
+            return reference.row_squares(grad), reference.row_squares(grad)
+        changed(packed, scales)
+        new = PackedCodes(packed, scales, codes.codebook, codes.layout, codes.columns)
+        found = self._update_codes(terms, new, written, out_weights)
+        if out is not None and written is not None and written is not out:
+            out.copy_(written)
+        return found
+
+    def _update_codes(
+        self, terms: Terms, new: PackedCodes, out: Tensor | None, out_weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of `out` lie at even distances."""
+        _, grad = terms.codes_and_grad()
+        x = out  # in `out` itself where that can hold X
+        if x is None or x.dtype != torch.float32:
             x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
         squares = self.accumulate(x, terms)
-        self.quantize(x, codes.codebook, codes.layout, packed=packed, scales=scales)
+        self.quantize(x, new.codebook, new.layout, packed=new.packed, scales=new.scales)
         if out is None:
             return squares, torch.zeros_like(squares)
         value_weight, grad_weight = out_weights
@@ -112,8 +184,18 @@ class Backend:
         Walsh-Hadamard transform (natural order, divided by sqrt(p)) of the first p columns, B that
         of the last p (left out if p is n), and D1, D2 signs by column (`codebook.rotation_signs`).
         Two overlapping transforms spread a single large column over all others, for every n. With
-        `inverse`, the inverse.
+        `inverse`, the inverse. Rows are contiguous and do not overlap.
         """
+        self.checks.tensor(x, "x", None, torch.float32)
+        whole = rows_in_place(x, "x")
+        changed(x)
+        if x.numel():
+            self._rotate(whole, inverse)
+        if whole is not x:
+            x.copy_(whole)
+
+    def _rotate(self, x: Tensor, inverse: bool) -> None:
+        """Rows of x lie at even distances."""
         reference.rotate(x, inverse=inverse)
 
     def product(
@@ -126,13 +208,20 @@ class Backend:
         beta: float = 0.0,
         active: Tensor | None = None,  # bool [b]; matrices where it is False are left as they are
     ) -> Tensor:
-        """out <- alpha * a b + beta * out; out is not read if beta is 0 and overlaps no factor.
+        """out <- alpha * a b + beta * out; out overlaps no factor.
 
-        Factors of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of
-        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded
-        to its dtype. Of a single matrix alpha and `active` have one element.
+        `out` is not read if beta is 0; without `out` there is nothing to add. Factors of one dtype,
+        summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
+        factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
+        single matrix alpha and `active` have one element.
         """
-        return reference.product(a, b, out, alpha, beta, active)
+        *batch, _, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
+        columns = self.checks.tensor(b, "b", None, a.dtype, a)[-1]
+        self.checks.tensor(b, "b", (*batch, depth, columns), a.dtype, a)
+        if isinstance(alpha, Tensor):
+            self.checks.tensor(alpha, "alpha", tuple(batch) or (1,), torch.float32, a)
+        addend = None if beta == 0 else out
+        return self._checked_product(Product(a, b, out, addend, alpha, beta, active))
 
     def symmetric_product(
         self,
@@ -150,7 +239,26 @@ class Backend:
         Only one triangle need be computed; what is returned is exactly symmetric. `out` overlaps
         no factor. Dtypes and `active` as for `product`.
         """
-        return reference.symmetric_product(a, b, addend, out, alpha, beta, active)
+        *batch, size, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
+        if b is not None:
+            self.checks.tensor(b, "b", (*batch, depth, size), a.dtype, a)
+        product = Product(a, b, out, addend, alpha, beta, active, symmetric=True)
+        return self._checked_product(product)
+
+    def _checked_product(self, p: Product) -> Tensor:
+        """`p`, of factors that fit, after checks of all else."""
+        shape = p.shape
+        for x, name in ((p.out, "out"), (p.addend, "addend")):
+            if x is not None:
+                self.checks.tensor(x, name, shape, self.product_dtypes, p.a)
+        if p.active is not None:
+            self.checks.tensor(p.active, "active", shape[:-2] or (1,), torch.bool, p.a)
+        if p.out is not None:
+            changed(p.out)
+        return self._multiply(p)
+
+    def _multiply(self, p: Product) -> Tensor:
+        return reference.multiply(p)
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.
@@ -160,30 +268,54 @@ class Backend:
         each operation rounded to float32. Raises ValueError for codes that `check_integer_codes`
         does not take.
         """
-        check_integer_codes(codes, blocks=True)
-        block = codes.layout.effective_block(codes.columns)
-        segment = block if block == codes.columns else min(block, INTEGER_SEGMENT)
-        return reference.code_gram(codes, segment)
+        codes = self._integer_codes(codes, blocks=True)
+        shape = (*codes.packed.shape[:-1], codes.packed.shape[-2])
+        new = torch.empty if codes.packed.numel() else torch.zeros
+        out = new(shape, dtype=torch.float32, device=codes.packed.device)
+        if codes.packed.numel():
+            self._code_gram(codes, out)
+        return out
+
+    def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
+        out.copy_(reference.code_gram(codes))
 
     def code_product(
         self,
         a: Tensor,  # float32 [.., k, m], any strides
         codes: PackedCodes,
         *,
-        out: Tensor | None = None,  # [.., k, n], contiguous; float32, on devices also half
+        out: Tensor | None = None,  # [.., k, n], contiguous; float32, bfloat16 or float16
         beta: float = 0.0,
     ) -> Tensor:
         """out <- A X + beta * out of coded X in two integer products, rounded once.
 
         A diag(scales) is rounded, row by row, to whole multiples 256*h + l of a 32639th of the
         row's largest magnitude; the limbs h and l are int8, and their products with the levels are
-        summed exactly. Raises ValueError as `code_gram` does.
+        summed exactly. Without `out` there is nothing to add. Raises ValueError as `code_gram`
+        does.
         """
-        check_integer_codes(codes)
-        result = reference.code_product(a, codes, LIMB_LIMIT)
-        if out is None:
-            return result
-        return out.copy_(result if beta == 0 else beta * out.float() + result)
+        codes = self._integer_codes(codes, blocks=False)
+        *leading, rows, _ = codes.packed.shape
+        out_rows = self.checks.tensor(a, "a", None, torch.float32, codes.packed)[-2]
+        self.checks.tensor(a, "a", (*leading, out_rows, rows), torch.float32, codes.packed)
+        beta = 0.0 if out is None else beta
+        shape = (*leading, out_rows, codes.columns)
+        out = self.checks.output(out, "out", shape, KERNEL_DTYPES, a)
+        changed(out)
+        if not rows or not out.numel():
+            return out.mul_(beta) if beta else out.zero_()
+        self._code_product(a, codes, out, beta)
+        return out
+
+    def _code_product(self, a: Tensor, codes: PackedCodes, out: Tensor, beta: float) -> None:
+        result = reference.code_product(a, codes)
+        out.copy_(result if beta == 0 else beta * out.float() + result)
+
+    def _integer_codes(self, codes: PackedCodes, *, blocks: bool) -> PackedCodes:
+        """Checked, in contiguous tensors."""
+        shape = self.checks.tensor(codes.packed, "codes.packed", None, torch.uint8)
+        check_integer_codes(codes, blocks=blocks)
+        return self.checks.codes(codes, (*shape[:-1], codes.columns), codes.packed)
 
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
@@ -191,8 +323,17 @@ class Backend:
         x: float32 [b, m, n]; factor: float32 [b]; out: float32, bfloat16 or float16 [b, m, n], may
         be x.
         """
+        shape = self.checks.tensor(x, "x", None, torch.float32, dimensions=(3,))
+        self.checks.tensor(factor, "factor", shape[:1], torch.float32, x)
+        self.checks.tensor(out, "out", shape, KERNEL_DTYPES, x)
+        changed(out)
+        if out.numel():
+            self._scaled(x, factor, out)
+        return out
+
+    def _scaled(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
         factor = factor.view(-1, 1, 1)
-        return out.copy_(torch.where(factor == 0, 0.0, x * factor))
+        out.copy_(torch.where(factor == 0, 0.0, x * factor))
 
     def update_weight(
         self,
@@ -210,4 +351,19 @@ class Backend:
         `reference.random_bits(seed, row*n + column)` is added to the 32 bits of the result, which
         are cut after the upper 16. What is not finite is rounded as usual.
         """
+        shape = self.checks.tensor(weight, "weight", None, KERNEL_DTYPES, dimensions=(2,))
+        self.checks.tensor(update, "update", shape, KERNEL_DTYPES, weight)
+        self.checks.element(decay, "decay", torch.float32, weight)
+        self.checks.element(step_size, "step_size", torch.float32, weight)
+        if seed is not None:
+            self.checks.element(seed, "seed", torch.int32, weight)
+            if weight.dtype != torch.bfloat16:
+                raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
+        if weight.numel():
+            changed(weight)
+            self._update_weight(weight, update, decay, step_size, seed)
+
+    def _update_weight(
+        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
+    ) -> None:
         weight.copy_(reference.updated_weight(weight, update, decay, step_size, seed))

@@ -1,9 +1,9 @@
 """The spectral encoder without eigenvectors: a fixed number of matrix products.
 
 For R = M M^T / ||M||_F^2 the encoder of `linalg.spectral` is Y = C M with C = f(R), where f(lambda)
-is the positive root of lambda f^3 + c f = 1 and c the format's shift. `iterate_root` computes C from
-products of symmetric, commuting m x m matrices alone: no eigenvectors, no solves and no decision
-on values, so the host never waits for the device.
+is the positive root of lambda f^3 + c f = 1 and c the format's shift. `iterate_root` computes C
+from products of symmetric, commuting m x m matrices alone: no eigenvectors, no solves and no
+decision on values, so the host never waits for the device.
 
 How. The chain multiplies W = c*I by factors H that are linear in P, and keeps P equal to
 (W/c)^3 (R + offset*I): three products for a factor of about 9 in the smallest eigenvalue. P is

@@ -388,8 +388,9 @@ def test_wrong_tensors_raise(forwards: CudaBackend) -> None:
         (ValueError, "bits", lambda: decode(layout=dataclasses.replace(layout(4), bits=5))),
         (ValueError, "buffer", lambda: forwards.accumulate(x[:1].expand(4, 200), Terms())),
         (TypeError, "buffer", lambda: forwards.accumulate(x.half(), Terms())),
-        (ValueError, "buffer", lambda: forwards.accumulate(
-            torch.ones(2, 9, 8)[:, :4], Terms())),
+        (ValueError, "out", lambda: add(out=x)),
+        (ValueError, "packed", lambda: add(packed=good.packed)),
+        (ValueError, "scales", lambda: add(scales=good.scales)),
         (ValueError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.T))),
         (TypeError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.int()))),
         (ValueError, "codes", lambda: add(grad=x.T)),
