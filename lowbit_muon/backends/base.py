@@ -12,19 +12,20 @@ Matrices are [m, n], or [b, m, n] for a batch of them, each by itself.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowbit_muon.backends import reference
-from lowbit_muon.backends.codes import PackedCodes, Product, Terms, check_integer_codes
+from lowbit_muon.backends.codes import PackedCodes, Product, Terms
 from lowbit_muon.backends.memory import (
     KERNEL_DTYPES,
     Checks,
-    changed,
     check_apart,
     check_book,
+    has_even_rows,
     rows_in_place,
 )
 from lowbit_muon.backends.tensors import FLOAT_DTYPES
@@ -63,7 +64,6 @@ class Backend:
         output = self.checks.output
         packed = output(packed, "packed", (*leading, layout.row_bytes(n)), torch.uint8, x)
         scales = output(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
-        changed(packed, scales)
         if x.numel():
             codes = PackedCodes(packed, scales, codebook, layout, n)
             self._quantize(x, codes, layout.statistic)
@@ -84,7 +84,6 @@ class Backend:
         self.checks.tensor(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
         shape = (*leading, layout.row_bytes(n))
         packed = self.checks.output(packed, "packed", shape, torch.uint8, x)
-        changed(packed)
         if x.numel():
             codes = PackedCodes(packed, scales.contiguous(), codebook, layout, n)
             self._quantize(x, codes, "given")
@@ -103,12 +102,16 @@ class Backend:
         row, [.., m], in float64 (float32 where the device has nothing wider), which is not finite
         if any element is not.
         """
-        shape = self.checks.tensor(buffer, "buffer", None, torch.float32)
-        terms = self.checks.terms(terms, shape, buffer)
+        shape = self.checks.tensor(buffer, "buffer", None, torch.float32, written=True)
+        if terms.grad is not None:
+            self.checks.tensor(terms.grad, "grad", shape, KERNEL_DTYPES, buffer)
+        if terms.codes is not None:
+            codes = self.checks.codes(terms.codes, shape, buffer)
+            if codes is not terms.codes:
+                terms = dataclasses.replace(terms, codes=codes)
         whole = rows_in_place(buffer, "buffer")
         if not buffer.numel():
             return reference.row_squares(buffer)
-        changed(buffer)
         squares = self._accumulate(whole, terms)
         if whole is not buffer:
             buffer.copy_(whole)
@@ -125,7 +128,7 @@ class Backend:
         *,
         packed: Tensor,  # uint8 [.., m, layout.row_bytes(n)], contiguous
         scales: Tensor,  # float32 [.., m, layout.blocks(n)], contiguous
-        out: Tensor | None = None,  # float32, bfloat16 or float16 [.., m, n], contiguous rows
+        out: Tensor | None = None,  # float32, bfloat16 or float16 [.., m, n]
         out_weights: tuple[float, float] = (1.0, 0.0),
     ) -> tuple[Tensor, Tensor]:
         """One pass: X = the sum of the terms, quantised as by `quantize` into (packed, scales).
@@ -137,8 +140,7 @@ class Backend:
         """
         codes, grad = terms.codes_and_grad()
         shape = self.checks.tensor(grad, "grad", None, KERNEL_DTYPES)
-        terms = self.checks.terms(terms, shape, grad)
-        codes, grad = terms.codes_and_grad()
+        codes = self.checks.codes(codes, shape, grad)
         output = self.checks.output
         output(packed, "packed", codes.packed.shape, torch.uint8, grad)
         output(scales, "scales", codes.scales.shape, torch.float32, grad)
@@ -146,14 +148,14 @@ class Backend:
         check_apart(scales, "scales", codes.scales, "codes.scales")
         written = out
         if out is not None:
-            self.checks.tensor(out, "out", shape, KERNEL_DTYPES, grad)
+            self.checks.tensor(out, "out", shape, KERNEL_DTYPES, grad, written=True)
             check_apart(out, "out", grad, "grad")
-            written = rows_in_place(out, "out")
-            changed(out)
+            if not has_even_rows(out):
+                written = torch.empty(shape, dtype=out.dtype, device=out.device)
         if not grad.numel():
             return reference.row_squares(grad), reference.row_squares(grad)
-        changed(packed, scales)
         new = PackedCodes(packed, scales, codes.codebook, codes.layout, codes.columns)
+        terms = dataclasses.replace(terms, codes=codes)
         found = self._update_codes(terms, new, written, out_weights)
         if out is not None and written is not None and written is not out:
             out.copy_(written)
@@ -186,9 +188,8 @@ class Backend:
         Two overlapping transforms spread a single large column over all others, for every n. With
         `inverse`, the inverse. Rows are contiguous and do not overlap.
         """
-        self.checks.tensor(x, "x", None, torch.float32)
+        self.checks.tensor(x, "x", None, torch.float32, written=True)
         whole = rows_in_place(x, "x")
-        changed(x)
         if x.numel():
             self._rotate(whole, inverse)
         if whole is not x:
@@ -215,13 +216,20 @@ class Backend:
         factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
         single matrix alpha and `active` have one element.
         """
-        *batch, _, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
+        *batch, rows, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
         columns = self.checks.tensor(b, "b", None, a.dtype, a)[-1]
         self.checks.tensor(b, "b", (*batch, depth, columns), a.dtype, a)
         if isinstance(alpha, Tensor):
             self.checks.tensor(alpha, "alpha", tuple(batch) or (1,), torch.float32, a)
+        if active is not None:
+            self.checks.tensor(active, "active", tuple(batch) or (1,), torch.bool, a)
+        shape = (*batch, rows, columns)
+        if out is not None:
+            self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
         addend = None if beta == 0 else out
-        return self._checked_product(Product(a, b, out, addend, alpha, beta, active))
+        return self._multiply(
+            Product(shape, a, b, out, addend, alpha, beta, active, symmetric=False)
+        )
 
     def symmetric_product(
         self,
@@ -242,20 +250,16 @@ class Backend:
         *batch, size, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
         if b is not None:
             self.checks.tensor(b, "b", (*batch, depth, size), a.dtype, a)
-        product = Product(a, b, out, addend, alpha, beta, active, symmetric=True)
-        return self._checked_product(product)
-
-    def _checked_product(self, p: Product) -> Tensor:
-        """`p`, of factors that fit, after checks of all else."""
-        shape = p.shape
-        for x, name in ((p.out, "out"), (p.addend, "addend")):
-            if x is not None:
-                self.checks.tensor(x, name, shape, self.product_dtypes, p.a)
-        if p.active is not None:
-            self.checks.tensor(p.active, "active", shape[:-2] or (1,), torch.bool, p.a)
-        if p.out is not None:
-            changed(p.out)
-        return self._multiply(p)
+        if active is not None:
+            self.checks.tensor(active, "active", tuple(batch) or (1,), torch.bool, a)
+        shape = (*batch, size, size)
+        if addend is not None:
+            self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
+        if out is not None:
+            self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
+        return self._multiply(
+            Product(shape, a, b, out, addend, alpha, beta, active, symmetric=True)
+        )
 
     def _multiply(self, p: Product) -> Tensor:
         return reference.multiply(p)
@@ -268,7 +272,7 @@ class Backend:
         each operation rounded to float32. Raises ValueError for codes that `check_integer_codes`
         does not take.
         """
-        codes = self._integer_codes(codes, blocks=True)
+        codes = self.checks.integer_codes(codes, blocks=True)
         shape = (*codes.packed.shape[:-1], codes.packed.shape[-2])
         new = torch.empty if codes.packed.numel() else torch.zeros
         out = new(shape, dtype=torch.float32, device=codes.packed.device)
@@ -294,14 +298,13 @@ class Backend:
         summed exactly. Without `out` there is nothing to add. Raises ValueError as `code_gram`
         does.
         """
-        codes = self._integer_codes(codes, blocks=False)
+        codes = self.checks.integer_codes(codes, blocks=False)
         *leading, rows, _ = codes.packed.shape
         out_rows = self.checks.tensor(a, "a", None, torch.float32, codes.packed)[-2]
         self.checks.tensor(a, "a", (*leading, out_rows, rows), torch.float32, codes.packed)
         beta = 0.0 if out is None else beta
         shape = (*leading, out_rows, codes.columns)
         out = self.checks.output(out, "out", shape, KERNEL_DTYPES, a)
-        changed(out)
         if not rows or not out.numel():
             return out.mul_(beta) if beta else out.zero_()
         self._code_product(a, codes, out, beta)
@@ -311,12 +314,6 @@ class Backend:
         result = reference.code_product(a, codes)
         out.copy_(result if beta == 0 else beta * out.float() + result)
 
-    def _integer_codes(self, codes: PackedCodes, *, blocks: bool) -> PackedCodes:
-        """Checked, in contiguous tensors."""
-        shape = self.checks.tensor(codes.packed, "codes.packed", None, torch.uint8)
-        check_integer_codes(codes, blocks=blocks)
-        return self.checks.codes(codes, (*shape[:-1], codes.columns), codes.packed)
-
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
 
@@ -325,8 +322,7 @@ class Backend:
         """
         shape = self.checks.tensor(x, "x", None, torch.float32, dimensions=(3,))
         self.checks.tensor(factor, "factor", shape[:1], torch.float32, x)
-        self.checks.tensor(out, "out", shape, KERNEL_DTYPES, x)
-        changed(out)
+        self.checks.tensor(out, "out", shape, KERNEL_DTYPES, x, written=True)
         if out.numel():
             self._scaled(x, factor, out)
         return out
@@ -351,7 +347,9 @@ class Backend:
         `reference.random_bits(seed, row*n + column)` is added to the 32 bits of the result, which
         are cut after the upper 16. What is not finite is rounded as usual.
         """
-        shape = self.checks.tensor(weight, "weight", None, KERNEL_DTYPES, dimensions=(2,))
+        shape = self.checks.tensor(
+            weight, "weight", None, KERNEL_DTYPES, dimensions=(2,), written=True
+        )
         self.checks.tensor(update, "update", shape, KERNEL_DTYPES, weight)
         self.checks.element(decay, "decay", torch.float32, weight)
         self.checks.element(step_size, "step_size", torch.float32, weight)
@@ -360,7 +358,6 @@ class Backend:
             if weight.dtype != torch.bfloat16:
                 raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
         if weight.numel():
-            changed(weight)
             self._update_weight(weight, update, decay, step_size, seed)
 
     def _update_weight(

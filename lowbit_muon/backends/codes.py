@@ -76,9 +76,11 @@ class Terms:
 class Product(NamedTuple):
     """A checked `Backend.product` or `Backend.symmetric_product`, with their arguments.
 
-    addend: `out`, or None, of a product that is not symmetric. out: None for new memory of the
-    factors' dtype. (A tuple, since it is made in every call.)
+    shape: of the result, [.., m, n]. addend: `out`, or None, of a product that is not symmetric.
+    out: None for new memory of the factors' dtype. (A tuple, since every call makes one.)
     """
+
+    shape: tuple[int, ...]
 
     a: Tensor  # [.., m, k]
     b: Tensor | None  # [.., k, n]; None: the transpose of a
@@ -87,17 +89,7 @@ class Product(NamedTuple):
     alpha: float | Tensor
     beta: float
     active: Tensor | None
-    symmetric: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[.., m, n]"""
-        return (*self.a.shape[:-1], self.a.shape[-2] if self.b is None else self.b.shape[-1])
-
-    @property
-    def right(self) -> Tensor:
-        """b, also where it is the transpose of a."""
-        return self.a.mT if self.b is None else self.b
+    symmetric: bool
 
 
 @functools.lru_cache(maxsize=64)

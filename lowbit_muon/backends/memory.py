@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.codes import PackedCodes, Terms
+from lowbit_muon.backends.codes import PackedCodes, integer_codes_problem
 from lowbit_muon.formats.codebook import CODE_BITS, Codebook, CodeLayout
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,24 +32,29 @@ class Checks:
         like: Tensor | None = None,
         *,
         dimensions: tuple[int, ...] = (2, 3),
+        written: bool = False,
     ) -> Shape:
         """The shape of x. Raises unless it is dense memory of this shape (None: any of
-        `dimensions`), one of these dtypes and on the device of `like`."""
+        `dimensions`), one of these dtypes and on the device of `like`.
+
+        written: a kernel is about to change it behind autograd's back, which is told here.
+        """
         # Every call goes through here, so what is right passes after a few cheap comparisons.
         if (
             isinstance(x, Tensor)
             and x.layout is torch.strided
             and (x.dtype is dtypes or (isinstance(dtypes, tuple) and x.dtype in dtypes))
             and (x.ndim in dimensions if shape is None else x.shape == shape)
-            and self._is_there(x, like)
+            and (
+                x.device == like.device
+                if like is not None
+                else not self.device_types or x.device.type in self.device_types
+            )
         ):
+            if written and not x.is_inference():
+                torch.autograd.graph.increment_version(x)
             return x.shape
         self._refuse(x, name, shape, dtypes, like, dimensions)
-
-    def _is_there(self, x: Tensor, like: Tensor | None) -> bool:
-        if like is not None:
-            return x.device == like.device
-        return not self.device_types or x.device.type in self.device_types
 
     def _refuse(
         self,
@@ -61,11 +67,13 @@ class Checks:
     ) -> NoReturn:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.layout != torch.strided or not self._is_there(x, like):
-            where = " or ".join(self.device_types) if like is None else str(like.device)
+        types, where = self.device_types, " or ".join(self.device_types) or "any device"
+        there = not types or x.device.type in types
+        if like is not None:
+            there, where = x.device == like.device, str(like.device)
+        if x.layout != torch.strided or not there:
             raise ValueError(
-                f"{name}: expected a dense tensor on {where or 'any device'}, "
-                f"got {x.layout} on {x.device}"
+                f"{name}: expected a dense tensor on {where}, got {x.layout} on {x.device}"
             )
         dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
         if x.dtype not in dtypes:
@@ -87,7 +95,7 @@ class Checks:
         if x is None:
             dtype = dtypes[0] if isinstance(dtypes, tuple) else dtypes
             return torch.empty(shape, dtype=dtype, device=like.device)
-        self.tensor(x, name, shape, dtypes, like)
+        self.tensor(x, name, shape, dtypes, like, written=True)
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
         return x
@@ -105,16 +113,17 @@ class Checks:
             return codes
         return dataclasses.replace(codes, packed=packed.contiguous(), scales=scales.contiguous())
 
-    def terms(self, terms: Terms, shape: Shape, like: Tensor) -> Terms:
-        """Those of matrices of this shape, codes in contiguous tensors."""
-        if terms.grad is not None:
-            self.tensor(terms.grad, "grad", shape, KERNEL_DTYPES, like)
-        if terms.codes is None:
-            return terms
-        codes = self.codes(terms.codes, shape, like)
-        return terms if codes is terms.codes else dataclasses.replace(terms, codes=codes)
+    def integer_codes(self, codes: PackedCodes, *, blocks: bool) -> PackedCodes:
+        """Those that integer products read (`integer_codes_problem`), in contiguous tensors."""
+        packed, columns = codes.packed, codes.columns
+        *_, rows, _ = shape = self.tensor(packed, "codes.packed", None, torch.uint8)
+        problem = integer_codes_problem(codes.codebook, codes.layout, rows, columns, blocks=blocks)
+        if problem is not None:
+            raise ValueError(problem)
+        return self.codes(codes, (*shape[:-1], columns), packed)
 
 
+@functools.lru_cache(maxsize=256)
 def check_book(codebook: Codebook, layout: CodeLayout) -> None:
     """Raise unless the layout is one of those there are and has room for the codebook."""
     if layout.bits not in CODE_BITS:
@@ -146,13 +155,10 @@ def has_plain_rows(x: Tensor) -> bool:
     return True
 
 
-def check_plain_rows(x: Tensor, name: str) -> None:
-    """Raise unless a kernel can write rows into x."""
-    if not has_plain_rows(x):
-        raise ValueError(
-            f"{name}: expected contiguous rows that do not overlap, got strides "
-            f"{x.stride()} for shape {tuple(x.shape)}"
-        )
+def has_even_rows(x: Tensor) -> bool:
+    """Whether rows are plain and at even distances, also from one matrix to the next."""
+    even = x.is_contiguous() or x.ndim == 2 or 1 in x.shape[:2]
+    return has_plain_rows(x) and (even or x.stride(0) == x.shape[1] * x.stride(1))
 
 
 def plain_rows(x: Tensor) -> Tensor:
@@ -166,13 +172,11 @@ def rows_in_place(x: Tensor, name: str) -> Tensor:
 
     Raises ValueError where rows are not contiguous or overlap.
     """
-    check_plain_rows(x, name)
-    even = x.is_contiguous() or x.ndim == 2 or 1 in x.shape[:2]
-    return x if even or x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
-
-
-def changed(*tensors: Tensor) -> None:
-    """Tell autograd that tensors change behind its back."""
-    for x in tensors:
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+    if x.is_contiguous():
+        return x
+    if not has_plain_rows(x):
+        raise ValueError(
+            f"{name}: expected contiguous rows that do not overlap, got strides "
+            f"{x.stride()} for shape {tuple(x.shape)}"
+        )
+    return x if has_even_rows(x) else x.contiguous()

@@ -146,7 +146,7 @@ def float32_means_float32() -> Iterator[None]:
 def multiply(p: Product) -> Tensor:
     """`Backend.product` and `Backend.symmetric_product`."""
     with float32_means_float32():
-        result = _wide(p.a) @ _wide(p.right)
+        result = _wide(p.a) @ _wide(p.a.mT if p.b is None else p.b)
     result.mul_(by_matrix(p.alpha, p.a.ndim) if isinstance(p.alpha, Tensor) else p.alpha)
     if p.addend is not None:
         result.add_(p.addend, alpha=p.beta)

@@ -100,13 +100,19 @@ def iterate_root(
     p = gram_matrix if overwrite else gram_matrix.clone()
     p.mul_((program.shift / shift) ** 3)
     p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
-    (a, b), *rest = program.chain
-    w = p * (program.shift * b)
-    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * a)
-    p = _raise(p, a, b, backend)
-    for a, b in rest:
-        w = backend.symmetric_product(w, p, addend=w, beta=a, alpha=b)
-        p = _raise(p, a, b, backend)
+    w = None
+    for a, b in program.chain:  # H = aI + bP
+        if w is None:
+            w = p * (program.shift * b)
+            w.diagonal(dim1=-2, dim2=-1).add_(program.shift * a)
+        else:
+            w = backend.symmetric_product(w, p, addend=w, beta=a, alpha=b)
+        raised = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b)  # U = P H
+        # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
+        torch.add(raised, p, alpha=a, out=p)
+        p = backend.symmetric_product(raised, p, addend=raised, beta=a * a, alpha=b)
+        del raised
+    assert w is not None
     terms = [p, w]
     for left, right in program.forms:
         # (operands have no names, so that they are gone when the next are made)
@@ -120,14 +126,6 @@ def iterate_root(
         w, _combine(linear, terms), addend=w, beta=constant / shift, alpha=linear[0] / shift
     )
     return (root + root.mT).mul_(0.5)
-
-
-def _raise(p: Tensor, a: float, b: float, backend: Backend) -> Tensor:
-    """P H^3 with H = aI + bP, in two products; `p` is overwritten."""
-    raised = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b)  # U = P H
-    # H^2 = a^2 I + b (aP + U)
-    torch.add(raised, p, alpha=a, out=p)
-    return backend.symmetric_product(raised, p, addend=raised, beta=a * a, alpha=b)
 
 
 def _combine(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:

@@ -389,8 +389,10 @@ def test_wrong_tensors_raise(forwards: CudaBackend) -> None:
         (ValueError, "buffer", lambda: forwards.accumulate(x[:1].expand(4, 200), Terms())),
         (TypeError, "buffer", lambda: forwards.accumulate(x.half(), Terms())),
         (ValueError, "out", lambda: add(out=x)),
-        (ValueError, "packed", lambda: add(packed=good.packed)),
-        (ValueError, "scales", lambda: add(scales=good.scales)),
+        (ValueError, "packed", lambda: forwards.update_codes(
+            Terms(codes=good, grad=x), packed=good.packed, scales=good.scales.clone())),
+        (ValueError, "scales", lambda: forwards.update_codes(
+            Terms(codes=good, grad=x), packed=good.packed.clone(), scales=good.scales)),
         (ValueError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.T))),
         (TypeError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.int()))),
         (ValueError, "codes", lambda: add(grad=x.T)),

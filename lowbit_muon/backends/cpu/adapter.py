@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Product, Terms, byte_levels, tables
-from lowbit_muon.backends.memory import Checks, check_plain_rows, has_plain_rows, plain_rows
+from lowbit_muon.backends.memory import Checks, has_plain_rows, rows_in_place
 from lowbit_muon.backends.reference import rotation_tensors
 
 ISA_VARIABLE = "LOWBIT_MUON_ISA"
@@ -93,7 +93,7 @@ class CpuBackend(Backend):
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _, thresholds = tables(codes.codebook)
-        rows = plain_rows(x)
+        rows = x.contiguous().flatten(0, -2)
         self._extension.quantize(
             rows=rows.shape[0],
             columns=codes.columns,
@@ -153,53 +153,46 @@ class CpuBackend(Backend):
             return super()._multiply(p)
         if out is None:
             out = torch.empty(p.shape, dtype=torch.float32, device="cpu")
+        batch = a.shape[0] if a.ndim == 3 else 1
         if p.symmetric:
-            self._symmetric_product(p, out)
-        elif has_plain_rows(out):
-            self._product(a, p.right, out, p)
-        elif has_plain_rows(out.mT):
-            self._product(p.right.mT, a.mT, out.mT, p)
-        else:
-            whole = out.contiguous()
-            self._product(a, p.right, whole, p)
-            out.copy_(whole)
-        return out
-
-    def _product(self, a: Tensor, b: Tensor, out: Tensor, p: Product) -> None:
+            target = out if has_plain_rows(out) else rows_in_place(out.mT, "out")
+            addend = p.addend
+            if addend is not None and addend.stride(-1) != 1:  # or else symmetric, or copied
+                addend = addend.mT if addend.stride(-2) == 1 else addend.contiguous()
+            self._extension.symmetric_product(
+                batch=batch,
+                size=a.shape[-2],
+                depth=a.shape[-1],
+                a=_memory(a),
+                b=_NO_MEMORY if p.b is None else _memory(p.b),
+                addend=_NO_MEMORY if addend is None else _memory(addend),
+                out=_memory(target),
+                alpha=p.alpha,
+                beta=0.0 if addend is None else p.beta,
+                threads=torch.get_num_threads(),
+            )
+            return out
+        target, b = out, a.mT if p.b is None else p.b
+        if not has_plain_rows(out):
+            if has_plain_rows(out.mT):
+                a, b, target = b.mT, a.mT, out.mT
+            else:
+                target = out.contiguous()
         alphas = p.alpha.contiguous() if isinstance(p.alpha, Tensor) else None
         self._extension.product(
-            batch=a.shape[0] if a.ndim == 3 else 1,
+            batch=batch,
             rows=a.shape[-2],
             columns=b.shape[-1],
             depth=a.shape[-1],
             a=_memory(a),
             b=_memory(b),
-            c=_memory(out),
+            c=_memory(target),
             alphas=0 if alphas is None else alphas.data_ptr(),
             alpha=p.alpha if alphas is None else 1.0,
-            beta=p.beta if p.addend is not None else 0.0,
+            beta=0.0 if p.addend is None else p.beta,
             threads=torch.get_num_threads(),
         )
-
-    def _symmetric_product(self, p: Product, out: Tensor) -> None:
-        if not has_plain_rows(out):
-            out = out.mT
-            check_plain_rows(out, "out")
-        addend = p.addend
-        if addend is not None and addend.stride(-1) != 1:  # or else symmetric, or copied
-            addend = addend.mT if addend.stride(-2) == 1 else addend.contiguous()
-        self._extension.symmetric_product(
-            batch=p.a.shape[0] if p.a.ndim == 3 else 1,
-            size=p.a.shape[-2],
-            depth=p.a.shape[-1],
-            a=_memory(p.a),
-            b=_NO_MEMORY if p.b is None else _memory(p.b),
-            addend=_NO_MEMORY if addend is None else _memory(addend),
-            out=_memory(out),
-            alpha=p.alpha,
-            beta=0.0 if addend is None else p.beta,
-            threads=torch.get_num_threads(),
-        )
+        return out if target.data_ptr() == out.data_ptr() else out.copy_(target)
 
     def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
         self._extension.code_gram(

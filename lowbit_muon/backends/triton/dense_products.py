@@ -23,6 +23,7 @@ class DenseProducts(Backend):
     def _multiply(self, p: Product) -> Tensor:
         """By the vendor's kernels where they can do it."""
         a, out, alpha = p.a, p.out, p.alpha
+        b = a.mT if p.b is None else p.b
         if isinstance(alpha, Tensor):
             a, alpha = (a * by_matrix(alpha, a.ndim)).to(a.dtype), 1.0
         if out is None:
@@ -30,17 +31,17 @@ class DenseProducts(Backend):
         if not out.numel():
             return out
         if p.symmetric or p.active is not None or out.dtype != a.dtype:
-            _launch(a, out, alpha, p)
+            _launch(a, b, out, alpha, p)
             return out
         vendor = torch.addmm if a.ndim == 2 else torch.baddbmm
-        vendor(out, a, p.right, beta=0 if p.addend is None else p.beta, alpha=alpha, out=out)
+        vendor(out, a, b, beta=0 if p.addend is None else p.beta, alpha=alpha, out=out)
         return out
 
 
-def _launch(a: Tensor, out: Tensor, alpha: float, p: Product) -> None:
+def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None:
     """`p` with these in place of its own."""
     addend = out if p.addend is None else p.addend
-    a, b, out, added = (x if x.ndim == 3 else x.unsqueeze(0) for x in (a, p.right, out, addend))
+    a, b, out, added = (x if x.ndim == 3 else x.unsqueeze(0) for x in (a, b, out, addend))
     batch, m, depth = a.shape
     n = b.shape[2]
     active = p.active
