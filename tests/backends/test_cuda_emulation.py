@@ -413,3 +413,14 @@ def test_wrong_tensors_raise(forwards: CudaBackend) -> None:
     for error, parameter, call in cases:
         with pytest.raises(error, match=f"^{parameter}: expected .* got "):
             call()
+
+
+def test_rows_at_uneven_distances_are_written_back(forwards: CudaBackend) -> None:
+    """A slice of a batch; what lies between is left alone."""
+    memory = torch.randn(2, 9, 8)
+    found, expected = memory.clone(), memory.clone()
+    for kernels, x in ((forwards, found), (REFERENCE, expected)):
+        kernels.accumulate(x[:, :4], Terms(0.5))
+        kernels.rotate(x[:, :4])
+    assert torch.equal(found, expected)
+    assert torch.equal(found[:, 4:], memory[:, 4:])
