@@ -1,7 +1,7 @@
 """What a backend offers, checked and documented here once for all of them.
 
-Each public method of `Backend` checks its arguments and hands them to the method of the same name
-with an underscore. Those compute in torch operations, on any device: they are the ground truth
+Each method of `Backend` checks its arguments and hands them to the method of the same name with an
+underscore. Those of `reference.Kernels` are torch operations, on any device: the ground truth
 ("reference") that every kernel is tested against, and what a backend inherits where it has no
 kernel. A new one is a folder with a subclass that overrides some of them, and a line in the
 registry of `backends/__init__.py`. Element-wise and integer operations give the same bits in all
@@ -18,7 +18,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends import reference
 from lowbit_muon.backends.codes import PackedCodes, Product, Terms
 from lowbit_muon.backends.memory import (
     KERNEL_DTYPES,
@@ -28,11 +27,12 @@ from lowbit_muon.backends.memory import (
     has_even_rows,
     rows_in_place,
 )
+from lowbit_muon.backends.reference import Kernels, row_squares
 from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 
-class Backend:
+class Backend(Kernels):
     """The kernels, in torch operations.
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
@@ -89,12 +89,6 @@ class Backend:
             self._quantize(x, codes, "given")
         return packed
 
-    def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
-        """Write into `codes`; statistic: the layout's, or "given" for the scales that are there."""
-        if statistic != "given":
-            codes.scales.copy_(reference.block_scales(x, codes.layout))
-        codes.packed.copy_(reference.encode(x, codes.scales, codes.codebook, codes.layout))
-
     def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
         """buffer <- the sum of the terms, float32 [.., m, n], in place.
 
@@ -111,16 +105,11 @@ class Backend:
                 terms = dataclasses.replace(terms, codes=codes)
         whole = rows_in_place(buffer, "buffer")
         if not buffer.numel():
-            return reference.row_squares(buffer)
+            return row_squares(buffer)
         squares = self._accumulate(whole, terms)
         if whole is not buffer:
             buffer.copy_(whole)
         return squares
-
-    def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
-        """Rows of the buffer lie at even distances."""
-        reference.add_terms(buffer, terms)
-        return reference.row_squares(buffer)
 
     def update_codes(
         self,
@@ -153,31 +142,13 @@ class Backend:
             if not has_even_rows(out):
                 written = torch.empty(shape, dtype=out.dtype, device=out.device)
         if not grad.numel():
-            return reference.row_squares(grad), reference.row_squares(grad)
+            return row_squares(grad), row_squares(grad)
         new = PackedCodes(packed, scales, codes.codebook, codes.layout, codes.columns)
         terms = dataclasses.replace(terms, codes=codes)
         found = self._update_codes(terms, new, written, out_weights)
         if out is not None and written is not None and written is not out:
             out.copy_(written)
         return found
-
-    def _update_codes(
-        self, terms: Terms, new: PackedCodes, out: Tensor | None, out_weights: tuple[float, float]
-    ) -> tuple[Tensor, Tensor]:
-        """Rows of `out` lie at even distances."""
-        _, grad = terms.codes_and_grad()
-        x = out  # in `out` itself where that can hold X
-        if x is None or x.dtype != torch.float32:
-            x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        squares = self.accumulate(x, terms)
-        self.quantize(x, new.codebook, new.layout, packed=new.packed, scales=new.scales)
-        if out is None:
-            return squares, torch.zeros_like(squares)
-        value_weight, grad_weight = out_weights
-        out_squares = self.accumulate(x, Terms(value_weight, grad=grad, grad_weight=grad_weight))
-        if x is not out:
-            out.copy_(x)
-        return squares, out_squares
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """Multiply float32 x [.., m, n] by the fixed orthogonal matrix, in place.
@@ -194,10 +165,6 @@ class Backend:
             self._rotate(whole, inverse)
         if whole is not x:
             x.copy_(whole)
-
-    def _rotate(self, x: Tensor, inverse: bool) -> None:
-        """Rows of x lie at even distances."""
-        reference.rotate(x, inverse=inverse)
 
     def product(
         self,
@@ -261,9 +228,6 @@ class Backend:
             Product(shape, a, b, out, addend, alpha, beta, active, symmetric=True)
         )
 
-    def _multiply(self, p: Product) -> Tensor:
-        return reference.multiply(p)
-
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.
 
@@ -279,9 +243,6 @@ class Backend:
         if codes.packed.numel():
             self._code_gram(codes, out)
         return out
-
-    def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
-        out.copy_(reference.code_gram(codes))
 
     def code_product(
         self,
@@ -310,10 +271,6 @@ class Backend:
         self._code_product(a, codes, out, beta)
         return out
 
-    def _code_product(self, a: Tensor, codes: PackedCodes, out: Tensor, beta: float) -> None:
-        result = reference.code_product(a, codes)
-        out.copy_(result if beta == 0 else beta * out.float() + result)
-
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
 
@@ -326,10 +283,6 @@ class Backend:
         if out.numel():
             self._scaled(x, factor, out)
         return out
-
-    def _scaled(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        factor = factor.view(-1, 1, 1)
-        out.copy_(torch.where(factor == 0, 0.0, x * factor))
 
     def update_weight(
         self,
@@ -359,8 +312,3 @@ class Backend:
                 raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
         if weight.numel():
             self._update_weight(weight, update, decay, step_size, seed)
-
-    def _update_weight(
-        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
-    ) -> None:
-        weight.copy_(reference.updated_weight(weight, update, decay, step_size, seed))

@@ -262,3 +262,62 @@ def _round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
     noise = random_bits(seed, index) & 0xFFFF
     cut = ((x.view(torch.int32).long() + noise) & ~0xFFFF).to(torch.int32)
     return torch.where(x.isfinite(), cut.view(torch.float32), x)
+
+
+class Kernels:
+    """What backends override: the methods of `Backend`, of arguments that it has checked.
+
+    No matrix is empty, but for factors of `_multiply`. Codes are contiguous tensors.
+    """
+
+    def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
+        """Write into `codes`; statistic: the layout's, or "given" for the scales that are there."""
+        if statistic != "given":
+            codes.scales.copy_(block_scales(x, codes.layout))
+        codes.packed.copy_(encode(x, codes.scales, codes.codebook, codes.layout))
+
+    def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        """Rows of the buffer lie at even distances."""
+        add_terms(buffer, terms)
+        return row_squares(buffer)
+
+    def _update_codes(
+        self, terms: Terms, new: PackedCodes, out: Tensor | None, out_weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of `out` lie at even distances."""
+        _, grad = terms.codes_and_grad()
+        x = out  # in `out` itself where that can hold X
+        if x is None or x.dtype != torch.float32:
+            x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        squares = self._accumulate(x, terms)
+        self._quantize(x, new, new.layout.statistic)
+        if out is None:
+            return squares, torch.zeros_like(squares)
+        value_weight, grad_weight = out_weights
+        out_squares = self._accumulate(x, Terms(value_weight, grad=grad, grad_weight=grad_weight))
+        if x is not out:
+            out.copy_(x)
+        return squares, out_squares
+
+    def _rotate(self, x: Tensor, inverse: bool) -> None:
+        """Rows of x lie at even distances."""
+        rotate(x, inverse=inverse)
+
+    def _multiply(self, p: Product) -> Tensor:
+        return multiply(p)
+
+    def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
+        out.copy_(code_gram(codes))
+
+    def _code_product(self, a: Tensor, codes: PackedCodes, out: Tensor, beta: float) -> None:
+        result = code_product(a, codes)
+        out.copy_(result if beta == 0 else beta * out.float() + result)
+
+    def _scaled(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        factor = factor.view(-1, 1, 1)
+        out.copy_(torch.where(factor == 0, 0.0, x * factor))
+
+    def _update_weight(
+        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
+    ) -> None:
+        weight.copy_(updated_weight(weight, update, decay, step_size, seed))

@@ -313,13 +313,13 @@ def test_an_update_is_the_same_wherever_it_is_put(place: str) -> None:
 
 def test_an_update_needs_no_memory_beside_a_float32_out(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = []
-    accumulate = Backend.accumulate
+    accumulate = Backend._accumulate
 
     def record(self: Backend, buffer: Tensor, terms: Terms) -> Tensor:
         buffers.append(buffer)
         return accumulate(self, buffer, terms)
 
-    monkeypatch.setattr(Backend, "accumulate", record)
+    monkeypatch.setattr(Backend, "_accumulate", record)
     codes, grad = coded(2, 5, 40, 4), torch.randn(2, 5, 40)
     packed, scales, out = map(torch.empty_like, (codes.packed, codes.scales, grad))
     BACKEND.update_codes(Terms(codes=codes, grad=grad), packed=packed, scales=scales, out=out)
