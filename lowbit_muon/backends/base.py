@@ -60,7 +60,7 @@ class Backend(Kernels):
     ) -> tuple[Tensor, Tensor]:
         """Scales from the statistic of each block, then codes: (packed, scales)."""
         *leading, n = self.checks.tensor(x, "x", None, torch.float32)
-        check_book(codebook, layout)
+        check_book(layout.bits, len(codebook.levels))
         output = self.checks.output
         packed = output(packed, "packed", (*leading, layout.row_bytes(n)), torch.uint8, x)
         scales = output(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
@@ -80,7 +80,7 @@ class Backend(Kernels):
     ) -> Tensor:
         """Codes for given scales: packed."""
         *leading, n = self.checks.tensor(x, "x", None, torch.float32)
-        check_book(codebook, layout)
+        check_book(layout.bits, len(codebook.levels))
         self.checks.tensor(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
         shape = (*leading, layout.row_bytes(n))
         packed = self.checks.output(packed, "packed", shape, torch.uint8, x)
@@ -184,7 +184,7 @@ class Backend(Kernels):
         single matrix alpha and `active` have one element.
         """
         *batch, rows, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
-        columns = self.checks.tensor(b, "b", None, a.dtype, a)[-1]
+        columns = b.shape[-1] if isinstance(b, Tensor) and b.ndim else 0
         self.checks.tensor(b, "b", (*batch, depth, columns), a.dtype, a)
         if isinstance(alpha, Tensor):
             self.checks.tensor(alpha, "alpha", tuple(batch) or (1,), torch.float32, a)
@@ -194,9 +194,7 @@ class Backend(Kernels):
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
         addend = None if beta == 0 else out
-        return self._multiply(
-            Product(shape, a, b, out, addend, alpha, beta, active, symmetric=False)
-        )
+        return self._multiply(Product(shape, a, b, out, addend, alpha, beta, active, False))
 
     def symmetric_product(
         self,
@@ -224,9 +222,7 @@ class Backend(Kernels):
             self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
-        return self._multiply(
-            Product(shape, a, b, out, addend, alpha, beta, active, symmetric=True)
-        )
+        return self._multiply(Product(shape, a, b, out, addend, alpha, beta, active, True))
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

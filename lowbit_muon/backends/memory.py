@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.codes import PackedCodes, integer_codes_problem
-from lowbit_muon.formats.codebook import CODE_BITS, Codebook, CodeLayout
+from lowbit_muon.formats.codebook import CODE_BITS
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Dtypes = torch.dtype | tuple[torch.dtype, ...]
@@ -105,7 +105,7 @@ class Checks:
         layout, (*rows, columns) = codes.layout, shape
         if codes.columns != columns:
             raise ValueError(f"codes: expected {columns} columns, got {codes.columns}")
-        check_book(codes.codebook, layout)
+        check_book(layout.bits, len(codes.codebook.levels))
         packed, scales = codes.packed, codes.scales
         self.tensor(packed, "codes.packed", (*rows, layout.row_bytes(columns)), torch.uint8, like)
         self.tensor(scales, "codes.scales", (*rows, layout.blocks(columns)), torch.float32, like)
@@ -124,14 +124,12 @@ class Checks:
 
 
 @functools.lru_cache(maxsize=256)
-def check_book(codebook: Codebook, layout: CodeLayout) -> None:
-    """Raise unless the layout is one of those there are and has room for the codebook."""
-    if layout.bits not in CODE_BITS:
-        raise ValueError(f"bits: expected one of {CODE_BITS}, got {layout.bits}")
-    if len(codebook.levels) > 2**layout.bits:
-        raise ValueError(
-            f"codebook: expected at most {2**layout.bits} levels, got {len(codebook.levels)}"
-        )
+def check_book(bits: int, levels: int) -> None:
+    """Raise unless there are codes of so many bits, with room for so many levels."""
+    if bits not in CODE_BITS:
+        raise ValueError(f"bits: expected one of {CODE_BITS}, got {bits}")
+    if levels > 2**bits:
+        raise ValueError(f"codebook: expected at most {2**bits} levels, got {levels}")
 
 
 def check_apart(written: Tensor, name: str, read: Tensor, other: str) -> None:

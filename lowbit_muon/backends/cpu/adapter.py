@@ -124,7 +124,7 @@ class CpuBackend(Backend):
             rows=rows,
             columns=columns,
             buffer=buffer.data_ptr(),
-            buffer_stride=buffer.flatten(0, -2).stride(0),
+            buffer_stride=buffer.stride(-2 if rows > 1 else 0),
             buffer_weight=terms.buffer_weight,
             row_sums=row_sums.data_ptr(),
             threads=torch.get_num_threads(),
@@ -148,8 +148,10 @@ class CpuBackend(Backend):
 
     def _multiply(self, p: Product) -> Tensor:
         a, out = p.a, p.out
-        others = any(x is not None and x.dtype != torch.float32 for x in (a, out, p.addend))
-        if others or p.active is not None:
+        float32 = a.dtype is torch.float32
+        float32 = float32 and (out is None or out.dtype is torch.float32)
+        float32 = float32 and (p.addend is None or p.addend.dtype is torch.float32)
+        if p.active is not None or not float32:
             return super()._multiply(p)
         if out is None:
             out = torch.empty(p.shape, dtype=torch.float32, device="cpu")
