@@ -122,7 +122,7 @@ def rotate(x: Tensor, *, inverse: bool) -> None:
 
 def multiply(p: Product) -> Tensor:
     """`Backend.product` and `Backend.symmetric_product`."""
-    with float32_products:
+    with float32_products():
         result = _wide(p.a) @ _wide(p.a.mT if p.b is None else p.b)
     result.mul_(by_matrix(p.alpha, p.a.ndim) if isinstance(p.alpha, Tensor) else p.alpha)
     if p.addend is not None:

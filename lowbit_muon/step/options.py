@@ -39,6 +39,7 @@ Check = Callable[[Values, str], object]
 # Of KellerJordan/Muon, muon.py, and torch.optim.Muon.
 DEFAULT_COEFFICIENTS = NS_COEFFICIENTS["muon"][0]
 DEFAULT_EPS = 1e-7
+_ROUNDED_LR = 1e-6
 LARGEST_NUMBER = 1e30  # Products of options have to stay within float32.
 
 
@@ -319,8 +320,8 @@ def check_loaded(table: Sequence[Option], group: Mapping[str, Any]) -> None:
     Schedulers end a hair below a learning rate of zero.
     """
     lr = group["lr"]
-    number = is_real_number(lr) and not isinstance(lr, Tensor)
-    check_values(table, {**group, "lr": abs(lr) if number else lr})
+    rounded = is_real_number(lr) and not isinstance(lr, Tensor) and -_ROUNDED_LR <= lr < 0
+    check_values(table, {**group, "lr": 0.0 if rounded else lr})
 
 
 def check_keys(table: Sequence[Option], group: Mapping[Any, Any]) -> None:

@@ -215,7 +215,7 @@ with CountOperations() as count:
 assert count.precisions == {{"ieee"}}, count.precisions
 assert allowed() == before, allowed()
 try:
-    with float32_products:
+    with float32_products():
         raise RuntimeError("inside")
 except RuntimeError as error:
     assert str(error) == "inside"
