@@ -90,6 +90,8 @@ def run_finetune(arguments: argparse.Namespace) -> int:
             """Hold the run's folder, for all processes, and find out what cannot be written."""
             held.enter_context(locked(folder))
             check_outputs([("--out", folder / name) for name in ("result.json", *PLOTS)])
+            if not arguments.resume:
+                _check_without_run(folder)
             return folder
 
         if arguments.resume:
@@ -102,7 +104,8 @@ def run_finetune(arguments: argparse.Namespace) -> int:
             payload, settings = None, FinetuneSettings(**given)
             settings.check_processes(processes.count)
             # One answer for all: the name holds the time, and the first soon writes there.
-            folder = processes.first(lambda: take(_folder_without_run(arguments.out, settings)))
+            name = f"{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            folder = processes.first(lambda: take(arguments.out or Path("runs") / name))
         finetune(settings, folder, console, payload, processes)
     return 0
 
@@ -116,19 +119,15 @@ def _folder_with_run(out: Path | None) -> Path:
     return out
 
 
-def _folder_without_run(out: Path | None, settings: FinetuneSettings) -> Path:
-    folder = (
-        out or Path("runs") / f"{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    )
+def _check_without_run(folder: Path) -> None:
     store = CheckpointStore(folder / "checkpoints")
     if store.checkpoints() or read_result(folder):
         raise UserError(
             f"--out: {folder} already holds a run; add --resume to continue it, "
             "or choose another folder"
         )
-    if settings.save_every and store.folder.exists() and not store.folder.is_dir():
+    if store.folder.exists() and not store.folder.is_dir():
         raise UserError(f"--out: expected a folder of checkpoints, got the file {store.folder}")
-    return folder
 
 
 def _load_newest(store: CheckpointStore, processes: Processes) -> tuple[dict[str, Any], list[str]]:

@@ -37,10 +37,14 @@ from lowbit_muon.tools.plan.headers import (
 _EMBEDDING_NAMES = re.compile(r"emb|wte|wpe|token|position", re.IGNORECASE)
 # Of a model: more than twice the experts' matrices of Kimi-K2 (arXiv 2507.20534), in modules of
 # their own, and how long transformers may take to make them.
-MOST_TENSORS, MOST_SECONDS = 200_000, 60.0
+MOST_TENSORS, MOST_SECONDS = 200_000, 20.0
 # Of a config: any whole number, and those that count what is made one by one.
-_MOST_NUMBER, _MOST_COUNT = 2**31, 100_000
-_COUNTS = re.compile(r"(layer|head|expert|block|stage|level|label|group)s?$|depth")
+_MOST_NUMBER = 2**31
+_MOST_DEPTH = 100  # torch walks through modules by recursion
+_MOST_COUNTS = {
+    r"layers?$|blocks?$|depth": 2000,
+    r"(head|expert|stage|level|label|group)s?$": 10**5,
+}
 _OTHER_INPUTS = (
     "give the checkpoint: a .safetensors file or the folder of them (only headers are read)"
 )
@@ -157,7 +161,8 @@ def _check_numbers(path: Path, value: object, name: str = "") -> None:
         for inner in value:
             _check_numbers(path, inner, name)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        most = _MOST_COUNT if _COUNTS.search(name) else _MOST_NUMBER
+        limits = (most for pattern, most in _MOST_COUNTS.items() if re.search(pattern, name))
+        most = next(limits, _MOST_NUMBER)
         if isinstance(value, int) and abs(value) > most:
             raise UserError(f"{path}: {name}: expected a whole number <= {most:,}, got {value:,}")
 
@@ -187,7 +192,10 @@ def _limited() -> Iterator[None]:
         nonlocal tensors
         tensors += 1
         if tensors > MOST_TENSORS or time.monotonic() > end:
-            raise UserError(f"expected a model of at most {MOST_TENSORS:,} tensors, got more")
+            raise UserError(
+                f"expected a model of at most {MOST_TENSORS:,} tensors, made in {MOST_SECONDS:.0f} "
+                f"s, got {tensors:,} so far"
+            )
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -219,6 +227,8 @@ def skeleton(shapes: Mapping[str, Shape]) -> nn.Module:
     owned: dict[str, dict[str, Shape]] = defaultdict(dict)
     for name, shape in shapes.items():
         path, _, own_name = name.rpartition(".")
+        if path.count(".") >= _MOST_DEPTH:
+            raise ValueError(f"modules in {path.count('.')} others")
         owned[path][own_name] = shape
     paths = {".".join(parts[:end]) for parts in (path.split(".") for path in owned)
              for end in range(1, len(parts) + 1)} - {""}  # fmt: skip
