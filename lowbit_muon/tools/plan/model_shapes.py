@@ -114,7 +114,8 @@ def _from_config(path: Path, values: dict[str, Any]) -> ModelShapes:
     _check_numbers(path, values)
     if importlib.util.find_spec("transformers") is None:
         raise UserError(
-            f"{path}: transformers is not installed (pip install 'lowbit-muon[plan]'); or {_OTHER_INPUTS}"
+            f"{path}: transformers is not installed (pip install 'lowbit-muon[plan]'); "
+            f"or {_OTHER_INPUTS}"
         )
     try:
         with _quiet(), _limited(), torch.device("meta"):
