@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.harness import write_json
-from lowbit_muon.tools.finetune.progress import MIB
+from lowbit_muon.tools.console import MIB
 from lowbit_muon.tools.finetune.report import peak_memory_bytes
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 from lowbit_muon.tools.finetune.training import FinetuneRun

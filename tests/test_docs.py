@@ -110,7 +110,7 @@ def test_the_plan_is_what_the_planner_says(tmp_path: Path) -> None:
     table = text.split("<!-- plan: llama-8b -->")[1].split("<!-- /plan -->")[0]
     stated = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.split("\n")[3:-1]]
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    routing = route(read_model(tmp_path).skeleton())
+    routing = route(read_model(tmp_path).model)
     plans = {plan.name: plan for plan in make_plans(routing, DTYPES["bf16"], "cuda", "adamw8bit")}
     assert len(stated) > 3
     for name, *sizes in stated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_muon.optimizers.param_groups import muon_param_groups
-from lowbit_muon.tools.plan.model_shapes import ModelShapes, ParameterShape, read_model
+from lowbit_muon.tools.plan.model_shapes import read_model, skeleton
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -82,82 +86,79 @@ def make_model(name: str) -> Model:
     if name in _LLAMAS:
         title, published, config = _LLAMAS[name]
         source = f"meta-llama/{title}"
-        shapes = _read_config({"model_type": "llama", **config})
-        return _model(title, source, published, shapes)
+        return _model(title, source, published, _read_config({"model_type": "llama", **config}))
     stacked = name == "kimi-k2-stacked"
     title = f"{_KIMI_TITLE}, experts {'stacked' if stacked else 'separate'}"
-    shapes = ModelShapes(_KIMI_SOURCE, tuple(_kimi(stacked)))
-    return _model(title, _KIMI_SOURCE, _KIMI_PUBLISHED, shapes)
+    return _model(title, _KIMI_SOURCE, _KIMI_PUBLISHED, dict(_kimi(stacked)))
 
 
-def _read_config(values: dict[str, object]) -> ModelShapes:
+def _read_config(values: dict[str, object]) -> Shapes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(values), encoding="utf-8")
-        return read_model(path)
+        return read_model(path).parameters
 
 
-def _kimi(stacked: bool) -> Iterator[ParameterShape]:
+def _kimi(stacked: bool) -> Iterator[tuple[str, Shape]]:
     """DeepSeek-V3's architecture (arXiv 2412.19437) in Kimi-K2's sizes (arXiv 2507.20534)."""
     layers, dense_layers, hidden, heads, vocabulary = 61, 1, 7168, 64, 163840
     q_rank, kv_rank, nope, rope, value = 1536, 512, 128, 64, 128
     experts, shared, expert, dense = 384, 1, 2048, 18432
 
-    def linear(name: str, rows: int, columns: int) -> ParameterShape:
-        return ParameterShape(f"{name}.weight", (rows, columns), "linear")
+    def linear(name: str, rows: int, columns: int) -> tuple[str, Shape]:
+        return f"{name}.weight", (rows, columns)
 
-    def gated(name: str, size: int) -> Iterator[ParameterShape]:
+    def gated(name: str, size: int) -> Iterator[tuple[str, Shape]]:
         yield linear(f"{name}.gate_proj", size, hidden)
         yield linear(f"{name}.up_proj", size, hidden)
         yield linear(f"{name}.down_proj", hidden, size)
 
-    yield ParameterShape("model.embed_tokens.weight", (vocabulary, hidden), "embedding")
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(layers):
         path = f"model.layers.{layer}"
         attention = f"{path}.self_attn"
         yield linear(f"{attention}.q_a_proj", q_rank, hidden)
-        yield ParameterShape(f"{attention}.q_a_layernorm.weight", (q_rank,), "norm")
+        yield f"{attention}.q_a_layernorm.weight", (q_rank,)
         yield linear(f"{attention}.q_b_proj", heads * (nope + rope), q_rank)
         yield linear(f"{attention}.kv_a_proj_with_mqa", kv_rank + rope, hidden)
-        yield ParameterShape(f"{attention}.kv_a_layernorm.weight", (kv_rank,), "norm")
+        yield f"{attention}.kv_a_layernorm.weight", (kv_rank,)
         yield linear(f"{attention}.kv_b_proj", heads * (nope + value), kv_rank)
         yield linear(f"{attention}.o_proj", hidden, heads * value)
         if layer < dense_layers:
             yield from gated(f"{path}.mlp", dense)
         else:
             yield linear(f"{path}.mlp.gate", experts, hidden)
-            yield ParameterShape(f"{path}.mlp.gate.e_score_correction_bias", (experts,), "linear")
+            yield f"{path}.mlp.gate.e_score_correction_bias", (experts,)
             if stacked:
-                for matrix in gated(f"{path}.mlp.experts", expert):
-                    own_name = matrix.name.removesuffix(".weight")
-                    yield ParameterShape(own_name, (experts, *matrix.shape), "other")
+                for name, shape in gated(f"{path}.mlp.experts", expert):
+                    yield name.removesuffix(".weight"), (experts, *shape)
             else:
                 for index in range(experts):
                     yield from gated(f"{path}.mlp.experts.{index}", expert)
             yield from gated(f"{path}.mlp.shared_experts", shared * expert)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            yield ParameterShape(f"{path}.{name}.weight", (hidden,), "norm")
-    yield ParameterShape("model.norm.weight", (hidden,), "norm")
+            yield f"{path}.{name}.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
     yield linear("lm_head", vocabulary, hidden)
 
 
-def _model(title: str, source: str, published: int, model: ModelShapes) -> Model:
+def _model(title: str, source: str, published: int, shapes: Shapes) -> Model:
+    taken = _taken_by_muon(shapes)
     stacks = []
-    taken = _taken_by_muon(model)
-    for parameter in model.parameters:
-        if _pattern(parameter.name) in taken:
-            *matrices, rows, columns = parameter.shape
+    for name, shape in shapes.items():
+        if _pattern(name) in taken:
+            *matrices, rows, columns = shape
             stacks.append(Stack(rows, columns, *matrices))
-    return Model(title, source, published, model.elements, tuple(stacks))
+    return Model(title, source, published, sum(map(math.prod, shapes.values())), tuple(stacks))
 
 
-def _taken_by_muon(model: ModelShapes) -> set[str]:
+def _taken_by_muon(shapes: Shapes) -> set[str]:
     """Patterns of the names that `muon_param_groups` gives to Muon.
 
-    It is asked with one parameter of each pattern: a module for each of 70,000 takes minutes.
+    It is asked with one parameter of each pattern: a module for each of 70,000 takes long.
     """
-    first = {_pattern(parameter.name): parameter for parameter in reversed(model.parameters)}
-    groups = muon_param_groups(ModelShapes(model.source, tuple(first.values())).skeleton())
+    first = {_pattern(name): name for name in reversed(shapes)}
+    groups = muon_param_groups(skeleton({name: shapes[name] for name in first.values()}))
     names = (name for group in groups if group["use_muon"] for name in group["param_names"])
     return {_pattern(name) for name in names}
 

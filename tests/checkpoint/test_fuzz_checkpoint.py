@@ -24,8 +24,8 @@ from test_fuzz_optimizer import check_state
 from torch import Tensor
 
 from lowbit_muon import Muon, MuonWithAuxAdam
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore, _fingerprint
-from lowbit_muon.tools.finetune.errors import FinetuneError
 
 CASES, SHARDS = (1_000, 4) if os.environ.get("FUZZ") else (80, 1)
 SETTINGS = settings(
@@ -402,5 +402,5 @@ def test_all_damaged_is_a_clear_error(
     shutil.copytree(intact[0], store.folder)
     for path in store.checkpoints():
         (path / "manifest.json").write_bytes(b"[" * 100_000)
-    with pytest.raises(FinetuneError, match=r"step-00000002 is damaged .*; .*step-00000001 is"):
+    with pytest.raises(UserError, match=r"step-00000002 is damaged .*; .*step-00000001 is"):
         store.load_newest()

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lowbit_muon.step.options import DEFAULT_COEFFICIENTS
 from lowbit_muon.tools import cli
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune import command
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore, load_checkpoint
-from lowbit_muon.tools.finetune.errors import FinetuneError
 from lowbit_muon.tools.finetune.processes import Processes
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 from lowbit_muon.tools.finetune.training import FinetuneRun, read_result
@@ -317,7 +317,7 @@ def errors(settings: FinetuneSettings, folder: Path) -> list[str]:
     ):
         try:
             attempt()
-        except FinetuneError as error:
+        except UserError as error:
             found.append(str(error))
     return found
 
@@ -337,14 +337,14 @@ def test_what_processes_cannot_share_is_refused(
 ) -> None:
     tiny.check_processes(2)
     with pytest.raises(
-        FinetuneError, match=r"--tokens-per-step: expected .* 3 processes .* of 96, got 64"
+        UserError, match=r"--tokens-per-step: expected .* 3 processes .* of 96, got 64"
     ):
         tiny.check_processes(3)
     released = dataclasses.replace(tiny, gradient_release=True)
     released.check_processes(1)
-    with pytest.raises(FinetuneError, match="--gradient-release: expected one process, got 2"):
+    with pytest.raises(UserError, match="--gradient-release: expected one process, got 2"):
         released.check_processes(2)
-    with pytest.raises(FinetuneError, match="--format: expected a fixed one with 2 processes"):
+    with pytest.raises(UserError, match="--format: expected a fixed one with 2 processes"):
         dataclasses.replace(tiny, format="auto").check_processes(2)
     monkeypatch.setattr(command, "started_processes", lambda: nullcontext(Processes(0, 2)))
     assert cli.main(["finetune", "--compare", "fp32,spectral4"]) == 2

@@ -49,12 +49,10 @@ def test_info_says_what_is_wrong_with_the_requested_instruction_set() -> None:
     assert f"instruction set: {cpu.ISA_VARIABLE}: " in done.stdout
 
 
-def test_no_command_shows_usage() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lowbit_muon.tools.cli"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("usage: lowbit-muon")
+def test_no_command_shows_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert capsys.readouterr().err.startswith("usage: lowbit-muon")
 
 
 @pytest.mark.parametrize(

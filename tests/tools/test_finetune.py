@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune import compare as compare_module
 from lowbit_muon.tools.finetune import training
 from lowbit_muon.tools.finetune.compare import compare
-from lowbit_muon.tools.finetune.errors import FinetuneError
 from lowbit_muon.tools.finetune.llama import Llama, LlamaConfig, rotary_table, rotate
 from lowbit_muon.tools.finetune.progress import TrainingProgress
 from lowbit_muon.tools.finetune.report import comparison_table, peak_memory_bytes
@@ -188,7 +188,7 @@ def test_held_out_pieces_are_spread_and_never_trained_on() -> None:
 
 
 def test_too_short_a_text_is_an_error() -> None:
-    with pytest.raises(FinetuneError, match="--held-out-tokens: 4000 of a text of 4200 tokens"):
+    with pytest.raises(UserError, match="--held-out-tokens: 4000 of a text of 4200 tokens"):
         make_corpus("line of text, 20 ch\n" * 210, lambda s: list(s.encode()), 4000, 64)
 
 
@@ -226,7 +226,7 @@ def test_learning_rate_warms_up_and_then_stays_or_falls_to_zero() -> None:
 )
 def test_bad_settings_are_named(name: str, value: Any) -> None:
     flag = "--" + name.replace("_", "-")
-    with pytest.raises(FinetuneError, match=f"{flag}: expected .*, got {value!r}"):
+    with pytest.raises(UserError, match=f"{flag}: expected .*, got {value!r}"):
         FinetuneSettings(**{name: value})
 
 
@@ -235,12 +235,10 @@ def test_a_resumed_run_keeps_what_decides_its_numbers() -> None:
     assert resumed_settings(saved, {}) == FinetuneSettings(steps=10)
     longer = resumed_settings(saved, {"steps": 30, "threads": 2, "lr": saved["lr"]})
     assert longer == FinetuneSettings(steps=30, threads=2)
-    with pytest.raises(
-        FinetuneError, match=f"--lr: the run being resumed has {saved['lr']}, got 0.5"
-    ):
+    with pytest.raises(UserError, match=f"--lr: the run being resumed has {saved['lr']}, got 0.5"):
         resumed_settings(saved, {"lr": 0.5})
     linear = dataclasses.asdict(FinetuneSettings(steps=10, schedule="linear"))
-    with pytest.raises(FinetuneError, match="--steps"):
+    with pytest.raises(UserError, match="--steps"):
         resumed_settings(linear, {"steps": 30})
 
 
@@ -326,12 +324,12 @@ def test_gradient_release_is_the_same_run(tiny: FinetuneSettings, tmp_path: Path
     usual = run(one, tmp_path / "usual")
     released = run(dataclasses.replace(one, gradient_release=True), tmp_path / "released")
     assert measured(released) == measured(usual)
-    with pytest.raises(FinetuneError, match="--precision: expected fp32 with --gradient-release"):
+    with pytest.raises(UserError, match="--precision: expected fp32 with --gradient-release"):
         dataclasses.replace(one, gradient_release=True, precision="bf16")
 
 
 def test_divergence_is_an_error_that_names_the_step(tiny: FinetuneSettings, tmp_path: Path) -> None:
-    with pytest.raises(FinetuneError, match="training loss is nan in step 2"):
+    with pytest.raises(UserError, match="training loss is nan in step 2"):
         run(dataclasses.replace(tiny, lr=1e30, warmup=0), tmp_path)
 
 
@@ -410,7 +408,7 @@ def test_comparison_continues_and_survives_a_failed_run(
     monkeypatch.setattr(compare_module, "_train", train)
     quiet, methods = Console(file=io.StringIO()), ["fp32", "spectral4"]
     broken = "fp32-seed1"
-    with pytest.raises(FinetuneError, match="failed: fp32 with seed 1"):
+    with pytest.raises(UserError, match="failed: fp32 with seed 1"):
         compare(methods, 2, tiny, tmp_path, quiet)
     assert trained == ["fp32-seed0", "spectral4-seed0", "fp32-seed1", "spectral4-seed1"]
     kept = json.loads((tmp_path / "compare.json").read_text())
@@ -421,7 +419,7 @@ def test_comparison_continues_and_survives_a_failed_run(
     runs = compare(methods, 2, tiny, tmp_path, quiet)
     assert trained == ["fp32-seed1"]
     assert [len(runs[method]) for method in methods] == [2, 2]
-    with pytest.raises(FinetuneError, match=r"holds a run with other settings \(lr\)"):
+    with pytest.raises(UserError, match=r"holds a run with other settings \(lr\)"):
         compare(methods, 2, dataclasses.replace(tiny, lr=0.5), tmp_path, quiet)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore
-from lowbit_muon.tools.finetune.errors import FinetuneError
 
 KILLS = 50 if os.environ.get("FUZZ") else 12  # `make fuzz` sets it
 
@@ -167,18 +167,18 @@ def test_a_missing_file_falls_back(store: CheckpointStore) -> None:
 def test_all_damaged_names_each(store: CheckpointStore) -> None:
     for path in store.checkpoints():
         (path / "state.pt").write_bytes(b"")
-    with pytest.raises(FinetuneError, match=r"step-00000030 is damaged .*; .*step-00000020 is"):
+    with pytest.raises(UserError, match=r"step-00000030 is damaged .*; .*step-00000020 is"):
         store.load_newest()
 
 
 def test_nothing_saved_yet(tmp_path: Path) -> None:
-    with pytest.raises(FinetuneError, match="nothing to resume from: no checkpoint in"):
+    with pytest.raises(UserError, match="nothing to resume from: no checkpoint in"):
         CheckpointStore(tmp_path).load_newest()
 
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FinetuneError, match=r"cannot save checkpoint .*step-00000001"):
+    with pytest.raises(UserError, match=r"cannot save checkpoint .*step-00000001"):
         CheckpointStore(tmp_path / "file").save(1, {})
 
 
@@ -186,5 +186,5 @@ def test_another_format_version_is_refused(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lowbit_muon.tools.finetune.checkpoint.FORMAT_VERSION", 99)
-    with pytest.raises(FinetuneError, match="expected checkpoint format 99, got 1"):
+    with pytest.raises(UserError, match="expected checkpoint format 99, got 1"):
         store.load_newest()

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from lowbit_muon.backends import BACKEND_NAMES, get_backend
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.tools.benchmark.arguments import plot_path, whole_number
+from lowbit_muon.tools.arguments import MOST_THREADS, plot_path, positive_number, whole_number
 from lowbit_muon.tools.benchmark.cases import DTYPES, Problem
 from lowbit_muon.tools.benchmark.measure import Result, measure, share_deadline
 from lowbit_muon.tools.benchmark.report import (
@@ -33,7 +23,9 @@ from lowbit_muon.tools.benchmark.report import (
     results_table,
     write_results,
 )
-from lowbit_muon.tools.finetune.progress import plain_console
+from lowbit_muon.tools.console import plain_console, progress_bar
+from lowbit_muon.tools.errors import UserError
+from lowbit_muon.tools.output import check_outputs
 
 DESCRIPTION = """Time one optimizer step and its parts (quantize, dequantize, the Gram matrix from
 the codes, orthogonalize) on one matrix at a time, in turn with torch's copy, torch.mm,
@@ -44,10 +36,8 @@ EPILOG = "example: lowbit-muon bench --shapes 1024x4096 --dtype bf16 --format sp
 SHAPES = "576x1536,1024x4096"
 FORMATS = "spectral4,mulaw4,linear8,fp32"
 REPEATS, WARMUP = 9, 1
-
-
-class _UsageError(Exception):
-    """Something the user can mend; the message says what and how, in one sentence."""
+MOST_REPEATS = 10**6
+MOST_ELEMENTS = 2**32  # of a matrix; dozens of that size lie in memory at once
 
 
 def add_bench_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -84,18 +74,20 @@ def add_bench_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     parser.add_argument(
         "--repeats",
-        type=whole_number,
+        type=whole_number(most=MOST_REPEATS),
         default=REPEATS,
         metavar="N",
         help=f"rounds that count, after {WARMUP} of warm-up (default: {REPEATS})",
     )
     parser.add_argument(
         "--seconds",
-        type=_positive_number,
+        type=positive_number,
         metavar="S",
         help="start no round after about so long, shared by the shapes; one round is always made",
     )
-    parser.add_argument("--threads", type=whole_number, metavar="N", help="default: torch's")
+    parser.add_argument(
+        "--threads", type=whole_number(most=MOST_THREADS), metavar="N", help="default: torch's"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
     parser.add_argument(
         "--plot", type=plot_path, metavar="FILE", help="draw the medians: .svg or .png"
@@ -107,10 +99,11 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     """ "16x24,8x8" as [(16, 24), (8, 8)], each once."""
     shapes: dict[tuple[int, int], None] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip())
-        if match is None:
+        match = re.fullmatch(r"([1-9]\d{,9})x([1-9]\d{,9})", part.strip(), re.ASCII)
+        if match is None or int(match[1]) * int(match[2]) > MOST_ELEMENTS:
             raise argparse.ArgumentTypeError(
-                f"expected ROWSxCOLUMNS, whole numbers >= 1, with commas between, got {part!r}"
+                "expected ROWSxCOLUMNS, whole numbers >= 1, with commas between, of at most "
+                f"{MOST_ELEMENTS} elements, got {part[:80]!r}"
             )
         shapes[int(match[1]), int(match[2])] = None
     return list(shapes)
@@ -127,23 +120,9 @@ def parse_formats(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
-    return value
-
-
 def run_bench(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status: 1 if a row is an error, 2 for a wrong argument."""
-    try:
-        device = _checked_device(arguments)
-    except _UsageError as error:
-        print(f"lowbit-muon: {error}", file=sys.stderr)
-        return 2
+    device = _checked_device(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     console = plain_console()
@@ -157,29 +136,16 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def _checked_device(arguments: argparse.Namespace) -> torch.device:
-    """The device; raises _UsageError for whatever would stop the run after it was timed, too."""
+    """The device; raises UserError for whatever would stop the run after it was timed, too."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise _UsageError("--device: expected 'cpu', since torch finds no GPU here, got 'cuda'")
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise _UsageError("--plot: matplotlib is not installed (pip install matplotlib)")
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None:
-            _check_writable(option, path)
+        raise UserError("--device: expected 'cpu', since torch finds no GPU here, got 'cuda'")
+    check_outputs([("--json", arguments.json), ("--plot", arguments.plot)])
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         get_backend(arguments.backend, device)
     except (ValueError, RuntimeError) as error:
-        raise _UsageError(f"--{error}") from None
+        raise UserError(f"--{error}") from None
     return device
-
-
-def _check_writable(option: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _UsageError(f"{option}: cannot write {path}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise _UsageError(f"{option}: expected a file that can be written, got {path}")
 
 
 def _measure_all(
@@ -188,18 +154,12 @@ def _measure_all(
     """Measures, shows and saves shape by shape: an interruption loses one at most."""
     shapes, results = arguments.shapes, []
     end = None if arguments.seconds is None else time.perf_counter() + arguments.seconds
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    bar = progress_bar(console)
     with bar:
         for index, shape in enumerate(shapes):
-            task = bar.add_task(f"{shape[0]}x{shape[1]}", total=WARMUP + arguments.repeats)
+            task = bar.add_task(
+                f"{shape[0]}x{shape[1]}", total=WARMUP + arguments.repeats, status=""
+            )
             rows = measure(
                 Problem(shape, arguments.dtype, device, arguments.backend),
                 arguments.formats,

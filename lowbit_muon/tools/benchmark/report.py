@@ -14,10 +14,8 @@ from rich.table import Table
 
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.tools.benchmark.measure import Result
-from lowbit_muon.tools.finetune.progress import MIB
-from lowbit_muon.tools.finetune.report import write_json
-
-PLOT_SUFFIXES = (".svg", ".png")
+from lowbit_muon.tools.console import MIB, make_table
+from lowbit_muon.tools.output import write_json, write_plot
 
 
 def machine() -> dict[str, Any]:
@@ -39,7 +37,7 @@ def machine() -> dict[str, Any]:
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -86,10 +84,8 @@ def results_table(results: Sequence[Result]) -> Table:
     rows, columns = results[0].shape
     rounds = max(len(result.seconds) for result in results)
     dtype = next((result.dtype for result in results if result.name == "step"), "")
-    table = Table(title=f"{rows}x{columns}, {dtype} weights, {results[0].device}, {rounds} rounds")
-    table.add_column("what", no_wrap=True)
-    for heading in ("ms", "spread", "ratio", "bits", "MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    title = f"{rows}x{columns}, {dtype} weights, {results[0].device}, {rounds} rounds"
+    table = make_table(title, ("what", "ms", "spread", "ratio", "bits", "MiB"), wrap=False)
     for result in results:
         table.add_row(
             label(result),
@@ -155,5 +151,4 @@ def plot_results(path: Path, results: Sequence[Result]) -> None:
         panel.set_xscale("log")
         panel.set_xlabel("milliseconds, logarithmic")
         panel.set_title(f"{shape[0]}x{shape[1]} on {rows[0].device}; grey: torch and other peers")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_plot(path, figure)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lowbit_muon.tools.doctor.errors import DoctorError
 from lowbit_muon.tools.doctor.weights import Shapes, load_tensors, read_shapes, shapes_in
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore
 
 StateDict = Mapping[str, Any]
@@ -31,7 +31,7 @@ class Checkpoint:
 def read_checkpoint(target: Path, weights: Path | None) -> Checkpoint:
     """Read a checkpoint's file or folder; `weights` is where the model's weights are, if given.
 
-    Raises DoctorError.
+    Raises UserError.
     """
     file = _optimizer_file(target)
     content = load_tensors(file)
@@ -49,18 +49,18 @@ def read_checkpoint(target: Path, weights: Path | None) -> Checkpoint:
 def _optimizer_file(target: Path) -> Path:
     if target.is_file():
         if target.suffix == ".safetensors":
-            raise DoctorError(
+            raise UserError(
                 f"TARGET: expected an optimizer's state (optimizer.pt, a checkpoint), got weights, "
                 f"{target}; give weights by --weights"
             )
         return target
     if not target.is_dir():
-        raise DoctorError(f"TARGET: expected a file or folder that exists, got {target}")
+        raise UserError(f"TARGET: expected a file or folder that exists, got {target}")
     for folder in (target, *_finetune_checkpoints(target)):
         for name in _OPTIMIZER_FILES:
             if (folder / name).is_file():
                 return folder / name
-    raise DoctorError(
+    raise UserError(
         f"TARGET: expected a folder with {', '.join(_OPTIMIZER_FILES[:-1])} or a checkpoint of "
         f"lowbit-muon finetune, got {target} with {_listing(target)}"
     )
@@ -87,7 +87,7 @@ def _optimizer_states(content: object, file: Path) -> list[StateDict]:
         if states and all(map(_is_state_dict, states)):
             return list(states)
     got = f"keys {', '.join(map(str, list(values)[:6]))}" if values else type(content).__name__
-    raise DoctorError(
+    raise UserError(
         f"{file}: expected an optimizer's state_dict, bare or under one of "
         f"{', '.join(_OPTIMIZER_KEYS)}, got {got}"
     )
@@ -102,5 +102,9 @@ def _is_state_dict(value: object) -> TypeGuard[StateDict]:
         isinstance(states, Mapping)
         and isinstance(groups, list)
         and all(isinstance(state, Mapping) for state in states.values())
-        and all(isinstance(group, Mapping) and "params" in group for group in groups)
+        and all(isinstance(group, Mapping) and _are_keys(group.get("params")) for group in groups)
     )
+
+
+def _are_keys(params: object) -> bool:
+    return isinstance(params, list) and all(isinstance(key, (int, str)) for key in params)

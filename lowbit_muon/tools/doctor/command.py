@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from lowbit_muon import __version__
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.tools.benchmark.arguments import plot_path, whole_number
+from lowbit_muon.tools.arguments import plot_path, whole_number
+from lowbit_muon.tools.console import plain_console
 from lowbit_muon.tools.doctor.checkpoints import read_checkpoint
-from lowbit_muon.tools.doctor.errors import DoctorError
 from lowbit_muon.tools.doctor.examine import Examined, diagnose_with_progress
 from lowbit_muon.tools.doctor.report import plot_diagnoses, show, write_diagnoses
 from lowbit_muon.tools.doctor.saved_state import describe, is_muon_state, rebuild
 from lowbit_muon.tools.doctor.script import examine_script
-from lowbit_muon.tools.finetune.progress import plain_console
+from lowbit_muon.tools.errors import UserError
+from lowbit_muon.tools.output import check_outputs
 
 DESCRIPTION = """Show, matrix by matrix, what storing Muon's momentum in few bits does to the
 updates. TARGET is a checkpoint: of lowbit-muon finetune, a file of torch.save with an optimizer's
@@ -49,7 +48,7 @@ def add_doctor_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     parser.add_argument(
         "--worst",
-        type=whole_number,
+        type=whole_number(),
         metavar="K",
         help="show only the K matrices of the largest errors",
     )
@@ -67,7 +66,7 @@ def add_doctor_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     parser.add_argument(
         "--steps",
-        type=whole_number,
+        type=whole_number(),
         metavar="N",
         help=f"diagnose a script before its N-th step, N >= 2 (default: {STEPS})",
     )
@@ -76,15 +75,6 @@ def add_doctor_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    try:
-        _doctor(arguments)
-    except DoctorError as error:
-        print(f"lowbit-muon: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
     _check(arguments)
     console = plain_console()
     if _is_script(arguments.target):
@@ -93,10 +83,16 @@ def _doctor(arguments: argparse.Namespace) -> None:
     else:
         found = _examine_checkpoint(arguments, console)
     if not any(examined.rows for examined in found):
-        raise DoctorError("TARGET: expected a matrix with a momentum, got none")
+        raise UserError("TARGET: expected a matrix with a momentum, got none")
     for examined in found:
         show(examined, arguments.worst, console)
-    _write(arguments, found, console)
+    if arguments.json is not None:
+        write_diagnoses(arguments.json, str(arguments.target), __version__, found)
+        console.print(f"--json: wrote {arguments.json}")
+    if arguments.plot is not None:
+        plot_diagnoses(arguments.plot, [row for examined in found for row in examined.rows])
+        console.print(f"--plot: wrote {arguments.plot}")
+    return 0
 
 
 def _is_script(target: Path) -> bool:
@@ -104,13 +100,13 @@ def _is_script(target: Path) -> bool:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise DoctorError for whatever would stop the command after its work was done, too."""
+    """Raise UserError for whatever would stop the command after its work was done, too."""
     target: Path = arguments.target
     if _is_script(target):
         if not target.is_file():
-            raise DoctorError(f"TARGET: expected a script that exists, got {target}")
+            raise UserError(f"TARGET: expected a script that exists, got {target}")
         if arguments.steps == 1:
-            raise DoctorError("--steps: expected 2 or more: there is no momentum before step 1")
+            raise UserError("--steps: expected 2 or more: there is no momentum before step 1")
         unused = {"--weights": arguments.weights, "--format": arguments.state_format}
         kind = "a checkpoint"
     else:
@@ -118,39 +114,26 @@ def _check(arguments: argparse.Namespace) -> None:
         kind = "a script (NAME.py)"
     for option, value in unused.items():
         if value:
-            raise DoctorError(f"{option}: expected with {kind} only, got {target}")
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise DoctorError("--plot: matplotlib is not installed (pip install matplotlib)")
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None and path.is_dir():
-            raise DoctorError(f"{option}: expected a file to write, got the folder {path}")
+            raise UserError(f"{option}: expected with {kind} only, got {target}")
+    inputs = [path for path in (target, arguments.weights) if path is not None]
+    check_outputs([("--json", arguments.json), ("--plot", arguments.plot)], inputs)
 
 
 def _examine_checkpoint(arguments: argparse.Namespace, console: Console) -> list[Examined]:
     """The Muons of a checkpoint; other optimizers beside them are passed over."""
     checkpoint = read_checkpoint(arguments.target, arguments.weights)
-    states = [state for state in checkpoint.optimizers if is_muon_state(state)]
-    if not states:
-        got = describe(checkpoint.optimizers[0]) if checkpoint.optimizers else "no optimizer"
-        raise DoctorError(f"{checkpoint.file}: expected the state of a Muon, got {got}")
     found = []
-    for state in states:
-        try:
-            saved = rebuild(state, checkpoint.find_shapes, arguments.state_format)
-        except DoctorError as error:
-            raise DoctorError(f"{checkpoint.file}: {error}") from None
-        rows = diagnose_with_progress(saved.muon, console)
-        found.append(Examined(saved.name, rows, saved.aux, saved.remarks))
-    return found
-
-
-def _write(arguments: argparse.Namespace, found: list[Examined], console: Console) -> None:
     try:
-        if arguments.json is not None:
-            write_diagnoses(arguments.json, str(arguments.target), __version__, found)
-            console.print(f"--json: wrote {arguments.json}")
-        if arguments.plot is not None:
-            plot_diagnoses(arguments.plot, [row for examined in found for row in examined.rows])
-            console.print(f"--plot: wrote {arguments.plot}")
-    except OSError as error:
-        raise DoctorError(f"cannot write the results: {error}") from None
+        for state in filter(is_muon_state, checkpoint.optimizers):
+            saved = rebuild(state, checkpoint.find_shapes, arguments.state_format)
+            rows = diagnose_with_progress(saved.muon, console)
+            found.append(Examined(saved.name, rows, saved.aux, saved.remarks))
+    except UserError as error:
+        raise UserError(f"{checkpoint.file}: {error}") from None
+    except Exception as error:  # a state that was tampered with fails in as many ways as a file
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{checkpoint.file}: expected the state of a Muon, got {reason}") from None
+    if not found:
+        got = describe(checkpoint.optimizers[0]) if checkpoint.optimizers else "no optimizer"
+        raise UserError(f"{checkpoint.file}: expected the state of a Muon, got {got}")
+    return found

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.diagnosis import Diagnosis
+from lowbit_muon.tools.console import progress_bar
 from lowbit_muon.tools.doctor.saved_state import AuxState
 
 PLAIN_SECONDS = 20  # between two lines of progress where there is no terminal
@@ -29,20 +29,13 @@ class Examined:
 def diagnose_with_progress(muon: Muon, console: Console) -> list[Diagnosis]:
     """As `muon.diagnose()`, parameter by parameter."""
     parts = list(_parts(muon))
-    bar = Progress(
-        TextColumn("diagnosing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
     rows: list[Diagnosis] = []
     shown = time.monotonic()
-    with bar:
-        for done, part in enumerate(bar.track(parts), start=1):
+    with progress_bar(console) as bar:
+        task = bar.add_task("diagnosing", total=len(parts), status="")
+        for done, part in enumerate(parts, start=1):
             rows += part.diagnose()
+            bar.advance(task)
             if not console.is_terminal and time.monotonic() - shown > PLAIN_SECONDS:
                 console.print(f"diagnosed {done}/{len(parts)} parameters")
                 shown = time.monotonic()

@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit_muon.state.diagnosis import Diagnosis
+from lowbit_muon.tools.console import KIB, make_table, printable
 from lowbit_muon.tools.doctor.examine import Examined
 from lowbit_muon.tools.doctor.findings import findings, matrices
-from lowbit_muon.tools.finetune.report import write_json
+from lowbit_muon.tools.output import write_json, write_plot
 
-KIB = 1024
 _HEADINGS = (
-    "shape", "format", "bits", "KiB", "steps", "skipped", "error", "rank", "stable", "ends"
+    "matrix", "shape", "format", "bits", "KiB", "steps", "skipped", "error", "rank", "stable",
+    "ends",
 )  # fmt: skip
 EXPLANATION = """\
 error: of the update, relative, from storing the momentum once more; 0 is exact, 1 is as bad as no \
@@ -41,7 +42,7 @@ def show(found: Examined, worst: int | None, console: Console) -> None:
     sentences = findings(found.rows)
     console.print("What stands out:" if sentences else "Nothing stands out.")
     for sentence in sentences:
-        console.print(f"- {sentence}")
+        console.print(f"- {printable(sentence)}")
 
 
 def diagnosis_table(found: Examined, worst: int | None) -> Table:
@@ -51,11 +52,10 @@ def diagnosis_table(found: Examined, worst: int | None) -> Table:
     title = f"{found.optimizer}, {matrices(len(rows))}"
     if len(chosen) < len(rows):
         title += f", {len(chosen)} of the largest errors shown"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("matrix", overflow="fold", min_width=_SHORTEST_NAME)
-    for heading in _HEADINGS:
-        left = heading in ("shape", "format")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    table = make_table(title, _HEADINGS, ("shape", "format"), wrap=False, box=SIMPLE_HEAD)
+    table.pad_edge = False
+    names = table.columns[0]
+    names.overflow, names.min_width, names.no_wrap = "fold", _SHORTEST_NAME, False
     for row in chosen:
         table.add_row(*_cells(row))
     table.add_section()
@@ -70,7 +70,7 @@ def _sort_key(row: Diagnosis) -> float:
 def _cells(row: Diagnosis) -> list[str]:
     exactness = "" if row.with_gradient else "~"
     return [
-        row.name,
+        printable(row.name),
         f"{row.shape[0]}x{row.shape[1]}",
         row.state_format,
         f"{row.bits_per_element:.2f}",
@@ -92,19 +92,7 @@ def _sums(rows: Sequence[Diagnosis]) -> list[str]:
     bits = f"{8 * nbytes / elements:.2f}" if elements else ""
     median = f"{statistics.median(errors):.3f}" if errors else ""
     skipped = str(sum(row.skipped for row in rows))
-    return [
-        "all, median error",
-        "",
-        "",
-        bits,
-        f"{nbytes / KIB:,.1f}",
-        "",
-        skipped,
-        median,
-        "",
-        "",
-        "",
-    ]
+    return ["all, median error", "", "", bits, f"{nbytes / KIB:,.1f}", "", skipped, median]
 
 
 def _aux_lines(found: Examined) -> list[str]:
@@ -163,7 +151,8 @@ def plot_diagnoses(path: Path, rows: Sequence[Diagnosis]) -> None:
     known_errors = [row.direction_error for row in rows if row.direction_error is not None]
     if known_errors:
         errors.axvline(statistics.median(known_errors), color="0.5", linewidth=1, label="median")
-    errors.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
+    names = [printable(row.name) for row in rows]
+    errors.set_yticks(range(len(rows)), names, fontsize=7, parse_math=False)
     errors.invert_yaxis()
     errors.set_xlabel("direction error")
     ranks.set_xlabel("effective rank / min(rows, columns)")
@@ -173,5 +162,4 @@ def plot_diagnoses(path: Path, rows: Sequence[Diagnosis]) -> None:
         panel.grid(alpha=0.3)
     ranks.set_xlim(0, 1)
     figure.legend(loc="outside upper right", ncols=6, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_plot(path, figure)

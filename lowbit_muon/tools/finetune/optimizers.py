@@ -12,7 +12,7 @@ from torch import nn
 from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
 from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.step.options import AuxAdam
-from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.processes import Processes
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 
@@ -27,7 +27,7 @@ def build_optimizer(
 
     The AdamW methods are torch.optim.AdamW and bitsandbytes' AdamW8bit on the matrices as well.
     process_group: over which the momentum of the matrices is shared.
-    Raises FinetuneError if bitsandbytes is asked for and does not work.
+    Raises UserError if bitsandbytes is asked for and does not work.
     """
     groups = muon_param_groups(
         model,
@@ -56,7 +56,7 @@ def build_optimizer(
         )
     except RuntimeError as error:
         option = "--aux-adam" if settings.optimizer == "muon" else "--optimizer"
-        raise FinetuneError(f"{option}: {error}; pip install bitsandbytes") from None
+        raise UserError(f"{option}: {error}; pip install bitsandbytes") from None
 
 
 def _adamw_group(group: dict[str, Any], settings: FinetuneSettings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowbit_muon.distributed.state_dicts import whole_state
-from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.llama import Llama
 
 T = TypeVar("T")
@@ -57,18 +57,18 @@ class Processes:
         return values
 
     def first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on the first process, or its FinetuneError, on all of them."""
+        """What `function` returns on the first process, or its UserError, on all of them."""
         if self.count == 1:
             return function()
         found: list[Any] = [None, None]
         if self.is_first:
             try:
                 found[0] = function()
-            except FinetuneError as error:
+            except UserError as error:
                 found[1] = str(error)
         dist.broadcast_object_list(found)
         if found[1] is not None:
-            raise FinetuneError(found[1])
+            raise UserError(found[1])
         return cast(T, found[0])
 
     def whole_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -128,10 +128,10 @@ def started_processes() -> Iterator[Processes]:
     processes = Processes(dist.get_rank(), count)
     try:
         yield processes
-    except FinetuneError as error:
+    except UserError as error:
         if processes.is_first:
             raise
-        raise FinetuneError(f"process {processes.rank}: {error}") from None
+        raise UserError(f"process {processes.rank}: {error}") from None
     dist.barrier()
     dist.destroy_process_group()
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-MIB = 2**20
+from lowbit_muon.tools.console import MIB, progress_bar
+
 PLAIN_LINES = 10  # of progress in a whole run
-
-
-def plain_console(*, quiet: bool = False) -> Console:
-    """A console that prints text as it is: no markup in it, and no line breaks added to it."""
-    return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 class TrainingProgress:
@@ -23,15 +18,7 @@ class TrainingProgress:
         self.console = console
         self.steps = steps
         self._every = max(1, steps // PLAIN_LINES)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bar(console, transient=False)
         self._task = self._bar.add_task("training", total=steps, completed=first_step, status="")
 
     def __enter__(self) -> TrainingProgress:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import statistics
 import sys
@@ -14,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_muon.tools.finetune.progress import MIB
+from lowbit_muon.tools.console import MIB, make_table
 from lowbit_muon.tools.finetune.settings import FORMATS_WITHOUT_NESTEROV
+from lowbit_muon.tools.output import write_plot
 
+PLOTS = ("loss.png", "loss.svg")
 SMOOTHING_STEPS = 5  # running mean of the training losses in plots
 
 
@@ -35,35 +35,17 @@ def peak_memory_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is always either the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def plot_run(folder: Path, result: Mapping[str, Any], console: Console) -> None:
-    """Draw a run's losses into `loss.png` and `loss.svg`."""
-    plot_losses(folder, {result["method"]: [result]}, console)
-
-
 def plot_losses(
     folder: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], console: Console
 ) -> None:
     """Draw the mean training and held-out losses of each method's runs over the steps."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         console.print("no plot: matplotlib is not installed (pip install matplotlib)")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for method, results in runs.items():
         curves = [result["train_loss"] for result in results]
         train = _smooth([statistics.fmean(losses) for losses in zip(*curves, strict=True)])
@@ -77,9 +59,8 @@ def plot_losses(
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"held-out loss (dots) and training loss (mean of {SMOOTHING_STEPS} steps)")
     axes.legend()
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"loss.{suffix}", dpi=150)
-    pyplot.close(figure)
+    for name in PLOTS:
+        write_plot(folder / name, figure, "--out")
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -96,9 +77,10 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """
     first = next(iter(runs))
     reference = {result["settings"]["seed"]: result["held_out_after"] for result in runs[first]}
-    table = Table(title="held-out loss in nats per token")
-    for heading in ("method", "held-out loss", f"minus {first}", "state MiB", "peak MiB", "s/step"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table = make_table(
+        "held-out loss in nats per token",
+        ("method", "held-out loss", f"minus {first}", "state MiB", "peak MiB", "s/step"),
+    )
     for method, results in runs.items():
         losses = [result["held_out_after"] for result in results]
         differences = [

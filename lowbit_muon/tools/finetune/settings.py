@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.arguments import MOST, MOST_THREADS
+from lowbit_muon.tools.errors import UserError
 
 ADAMW_METHODS = ("adamw", "adamw8bit")
 FORMATS = (*PRESETS, "auto")
 # MuonQ as published (arXiv 2605.11396) orthogonalises the momentum itself.
 FORMATS_WITHOUT_NESTEROV = ("muonq4",)
+LEAST = {"steps": 1, "tokens_per_step": 1, "sequence_length": 2, "held_out_tokens": 1}
+# Beyond these a seed is none of torch's generators (`text._order` multiplies it), a batch or an
+# attention matrix fits no memory, and a number times another is no float32.
+LARGEST = {
+    "seed": 2**32 - 1,
+    "threads": MOST_THREADS,
+    "sequence_length": 2**17,
+    "tokens_per_step": 2**27,
+    "sample_tokens": 2**13,
+    "weight_decay": 1e6,
+}
+_MOST_NUMBER = 1e30
 # These change how a run is watched or stored, not which numbers it computes.
 FREE_ON_RESUME = (
     "threads",
@@ -32,7 +44,7 @@ def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """What a run computes. Raises FinetuneError for a value that makes no sense."""
+    """What a run computes. Raises UserError for a value that makes no sense."""
 
     model: str = _option(
         "smollm2", "pretrained model; tiny is a random one for tests", ("smollm2", "tiny")
@@ -72,17 +84,24 @@ class FinetuneSettings:
     )
 
     def __post_init__(self) -> None:
-        at_least = {"steps": 1, "tokens_per_step": 1, "sequence_length": 2, "held_out_tokens": 1}
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
+            low = LEAST.get(name, 0)
             if field.metadata["choices"]:
                 allowed = field.metadata["choices"]
                 _expect(value in allowed, name, f"one of {', '.join(allowed)}", value)
-            elif isinstance(field.default, float):
-                _expect(math.isfinite(value) and value >= 0, name, "a number >= 0", value)
-            elif isinstance(field.default, int) and not isinstance(field.default, bool):
-                low = at_least.get(name, 0)
-                _expect(value >= low, name, f"a whole number >= {low}", value)
+            elif isinstance(field.default, (bool, str)):
+                kind = type(field.default)
+                _expect(isinstance(value, kind), name, f"a value of type {kind.__name__}", value)
+            else:
+                whole = isinstance(field.default, int)
+                most = LARGEST.get(name, MOST if whole else _MOST_NUMBER)
+                number = isinstance(value, int if whole else (int, float))
+                number = number and not isinstance(value, bool)
+                bound = f"<= {most}" if number and value > most else f">= {low}"
+                expected = f"a {'whole number' if whole else 'number'} {bound}"
+                _expect(number and low <= value <= most, name, expected, value)
+        _expect(_is_text(self.prompt), "prompt", "text that UTF-8 can encode", self.prompt)
         _expect(self.momentum < 1, "momentum", "a number in [0, 1)", self.momentum)
         _expect(
             self.tokens_per_step % self.sequence_length == 0,
@@ -90,7 +109,6 @@ class FinetuneSettings:
             f"a multiple of --sequence-length {self.sequence_length}",
             self.tokens_per_step,
         )
-
         _expect(
             not self.gradient_release or self.precision == "fp32",
             "precision",
@@ -99,7 +117,7 @@ class FinetuneSettings:
         )
 
     def check_processes(self, count: int) -> None:
-        """Raise FinetuneError unless so many processes can share a run with these settings."""
+        """Raise UserError unless so many processes can share a run with these settings."""
         if count == 1:
             return
         _expect(
@@ -111,7 +129,7 @@ class FinetuneSettings:
         )
         _expect(self.method != "auto", "format", f"a fixed one with {count} processes", self.format)
         if self.gradient_release:
-            raise FinetuneError(
+            raise UserError(
                 f"--gradient-release: expected one process, got {count}, whose gradients are "
                 "averaged after the backward pass"
             )
@@ -142,7 +160,7 @@ class FinetuneSettings:
             return dataclasses.replace(self, optimizer=name)
         if name not in FORMATS:
             known = ", ".join((*FORMATS, *ADAMW_METHODS))
-            raise FinetuneError(f"--compare: expected names out of {known}; got {name!r}")
+            raise UserError(f"--compare: expected names out of {known}; got {name!r}")
         return dataclasses.replace(self, optimizer="muon", format=name)
 
     def to_arguments(self) -> list[str]:
@@ -165,21 +183,30 @@ def option_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def resumed_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> FinetuneSettings:
+def resumed_settings(saved: Any, given: Mapping[str, Any]) -> FinetuneSettings:
     """The settings of an interrupted run, `saved`, with those `given` now that may change.
 
-    A constant schedule may also get more steps. Raises FinetuneError for any other change.
+    A constant schedule may also get more steps. Raises UserError for any other change.
     """
-    free = FREE_ON_RESUME + (("steps",) if saved["schedule"] == "constant" else ())
+    try:
+        start = FinetuneSettings(**saved)
+    except (TypeError, UserError) as error:
+        raise UserError(f"--out: expected a run of this version's settings: {error}") from None
+    free = FREE_ON_RESUME + (("steps",) if start.schedule == "constant" else ())
     for name, value in given.items():
-        if name not in free and value != saved[name]:
-            raise FinetuneError(
-                f"{option_flag(name)}: the run being resumed has {saved[name]!r}, got {value!r}; "
-                "leave the option out to continue it"
+        if name not in free and value != getattr(start, name):
+            raise UserError(
+                f"{option_flag(name)}: the run being resumed has {getattr(start, name)!r}, got "
+                f"{value!r}; leave the option out to continue it"
             )
-    return FinetuneSettings(**{**saved, **given})
+    return dataclasses.replace(start, **given)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it has none of the half letters that arguments in another encoding become."""
+    return value.encode("utf-8", "ignore").decode("utf-8") == value
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise FinetuneError(f"{option_flag(name)}: expected {expected}, got {got!r}")
+        raise UserError(f"{option_flag(name)}: expected {expected}, got {got!r}")

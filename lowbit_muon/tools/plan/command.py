@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_muon.tools.finetune.progress import plain_console
-from lowbit_muon.tools.finetune.report import write_json
-from lowbit_muon.tools.plan.errors import PlanError
+from lowbit_muon.tools.console import make_table, plain_console, printable
+from lowbit_muon.tools.output import check_outputs, write_json
 from lowbit_muon.tools.plan.memory import EXACTNESS, Plan, Routing, fitting, make_plans, route
 from lowbit_muon.tools.plan.model_shapes import ModelShapes, read_model
 
@@ -29,7 +27,8 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for unit, base in (("iB", 1024), ("B", 1000))
 }
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)\s*")
+_PLAN_FIELDS = ("momentum_bits", "weights", "gradients", "state", "workspace", "total")
 _TABLE_WIDTH = 118  # where there is no terminal to ask
 
 
@@ -39,7 +38,7 @@ def parse_size(text: str) -> int:
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise argparse.ArgumentTypeError(
-            f"expected a size such as 24GiB, 24GB or 8192MiB, got {text!r}"
+            f"expected a size such as 24GiB, 24GB or 8192MiB, got {text[:80]!r}"
         )
     return round(float(match[1]) * units[match[2].lower()])
 
@@ -83,17 +82,9 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    try:
-        _plan(arguments)
-    except PlanError as error:
-        print(f"lowbit-muon: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _plan(arguments: argparse.Namespace) -> None:
+    check_outputs([("--json", arguments.json)], [arguments.model])
     shapes = read_model(arguments.model)
-    routing = route(shapes.skeleton())
+    routing = route(shapes.model)
     plans = make_plans(
         routing, DTYPES[arguments.dtype], arguments.device, arguments.aux, arguments.activations
     )
@@ -106,16 +97,16 @@ def _plan(arguments: argparse.Namespace) -> None:
     console.print(verdict(plans, memory))
     console.print(_notes(arguments))
     if arguments.json is not None:
-        try:
-            write_json(arguments.json, _as_json(shapes, routing, plans, arguments))
-        except OSError as error:
-            raise PlanError(f"--json: expected a file to write, got {error}") from None
+        write_json(arguments.json, _as_json(shapes, routing, plans, arguments))
+    return 0
 
 
 def _show_model(
     shapes: ModelShapes, routing: Routing, arguments: argparse.Namespace, console: Console
 ) -> None:
-    console.print(f"{shapes.source}: {shapes.elements:,} parameters in {arguments.dtype}")
+    console.print(
+        f"{printable(shapes.source)}: {shapes.elements:,} parameters in {arguments.dtype}"
+    )
     console.print(
         f"Muon takes {routing.muon_elements:,} of them in {sum(routing.muon.values()):,} tensors, "
         f"AdamW the other {routing.aux_elements:,}"
@@ -123,11 +114,10 @@ def _show_model(
 
 
 def _table(plans: Sequence[Plan], device_memory: int) -> Table:
-    table = Table(title=f"one training step, in GiB; {gibibytes(device_memory)} to fit in")
-    for heading in (
-        "optimizer", "bits", "weights", "gradients", "state", "workspace", "total", "fits"
-    ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "optimizer" else "right")
+    table = make_table(
+        f"one training step, in GiB; {gibibytes(device_memory)} to fit in",
+        ("optimizer", "bits", "weights", "gradients", "state", "workspace", "total", "fits"),
+    )
     for plan in plans:
         sizes = (plan.weights, plan.gradients, plan.state, plan.workspace, plan.total)
         table.add_row(
@@ -202,12 +192,7 @@ def _as_json(
         "plans": [
             {
                 "optimizer": plan.name,
-                "momentum_bits": plan.momentum_bits,
-                "weights": plan.weights,
-                "gradients": plan.gradients,
-                "state": plan.state,
-                "workspace": plan.workspace,
-                "total": plan.total,
+                **{name: getattr(plan, name) for name in _PLAN_FIELDS},
                 "fits": plan.total <= arguments.device_memory,
             }
             for plan in plans

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ META = torch.device("meta")
 # codes, by bits, and what limbs and decoded columns are rounded up to.
 CHUNK_COLUMNS = {2: 256, 3: 512, 4: 128}
 LIMB_COLUMNS, LEVEL_COLUMNS = 64, 128
+_MOST_TRACED = 64  # parameters of a batch
 _REDUCTIONS = (torch.ops.aten.sum, torch.ops.aten.linalg_vector_norm)
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -201,6 +203,10 @@ def muon_step_bytes(
     elements = max(1, math.prod(shape) // matrices)
     # No batch is larger, so parameters beyond these only repeat it (`step.batches`).
     count = min(count, math.ceil(max(1, DEVICE_ELEMENTS // elements) / matrices))
+    if count > _MOST_TRACED:  # each more takes as much as the one before
+        size = partial(muon_step_bytes, shape, state_format=state_format, dtype=dtype, stack=stack)
+        most, half = size(_MOST_TRACED), size(_MOST_TRACED // 2)
+        return most + (count - _MOST_TRACED) * (most - half) // (_MOST_TRACED // 2)
     params = [nn.Parameter(torch.empty(*shape, dtype=dtype, device=META)) for _ in range(count)]
     optimizer = Muon(
         [{"params": params, "batch_experts": stack}],

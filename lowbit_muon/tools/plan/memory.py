@@ -16,8 +16,8 @@ from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.plan import device_workspace, host_workspace
-from lowbit_muon.tools.plan.errors import PlanError
 
 Shape = tuple[int, ...]
 Device = Literal["cuda", "cpu"]
@@ -67,11 +67,11 @@ class Routing:
 
 
 def route(model: nn.Module) -> Routing:
-    """As `muon_param_groups` divides the parameters. Raises PlanError if it finds no matrices."""
+    """As `muon_param_groups` divides the parameters. Raises UserError if it finds no matrices."""
     try:
         groups = muon_param_groups(model)
     except ValueError as error:
-        raise PlanError(f"MODEL: {error}") from None
+        raise UserError(f"MODEL: {error}") from None
     muon: Counter[tuple[Shape, bool]] = Counter()
     aux: Counter[Shape] = Counter()
     for group in groups:

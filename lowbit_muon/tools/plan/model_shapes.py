@@ -1,413 +1,268 @@
-"""Names and shapes of a model's parameters, from its `config.json` or from safetensors headers.
+"""A model without data (device "meta"), from its `config.json` or from safetensors headers.
 
-The result is a skeleton: an nn.Module without data (device "meta") with the model's parameter names
-and the module classes that `muon_param_groups` goes by, so that parameters are routed by its rules
-and no others. A config says which module is what; a header has names only, see `_kind_by_name`.
+A config is built by transformers, which know what every module is. A header has names only, see
+`_module`. `muon_param_groups` routes the parameters of both, by its rules and no others.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import math
+import os
 import re
-import struct
+import time
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lowbit_muon.tools.plan.errors import PlanError
-
-Kind = Literal["linear", "transposed", "embedding", "norm", "conv", "other"]
-
-_META = torch.device("meta")
-INDEX_FILE = "model.safetensors.index.json"
-# A header is JSON of names, dtypes and shapes; the format's own limit
-# (https://github.com/huggingface/safetensors, MAX_HEADER_SIZE).
-_MOST_HEADER_BYTES = 100_000_000
-# Tensors in checkpoints that nothing trains: rotary tables, GPT-2's masks, positions, counts.
-_NO_PARAMETER = re.compile(
-    r"inv_freq$|masked_bias$|position_ids$|running_(mean|var)$|num_batches_tracked$"
+from lowbit_muon.tools.errors import UserError
+from lowbit_muon.tools.plan.headers import (
+    INDEX_FILE,
+    MOST_ELEMENTS,
+    Shape,
+    is_size,
+    read_header,
+    read_index,
+    read_json,
 )
+
 _EMBEDDING_NAMES = re.compile(r"emb|wte|wpe|token|position", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class ParameterShape:
-    """One parameter: its full name, its size, and what kind of module owns it."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind
+# Of a model: more than twice the experts' matrices of Kimi-K2 (arXiv 2507.20534), in modules of
+# their own, and how long transformers may take to make them.
+MOST_TENSORS, MOST_SECONDS = 200_000, 20.0
+# Of a config: any whole number, and those that count what is made one by one.
+_MOST_NUMBER = 2**31
+_MOST_DEPTH = 100  # torch walks through modules by recursion
+_MOST_COUNTS = {
+    r"layers?$|blocks?$|depth": 2000,
+    r"(head|expert|stage|level|label|group)s?$": 10**5,
+}
+_OTHER_INPUTS = (
+    "give the checkpoint: a .safetensors file or the folder of them (only headers are read)"
+)
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model's parameters and where they were read."""
+    """A model without data and without a forward pass, and where it was read."""
 
     source: str
-    parameters: tuple[ParameterShape, ...]
+    model: nn.Module
+
+    @property
+    def parameters(self) -> dict[str, Shape]:
+        """Shapes by name, of shared parameters once."""
+        return {name: tuple(param.shape) for name, param in self.model.named_parameters()}
 
     @property
     def elements(self) -> int:
-        """Parameters of the model, shared ones once."""
-        return sum(torch.Size(p.shape).numel() for p in self.parameters)
-
-    def skeleton(self) -> nn.Module:
-        """A model without data and without a forward pass."""
-        return _build(self.parameters)
+        """Of all parameters."""
+        return sum(map(math.prod, self.parameters.values()))
 
 
 def read_model(path: Path) -> ModelShapes:
     """Read a config.json, a safetensors file or its index, or a folder with any of them.
 
-    A folder's config goes first if its model_type is known, since it says more than names do.
-    Raises PlanError.
+    A folder's config goes first if its model can be made, since it says more than names do.
+    Raises UserError.
     """
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise PlanError(f"MODEL: expected a file or folder that exists, got {path}")
+        raise UserError(f"MODEL: expected a file or folder that exists, got {path}")
     if path.suffix == ".safetensors":
         return _from_headers([path])
-    values = _read_json(path)
-    if "weight_map" in values:
-        return _from_index(path, values)
-    return _from_config(path, values)
+    values = read_json(path)
+    return _from_headers(read_index(path)) if "weight_map" in values else _from_config(path, values)
 
 
 def _read_folder(folder: Path) -> ModelShapes:
-    config = folder / "config.json"
-    shards = sorted(folder.glob("*.safetensors"))
-    values = _read_json(config) if config.is_file() else {}
-    if values and (values.get("model_type") in ARCHITECTURES or not shards):
-        return _from_config(config, values)
-    index = folder / INDEX_FILE
-    if index.is_file():
-        return _from_index(index, _read_json(index))
-    if not shards:
-        raise PlanError(
+    config, index = folder / "config.json", folder / INDEX_FILE
+    files = read_index(index) if index.is_file() else sorted(folder.glob("*.safetensors"))
+    if config.is_file():
+        try:
+            return _from_config(config, read_json(config))
+        except UserError:
+            if not files:
+                raise
+    if not files:
+        raise UserError(
             f"MODEL: expected a folder with config.json, *.safetensors or {INDEX_FILE}, "
             f"got {folder}"
         )
-    return _from_headers(shards)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"MODEL: expected JSON in {path}, got {error}") from None
-    if not isinstance(values, dict):
-        raise PlanError(f"MODEL: expected a JSON object in {path}, got {type(values).__name__}")
-    return values
+    return _from_headers(files)
 
 
 # From a config --------------------------------------------------------------------------------
 
 
-class _Config:
-    """Fields of a config.json, with errors that name them."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self._path, self._values = path, values
-
-    def size(self, name: str, default: int | None = None) -> int:
-        """A whole number >= 1; `default` where it is missing or null."""
-        value = self._values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PlanError(
-                f"MODEL: {self._path}: {name}: expected a whole number >= 1, got {value!r}"
-            )
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise PlanError(f"MODEL: {self._path}: {name}: expected true or false, got {value!r}")
-        return value
-
-    def numbers(self, name: str) -> list[int]:
-        value = self._values.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
-            raise PlanError(
-                f"MODEL: {self._path}: {name}: expected a list of numbers, got {value!r}"
-            )
-        return value
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """What tells one Llama-like model_type of Hugging Face's transformers from another.
-
-    qkv_bias, output_bias: None for what `attention_bias` says. experts: names of the layer's MLP
-    and of its experts' matrices, or None for a dense MLP.
-    """
-
-    qkv_bias: bool | None = None
-    output_bias: bool | None = None
-    head_norms: bool = False
-    experts: Literal["mixtral", "qwen"] | None = None
-    shared_expert: bool = False
-
-
-def _decoder(config: _Config, kind: _Decoder) -> Iterator[ParameterShape]:
-    """transformers/models/{llama,mistral,qwen2,qwen3,mixtral,..}/modeling_*.py"""
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    kv_heads = config.size("num_key_value_heads", heads)
-    head = config.size("head_dim", max(1, hidden // heads))
-    attention_bias = config.flag("attention_bias", False)
-    qkv_bias = attention_bias if kind.qkv_bias is None else kind.qkv_bias
-    output_bias = attention_bias if kind.output_bias is None else kind.output_bias
-    vocabulary = config.size("vocab_size")
-    yield ParameterShape("model.embed_tokens.weight", (vocabulary, hidden), "embedding")
-    for layer in range(config.size("num_hidden_layers")):
-        path = f"model.layers.{layer}"
-        for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            yield from _linear(f"{path}.self_attn.{name}_proj", rows * head, hidden, qkv_bias)
-        yield from _linear(f"{path}.self_attn.o_proj", hidden, heads * head, output_bias)
-        if kind.head_norms:
-            for name in ("q_norm", "k_norm"):
-                yield ParameterShape(f"{path}.self_attn.{name}.weight", (head,), "norm")
-        yield from _mlp(config, kind, path, layer, hidden)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield ParameterShape(f"{path}.{name}.weight", (hidden,), "norm")
-    yield ParameterShape("model.norm.weight", (hidden,), "norm")
-    if not config.flag("tie_word_embeddings", False):
-        yield from _linear("lm_head", vocabulary, hidden, False)
-
-
-def _mlp(
-    config: _Config, kind: _Decoder, path: str, layer: int, hidden: int
-) -> Iterator[ParameterShape]:
-    if kind.experts == "mixtral":
-        moe, count = f"{path}.block_sparse_moe", config.size("num_local_experts")
-        yield from _linear(f"{moe}.gate", count, hidden, False)
-        for expert in range(count):
-            names = ("w1", "w3", "w2")
-            size = config.size("intermediate_size")
-            yield from _gated(f"{moe}.experts.{expert}", names, size, hidden, False)
-        return
-    names = ("gate_proj", "up_proj", "down_proj")
-    sparse = kind.experts == "qwen" and (
-        layer not in config.numbers("mlp_only_layers")
-        and (layer + 1) % config.size("decoder_sparse_step", 1) == 0
-    )
-    if not sparse:
-        size, bias = config.size("intermediate_size"), config.flag("mlp_bias", False)
-        yield from _gated(f"{path}.mlp", names, size, hidden, bias)
-        return
-    count = config.size("num_experts")
-    yield from _linear(f"{path}.mlp.gate", count, hidden, False)
-    for expert in range(count):
-        size = config.size("moe_intermediate_size")
-        yield from _gated(f"{path}.mlp.experts.{expert}", names, size, hidden, False)
-    if kind.shared_expert:
-        size = config.size("shared_expert_intermediate_size")
-        yield from _gated(f"{path}.mlp.shared_expert", names, size, hidden, False)
-        yield from _linear(f"{path}.mlp.shared_expert_gate", 1, hidden, False)
-
-
-def _gated(
-    path: str, names: tuple[str, str, str], size: int, hidden: int, bias: bool
-) -> Iterator[ParameterShape]:
-    gate, up, down = names
-    yield from _linear(f"{path}.{gate}", size, hidden, bias)
-    yield from _linear(f"{path}.{up}", size, hidden, bias)
-    yield from _linear(f"{path}.{down}", hidden, size, bias)
-
-
-def _linear(path: str, rows: int, columns: int, bias: bool) -> Iterator[ParameterShape]:
-    yield ParameterShape(f"{path}.weight", (rows, columns), "linear")
-    if bias:
-        yield ParameterShape(f"{path}.bias", (rows,), "linear")
-
-
-def _gpt2(config: _Config) -> Iterator[ParameterShape]:
-    """transformers/models/gpt2/modeling_gpt2.py; Conv1D keeps its weight as [inputs, outputs]."""
-    hidden = config.size("n_embd", 768)
-    inner = config.size("n_inner", 4 * hidden)
-    vocabulary = config.size("vocab_size", 50257)
-    yield ParameterShape("transformer.wte.weight", (vocabulary, hidden), "embedding")
-    positions = config.size("n_positions", 1024)
-    yield ParameterShape("transformer.wpe.weight", (positions, hidden), "embedding")
-    for layer in range(config.size("n_layer", 12)):
-        path = f"transformer.h.{layer}"
-        for name, rows, columns in (
-            ("attn.c_attn", hidden, 3 * hidden),
-            ("attn.c_proj", hidden, hidden),
-            ("mlp.c_fc", hidden, inner),
-            ("mlp.c_proj", inner, hidden),
-        ):
-            yield ParameterShape(f"{path}.{name}.weight", (rows, columns), "transposed")
-            yield ParameterShape(f"{path}.{name}.bias", (columns,), "transposed")
-        yield from _layer_norm(f"{path}.ln_1", hidden)
-        yield from _layer_norm(f"{path}.ln_2", hidden)
-    yield from _layer_norm("transformer.ln_f", hidden)
-    if not config.flag("tie_word_embeddings", True):
-        yield from _linear("lm_head", vocabulary, hidden, False)
-
-
-def _layer_norm(path: str, size: int) -> Iterator[ParameterShape]:
-    yield ParameterShape(f"{path}.weight", (size,), "norm")
-    yield ParameterShape(f"{path}.bias", (size,), "norm")
-
-
-def _decoder_of(kind: _Decoder) -> Callable[[_Config], Iterator[ParameterShape]]:
-    return lambda config: _decoder(config, kind)
-
-
-ARCHITECTURES: dict[str, Callable[[_Config], Iterator[ParameterShape]]] = {
-    "llama": _decoder_of(_Decoder()),
-    "mistral": _decoder_of(_Decoder(qkv_bias=False, output_bias=False)),
-    "qwen2": _decoder_of(_Decoder(qkv_bias=True, output_bias=False)),
-    "qwen3": _decoder_of(_Decoder(head_norms=True)),
-    "mixtral": _decoder_of(_Decoder(qkv_bias=False, output_bias=False, experts="mixtral")),
-    "qwen2_moe": _decoder_of(
-        _Decoder(qkv_bias=True, output_bias=False, experts="qwen", shared_expert=True)
-    ),
-    "qwen3_moe": _decoder_of(_Decoder(head_norms=True, experts="qwen")),
-    "gpt2": _gpt2,
-}
-
-
-def _from_config(path: Path, values: Mapping[str, Any]) -> ModelShapes:
+def _from_config(path: Path, values: dict[str, Any]) -> ModelShapes:
     model_type = values.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise PlanError(
-            f"MODEL: {path}: model_type: expected one of {', '.join(sorted(ARCHITECTURES))}, got "
-            f"{model_type!r}; for any other model give its checkpoint, a .safetensors file or the "
-            "folder of them (only headers are read)"
+    if not isinstance(model_type, str):
+        raise UserError(
+            f"{path}: model_type: expected the name of an architecture, got {model_type!r}; "
+            f"or {_OTHER_INPUTS}"
         )
-    parameters = tuple(ARCHITECTURES[model_type](_Config(path, values)))
-    return ModelShapes(f"{path} ({model_type})", parameters)
+    _check_numbers(path, values)
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            f"{path}: transformers is not installed (pip install 'lowbit-muon[plan]'); "
+            f"or {_OTHER_INPUTS}"
+        )
+    try:
+        with _quiet(), _limited(), torch.device("meta"):
+            model = _make(model_type, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # of as many kinds as transformers has models
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: expected a config of {model_type}, got {reason}") from None
+    shapes = ModelShapes(f"{path} ({model_type})", model)
+    for name, shape in shapes.parameters.items():
+        if not is_size(shape) or 0 in shape:
+            raise UserError(f"{path}: {name}: expected a size >= 1 and < 2^55, got {shape}")
+    if shapes.elements > MOST_ELEMENTS:
+        raise UserError(f"{path}: expected fewer parameters, got {shapes.elements:,}")
+    return shapes
+
+
+def _make(model_type: str, values: dict[str, Any]) -> nn.Module:
+    """The class that the config names, or its usual one, and never code beside the config."""
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"model_type: expected one that transformers {transformers.__version__} know, got "
+            f"{model_type!r}; or {_OTHER_INPUTS}"
+        )
+    config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
+    name = next(iter(values.get("architectures") or ()), None)
+    kind: Any = getattr(transformers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        usual = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING)
+        kind = next(mapping for mapping in usual if type(config) in mapping)[type(config)]
+    model: nn.Module = kind._from_config(config, attn_implementation="eager")
+    return model
+
+
+def _check_numbers(path: Path, value: object, name: str = "") -> None:
+    """Raise UserError for a number of layers, heads or anything that no model has."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(path, inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(path, inner, name)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        limits = (most for pattern, most in _MOST_COUNTS.items() if re.search(pattern, name))
+        most = next(limits, _MOST_NUMBER)
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(f"{path}: {name}: expected a whole number <= {most:,}, got {value:,}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it transformers have nothing to say, and nobody to ask."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # looked at when they are imported
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Within it a model of too many tensors is an error as soon as it has them."""
+    tensors, end = 0, time.monotonic() + MOST_SECONDS
+
+    def count(*_: object) -> None:
+        nonlocal tensors
+        tensors += 1
+        if tensors > MOST_TENSORS or time.monotonic() > end:
+            raise UserError(
+                f"expected a model of at most {MOST_TENSORS:,} tensors, made in {MOST_SECONDS:.0f} "
+                f"s, got {tensors:,} so far"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # From headers ---------------------------------------------------------------------------------
 
 
-def _from_index(path: Path, values: Mapping[str, Any]) -> ModelShapes:
-    weight_map = values.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise PlanError(f"MODEL: {path}: expected a weight_map of names and files, got none")
-    return _from_headers([path.parent / str(name) for name in sorted(set(weight_map.values()))])
-
-
-def _from_headers(paths: list[Path]) -> ModelShapes:
-    found: dict[str, ParameterShape] = {}
+def _from_headers(paths: Sequence[Path]) -> ModelShapes:
+    found: dict[str, Shape] = {}
     for path in paths:
-        for name, entry in read_header(path).items():
-            shape = tuple(entry["shape"])
-            if _is_parameter(name, shape, str(entry["dtype"])):
-                found[name] = ParameterShape(name, shape, _kind_by_name(name, shape))
-    if not found:
-        raise PlanError(f"MODEL: expected parameters in {paths[0]}, got none")
+        found |= read_header(path)
     files = f"{paths[0]}" if len(paths) == 1 else f"{len(paths)} files in {paths[0].parent}"
-    return ModelShapes(f"{files} (safetensors headers)", tuple(found.values()))
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """{name: {"dtype": .., "shape": [..], ..}} of a safetensors file, without its data.
-
-    The file starts with the length of the header, 8 bytes, little-endian, and the header in JSON
-    (https://github.com/huggingface/safetensors). Raises PlanError.
-    """
+    if not 0 < len(found) <= MOST_TENSORS or not is_size([sum(map(math.prod, found.values()))]):
+        raise UserError(
+            f"{files}: expected parameters, {MOST_TENSORS:,} at most, got {len(found):,}"
+        )
     try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= _MOST_HEADER_BYTES:
-                raise PlanError(f"MODEL: {path}: expected a safetensors header, got {start!r}")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"MODEL: {path}: expected a safetensors header, got {error}") from None
-    if isinstance(header, dict):
-        header.pop("__metadata__", None)
-    if not isinstance(header, dict) or not all(map(_is_entry, header.values())):
-        raise PlanError(f"MODEL: {path}: expected names with dtype and shape in the header")
-    return header
+        return ModelShapes(f"{files} (safetensors headers)", skeleton(found))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{files}: expected names of a model's parameters, got {error}") from None
 
 
-def _is_entry(entry: object) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-        return False
-    return "dtype" in entry and all(isinstance(v, int) and v >= 0 for v in entry["shape"])
+def skeleton(shapes: Mapping[str, Shape]) -> nn.Module:
+    """A model with such parameters, without data."""
+    owned: dict[str, dict[str, Shape]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        path, _, own_name = name.rpartition(".")
+        if path.count(".") >= _MOST_DEPTH:
+            raise ValueError(f"modules in {path.count('.')} others")
+        owned[path][own_name] = shape
+    paths = {".".join(parts[:end]) for parts in (path.split(".") for path in owned)
+             for end in range(1, len(parts) + 1)} - {""}  # fmt: skip
+    # Layers of a stack are children of a ModuleList, by which `muon_param_groups` knows them.
+    stacks = {path.rpartition(".")[0] for path in paths if path.rpartition(".")[2].isdigit()}
+    modules: dict[str, nn.Module] = {"": nn.Module()}
+    for path in sorted(paths, key=lambda path: path.count(".")):
+        parent, _, name = path.rpartition(".")
+        stack = path in stacks and path not in owned
+        modules[path] = nn.ModuleList() if stack else _module(path, owned.get(path, {}))
+        modules[parent].add_module(name, modules[path])
+    for path, members in owned.items():
+        for own_name, shape in members.items():
+            value = nn.Parameter(torch.empty(shape, device="meta"))
+            modules[path].register_parameter(own_name, value)
+    return modules[""]
 
 
-def _is_parameter(name: str, shape: tuple[int, ...], dtype: str) -> bool:
-    """Whether a tensor is trained. GPT-2's masks are called `attn.bias`, of four dimensions."""
-    mask = name.endswith("attn.bias") and len(shape) == 4
-    return dtype.startswith(("F", "BF")) and not mask and not _NO_PARAMETER.search(name)
-
-
-def _kind_by_name(name: str, shape: tuple[int, ...]) -> Kind:
-    """What owns a parameter that only a name is known of.
+def _module(path: str, members: Mapping[str, Shape]) -> nn.Module:
+    """A module of the class that the name and shape of its largest parameter speak for.
 
     A matrix called `weight` is an embedding's if its module's name says so (embed_tokens, wte, wpe,
     position_embeddings) and a linear layer's otherwise; four or five dimensions are a
     convolution's, and so are three if the path says "conv". Everything else is left to what
     `muon_param_groups` makes of the name: three dimensions are a stack of experts.
     """
-    path, _, own_name = name.rpartition(".")
+    name, shape = max(members.items(), key=lambda member: len(member[1]), default=("", ()))
     if len(shape) > 3 or (len(shape) == 3 and "conv" in path.lower()):
-        return "conv"
-    if own_name != "weight" or len(shape) > 2:
-        return "other"
-    if len(shape) < 2:
-        return "norm"
-    return "embedding" if _EMBEDDING_NAMES.search(path.rpartition(".")[2]) else "linear"
-
-
-# The skeleton ---------------------------------------------------------------------------------
-
-
-class Conv1D(nn.Module):
-    """A linear layer with its weight as [inputs, outputs], under the name that transformers use."""
-
-
-def _build(parameters: Iterable[ParameterShape]) -> nn.Module:
-    owned: dict[str, list[ParameterShape]] = defaultdict(list)
-    for parameter in parameters:
-        owned[parameter.name.rpartition(".")[0]].append(parameter)
-    paths = set(owned)
-    for path in owned:
-        parts = path.split(".")
-        paths |= {".".join(parts[:end]) for end in range(1, len(parts))}
-    # Layers of a stack are children of a ModuleList, by which `muon_param_groups` knows them.
-    stacks = {path.rpartition(".")[0] for path in paths if path.rpartition(".")[2].isdigit()} - set(
-        owned
-    )
-    modules: dict[str, nn.Module] = {"": nn.Module()}
-    for path in sorted(paths - {""}, key=lambda path: path.count(".")):
-        parent, _, name = path.rpartition(".")
-        made = nn.ModuleList() if path in stacks else _module(owned.get(path, []))
-        modules[parent].add_module(name, made)
-        modules[path] = made
-    for path, members in owned.items():
-        for parameter in members:
-            value = nn.Parameter(torch.empty(parameter.shape, device=_META))
-            modules[path].register_parameter(parameter.name.rpartition(".")[2], value)
-    return modules[""]
-
-
-def _module(members: list[ParameterShape]) -> nn.Module:
-    """A module of the class that its largest parameter belongs to."""
-    if not members:
+        return nn.Conv2d(1, 1, 1, bias=False, device="meta")
+    if name != "weight" or len(shape) > 2:
         return nn.Module()
-    largest = max(members, key=lambda parameter: len(parameter.shape))
-    if largest.kind == "linear" and len(largest.shape) == 2:
-        rows, columns = largest.shape
-        return nn.Linear(columns, rows, bias=False, device=_META)
-    if largest.kind == "embedding":
-        rows, columns = largest.shape
-        return nn.Embedding(rows, columns, device=_META)
-    if largest.kind == "norm":
-        return nn.LayerNorm(1, elementwise_affine=False, device=_META)
-    if largest.kind == "conv":
-        return nn.Conv2d(1, 1, 1, bias=False, device=_META)
-    return Conv1D() if largest.kind == "transposed" else nn.Module()
+    if len(shape) < 2:
+        return nn.LayerNorm(1, elementwise_affine=False)
+    if _EMBEDDING_NAMES.search(path.rpartition(".")[2]):
+        return nn.Embedding(shape[0], shape[1], device="meta")
+    return nn.Linear(shape[1], shape[0], bias=False, device="meta")
