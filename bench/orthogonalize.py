@@ -5,8 +5,8 @@
 For each shape the error against float64 comes first: a method whose error exceeds that of
 torch.optim.Muon's bfloat16 function, the peer, is an error and not timed. gram-newton-schulz from
 PyPI (float16, a restart after two steps, torch's products) is another peer, where it is installed.
-Fractions count the operations a method does, triangles where it computes one (`operations`); eigh
-has no such count. `lowbit_muon.linalg.newton_schulz.takes_gram_form` has its thresholds from the
+Fractions count the operations a method does, triangles where it computes one (`operations`).
+`lowbit_muon.linalg.newton_schulz.takes_gram_form` has its thresholds from the
 results in bench/results/orthogonalize.json. Where other programs keep the cores busy set
 OMP_WAIT_POLICY=passive, or threads that wait in a loop for one that is not running distort what is
 measured.
@@ -43,7 +43,7 @@ STEPS, EPS = 5, 1e-7
 BACKEND = get_backend("auto", torch.device("cpu"))
 BASELINE, PEER, PACKAGE = "plain fp32", "torch.optim.Muon", "gram-newton-schulz fp16"
 PRODUCT = "X Xᵀ: torch.mm"
-METHODS = ("newton_schulz", "gram", "eigh", "auto")
+METHODS = ("newton_schulz", "gram", "auto")
 ROWS = (64, 128, 192, 256, 384, 576, 768, 1024, 2048)
 QUICK_ROWS = (64, 256, 576)
 ASPECTS = (1.0, 8 / 3, 4.0)
@@ -75,8 +75,8 @@ def reference(x: Tensor) -> Tensor:
     return (vectors * factor) @ (vectors.mT @ exact)
 
 
-def operations(method: str, m: int, n: int) -> float | None:
-    """What a method multiplies and adds for [m, n], m <= n; None where that is not counted."""
+def operations(method: str, m: int, n: int) -> float:
+    """What a method multiplies and adds for [m, n], m <= n."""
     coefficients = resolve_coefficients("muon", STEPS)
     if method == "auto":
         gram_form = takes_gram_form((m, n), coefficients, torch.float32, BACKEND)
@@ -86,9 +86,8 @@ def operations(method: str, m: int, n: int) -> float | None:
     gram_matrix, square = symmetric_operations(m, n), symmetric_operations(m, m)
     if method == "newton_schulz":
         return STEPS * (gram_matrix + square + product_operations(m, m, n))
-    if method == "gram":  # T products of H, T-1 of Q, 2T-2 of R; then Q X
-        return gram_matrix + (4 * STEPS - 3) * square + product_operations(m, m, n)
-    return None
+    # T products of H, T-1 of Q, 2T-2 of R; then Q X
+    return gram_matrix + (4 * STEPS - 3) * square + product_operations(m, m, n)
 
 
 class Shape:
@@ -177,8 +176,7 @@ class Shape:
         for method in METHODS:
             call = partial(orthogonalize, steps=STEPS, coefficients="muon", method=method, eps=EPS)
             work = operations(method, self.m, self.n)
-            roof = None if work is None else f"fp32 {isa}"
-            prepare = with_work(partial(self.held, call), work, roof)
+            prepare = with_work(partial(self.held, call), work, f"fp32 {isa}")
             found.append(Case(method, prepare, baseline=BASELINE, isa=isa))
         return [*found, *self.products(isa), *roofs({peak, f"fp32 {isa}", BF16_PRODUCT})]
 
@@ -191,9 +189,7 @@ def shipped(x: Tensor) -> Tensor:
 
 def rounds(m: int, n: int, most: int) -> int:
     """As many as fit the budget, at least three."""
-    plain = operations("plain", m, n)
-    assert plain is not None
-    return int(min(max(FLOP_BUDGET / plain, 3), most))
+    return int(min(max(FLOP_BUDGET / operations("plain", m, n), 3), most))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

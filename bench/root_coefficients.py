@@ -24,15 +24,16 @@ zero (MARGIN); the same matrix then has 0.002, with the same defect.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import brentq, least_squares
+from torch import Tensor
 
 from lowbit_muon.linalg.root_iteration import RootCoefficients
-from lowbit_muon.linalg.spectral import companding_gain
 
 # (shift, steps of the chain, quadratic forms, floor). The floor is three times what rounding of a
 # float32 Gram matrix of trace one was seen to do (-9e-8, rank one). It sets the smallest shift: at
@@ -69,6 +70,20 @@ def greedy_chain(lowest: float, steps: int) -> list[tuple[float, float]]:
         chain.append((a, -a * r))
         low, high = low * (a - a * r * low) ** 3, 1.0
     return chain
+
+
+def compand_singular_values(s: Tensor, shift: float) -> Tensor:
+    """The real root y of y^3 + shift*y = s for s >= 0, in closed form (hyperbolic sine)."""
+    k = math.sqrt(shift / 3)
+    return 2 * k * torch.sinh(torch.asinh(s / (2 * k**3)) / 3)
+
+
+def companding_gain(eigenvalues: Tensor, shift: float) -> Tensor:
+    """f(lambda) = y(s)/s with s = sqrt(lambda), f(0) = 1/shift; rounding below 0 counts as 0."""
+    s = eigenvalues.clamp_min(0).sqrt()
+    # Below this size y = s/shift to float64 precision: y^3/(shift*y) < 1e-18.
+    linear = s <= 1e-9 * shift**1.5
+    return torch.where(linear, 1 / shift, compand_singular_values(s, shift) / s.clamp_min(1e-300))
 
 
 def eigenvalue_grid(shift: float, density: int) -> Array:

@@ -1,42 +1,53 @@
-"""What a backend offers. `Backend` itself computes in torch operations, on any device.
+"""What a backend offers, checked and documented here once for all of them.
 
-It is the ground truth ("reference") that every kernel is tested against, and what a backend
-inherits where it has no kernel: a new one is a folder with a subclass and a line in the registry
-of `backends/__init__.py`. Element-wise and integer operations give the same bits in all backends;
-float products agree to the rounding of their sums.
+Each method of `Backend` checks its arguments and hands them to the method of the same name with an
+underscore. Those of `reference.Kernels` are torch operations, on any device: the ground truth
+("reference") that every kernel is tested against, and what a backend inherits where it has no
+kernel. A new one is a folder with a subclass that overrides some of them, and a line in the
+registry of `backends/__init__.py`. Element-wise and integer operations give the same bits in all
+backends; float products agree to the rounding of their sums.
 
 Matrices are [m, n], or [b, m, n] for a batch of them, each by itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends import reference
-from lowbit_muon.backends.codes import (
-    INTEGER_SEGMENT,
-    LIMB_LIMIT,
-    PackedCodes,
-    Terms,
-    check_integer_codes,
+from lowbit_muon.backends.codes import PackedCodes, Product, Terms
+from lowbit_muon.backends.memory import (
+    KERNEL_DTYPES,
+    Checks,
+    check_apart,
+    check_book,
+    has_even_rows,
+    rows_in_place,
 )
-from lowbit_muon.backends.memory import share_memory
+from lowbit_muon.backends.reference import Kernels, row_squares
+from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 
-class Backend:
+class Backend(Kernels):
     """The kernels, in torch operations.
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
-    in their dense products.
+    in their dense products of a step. product_dtypes: of its dense products. checks: of tensors on
+    its devices.
+
+    All methods raise ValueError or TypeError, naming the parameter, for tensors with another
+    device, dtype or shape than is stated.
     """
 
     name: ClassVar[str] = "reference"
     asynchronous: ClassVar[bool] = False
+    product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
+    checks: Checks = Checks()
 
     def quantize(
         self,
@@ -44,13 +55,19 @@ class Backend:
         codebook: Codebook,
         layout: CodeLayout,
         *,
-        packed: Tensor | None = None,  # uint8 [.., m, layout.row_bytes(n)]
-        scales: Tensor | None = None,  # float32 [.., m, layout.blocks(n)]
+        packed: Tensor | None = None,  # uint8 [.., m, layout.row_bytes(n)], contiguous
+        scales: Tensor | None = None,  # float32 [.., m, layout.blocks(n)], contiguous
     ) -> tuple[Tensor, Tensor]:
         """Scales from the statistic of each block, then codes: (packed, scales)."""
-        found = reference.block_scales(x, layout)
-        scales = found if scales is None else scales.copy_(found)
-        return self.encode(x, scales, codebook, layout, packed=packed), scales
+        *leading, n = self.checks.tensor(x, "x", None, torch.float32)
+        check_book(layout.bits, len(codebook.levels))
+        output = self.checks.output
+        packed = output(packed, "packed", (*leading, layout.row_bytes(n)), torch.uint8, x)
+        scales = output(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
+        if x.numel():
+            codes = PackedCodes(packed, scales, codebook, layout, n)
+            self._quantize(x, codes, layout.statistic)
+        return packed, scales
 
     def encode(
         self,
@@ -62,17 +79,37 @@ class Backend:
         packed: Tensor | None = None,
     ) -> Tensor:
         """Codes for given scales: packed."""
-        found = reference.encode(x, scales, codebook, layout)
-        return found if packed is None else packed.copy_(found)
+        *leading, n = self.checks.tensor(x, "x", None, torch.float32)
+        check_book(layout.bits, len(codebook.levels))
+        self.checks.tensor(scales, "scales", (*leading, layout.blocks(n)), torch.float32, x)
+        shape = (*leading, layout.row_bytes(n))
+        packed = self.checks.output(packed, "packed", shape, torch.uint8, x)
+        if x.numel():
+            codes = PackedCodes(packed, scales.contiguous(), codebook, layout, n)
+            self._quantize(x, codes, "given")
+        return packed
 
     def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
         """buffer <- the sum of the terms, float32 [.., m, n], in place.
 
-        Returns the sum of squares of each row, [.., m], in float64 (float32 where the device has
-        nothing wider), which is not finite if any element is not.
+        Rows of the buffer are contiguous and do not overlap. Returns the sum of squares of each
+        row, [.., m], in float64 (float32 where the device has nothing wider), which is not finite
+        if any element is not.
         """
-        reference.add_terms(buffer, terms)
-        return reference.row_squares(buffer)
+        shape = self.checks.tensor(buffer, "buffer", None, torch.float32, written=True)
+        if terms.grad is not None:
+            self.checks.tensor(terms.grad, "grad", shape, KERNEL_DTYPES, buffer)
+        if terms.codes is not None:
+            codes = self.checks.codes(terms.codes, shape, buffer)
+            if codes is not terms.codes:
+                terms = dataclasses.replace(terms, codes=codes)
+        whole = rows_in_place(buffer, "buffer")
+        if not buffer.numel():
+            return row_squares(buffer)
+        squares = self._accumulate(whole, terms)
+        if whole is not buffer:
+            buffer.copy_(whole)
+        return squares
 
     def update_codes(
         self,
@@ -85,25 +122,33 @@ class Backend:
     ) -> tuple[Tensor, Tensor]:
         """One pass: X = the sum of the terms, quantised as by `quantize` into (packed, scales).
 
-        packed and scales do not overlap the codes of the terms. out <- w * X + v * grad with
+        packed, scales and `out` overlap nothing that is read. out <- w * X + v * grad with
         (w, v) = out_weights, in float32 from X before it was quantised. Returns the rows' sums of
         squares of X, and of `out` before it was rounded (zeros without `out`), as `accumulate`
         does.
         """
         codes, grad = terms.codes_and_grad()
-        x = out
-        # In `out` itself where that can hold X and is not the gradient, which is read again.
-        if x is None or x.dtype != torch.float32 or not x.is_contiguous() or share_memory(x, grad):
-            x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        squares = self.accumulate(x, terms)
-        self.quantize(x, codes.codebook, codes.layout, packed=packed, scales=scales)
-        if out is None:
-            return squares, torch.zeros_like(squares)
-        value_weight, grad_weight = out_weights
-        out_squares = self.accumulate(x, Terms(value_weight, grad=grad, grad_weight=grad_weight))
-        if x is not out:
-            out.copy_(x)
-        return squares, out_squares
+        shape = self.checks.tensor(grad, "grad", None, KERNEL_DTYPES)
+        codes = self.checks.codes(codes, shape, grad)
+        output = self.checks.output
+        output(packed, "packed", codes.packed.shape, torch.uint8, grad)
+        output(scales, "scales", codes.scales.shape, torch.float32, grad)
+        check_apart(packed, "packed", codes.packed, "codes.packed")
+        check_apart(scales, "scales", codes.scales, "codes.scales")
+        written = out
+        if out is not None:
+            self.checks.tensor(out, "out", shape, KERNEL_DTYPES, grad, written=True)
+            check_apart(out, "out", grad, "grad")
+            if not has_even_rows(out):
+                written = torch.empty(shape, dtype=out.dtype, device=out.device)
+        if not grad.numel():
+            return row_squares(grad), row_squares(grad)
+        new = PackedCodes(packed, scales, codes.codebook, codes.layout, codes.columns)
+        terms = dataclasses.replace(terms, codes=codes)
+        found = self._update_codes(terms, new, written, out_weights)
+        if out is not None and written is not None and written is not out:
+            out.copy_(written)
+        return found
 
     def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
         """Multiply float32 x [.., m, n] by the fixed orthogonal matrix, in place.
@@ -112,9 +157,14 @@ class Backend:
         Walsh-Hadamard transform (natural order, divided by sqrt(p)) of the first p columns, B that
         of the last p (left out if p is n), and D1, D2 signs by column (`codebook.rotation_signs`).
         Two overlapping transforms spread a single large column over all others, for every n. With
-        `inverse`, the inverse.
+        `inverse`, the inverse. Rows are contiguous and do not overlap.
         """
-        reference.rotate(x, inverse=inverse)
+        self.checks.tensor(x, "x", None, torch.float32, written=True)
+        whole = rows_in_place(x, "x")
+        if x.numel():
+            self._rotate(whole, inverse)
+        if whole is not x:
+            x.copy_(whole)
 
     def product(
         self,
@@ -126,13 +176,25 @@ class Backend:
         beta: float = 0.0,
         active: Tensor | None = None,  # bool [b]; matrices where it is False are left as they are
     ) -> Tensor:
-        """out <- alpha * a b + beta * out; out is not read if beta is 0 and overlaps no factor.
+        """out <- alpha * a b + beta * out; out overlaps no factor.
 
-        Factors of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of
-        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded
-        to its dtype. Of a single matrix alpha and `active` have one element.
+        `out` is not read if beta is 0; without `out` there is nothing to add. Factors of one dtype,
+        summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
+        factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
+        single matrix alpha and `active` have one element.
         """
-        return reference.product(a, b, out, alpha, beta, active)
+        *batch, rows, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
+        columns = b.shape[-1] if isinstance(b, Tensor) and b.ndim else 0
+        self.checks.tensor(b, "b", (*batch, depth, columns), a.dtype, a)
+        if isinstance(alpha, Tensor):
+            self.checks.tensor(alpha, "alpha", tuple(batch) or (1,), torch.float32, a)
+        if active is not None:
+            self.checks.tensor(active, "active", tuple(batch) or (1,), torch.bool, a)
+        shape = (*batch, rows, columns)
+        if out is not None:
+            self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
+        addend = None if beta == 0 else out
+        return self._multiply(Product(shape, a, b, out, addend, alpha, beta, active, False))
 
     def symmetric_product(
         self,
@@ -150,7 +212,17 @@ class Backend:
         Only one triangle need be computed; what is returned is exactly symmetric. `out` overlaps
         no factor. Dtypes and `active` as for `product`.
         """
-        return reference.symmetric_product(a, b, addend, out, alpha, beta, active)
+        *batch, size, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
+        if b is not None:
+            self.checks.tensor(b, "b", (*batch, depth, size), a.dtype, a)
+        if active is not None:
+            self.checks.tensor(active, "active", tuple(batch) or (1,), torch.bool, a)
+        shape = (*batch, size, size)
+        if addend is not None:
+            self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
+        if out is not None:
+            self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
+        return self._multiply(Product(shape, a, b, out, addend, alpha, beta, active, True))
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.
@@ -160,30 +232,40 @@ class Backend:
         each operation rounded to float32. Raises ValueError for codes that `check_integer_codes`
         does not take.
         """
-        check_integer_codes(codes, blocks=True)
-        block = codes.layout.effective_block(codes.columns)
-        segment = block if block == codes.columns else min(block, INTEGER_SEGMENT)
-        return reference.code_gram(codes, segment)
+        codes = self.checks.integer_codes(codes, blocks=True)
+        shape = (*codes.packed.shape[:-1], codes.packed.shape[-2])
+        new = torch.empty if codes.packed.numel() else torch.zeros
+        out = new(shape, dtype=torch.float32, device=codes.packed.device)
+        if codes.packed.numel():
+            self._code_gram(codes, out)
+        return out
 
     def code_product(
         self,
         a: Tensor,  # float32 [.., k, m], any strides
         codes: PackedCodes,
         *,
-        out: Tensor | None = None,  # [.., k, n], contiguous; float32, on devices also half
+        out: Tensor | None = None,  # [.., k, n], contiguous; float32, bfloat16 or float16
         beta: float = 0.0,
     ) -> Tensor:
         """out <- A X + beta * out of coded X in two integer products, rounded once.
 
         A diag(scales) is rounded, row by row, to whole multiples 256*h + l of a 32639th of the
         row's largest magnitude; the limbs h and l are int8, and their products with the levels are
-        summed exactly. Raises ValueError as `code_gram` does.
+        summed exactly. Without `out` there is nothing to add. Raises ValueError as `code_gram`
+        does.
         """
-        check_integer_codes(codes)
-        result = reference.code_product(a, codes, LIMB_LIMIT)
-        if out is None:
-            return result
-        return out.copy_(result if beta == 0 else beta * out.float() + result)
+        codes = self.checks.integer_codes(codes, blocks=False)
+        *leading, rows, _ = codes.packed.shape
+        out_rows = self.checks.tensor(a, "a", None, torch.float32, codes.packed)[-2]
+        self.checks.tensor(a, "a", (*leading, out_rows, rows), torch.float32, codes.packed)
+        beta = 0.0 if out is None else beta
+        shape = (*leading, out_rows, codes.columns)
+        out = self.checks.output(out, "out", shape, KERNEL_DTYPES, a)
+        if not rows or not out.numel():
+            return out.mul_(beta) if beta else out.zero_()
+        self._code_product(a, codes, out, beta)
+        return out
 
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
@@ -191,8 +273,12 @@ class Backend:
         x: float32 [b, m, n]; factor: float32 [b]; out: float32, bfloat16 or float16 [b, m, n], may
         be x.
         """
-        factor = factor.view(-1, 1, 1)
-        return out.copy_(torch.where(factor == 0, 0.0, x * factor))
+        shape = self.checks.tensor(x, "x", None, torch.float32, dimensions=(3,))
+        self.checks.tensor(factor, "factor", shape[:1], torch.float32, x)
+        self.checks.tensor(out, "out", shape, KERNEL_DTYPES, x, written=True)
+        if out.numel():
+            self._scaled(x, factor, out)
+        return out
 
     def update_weight(
         self,
@@ -210,4 +296,15 @@ class Backend:
         `reference.random_bits(seed, row*n + column)` is added to the 32 bits of the result, which
         are cut after the upper 16. What is not finite is rounded as usual.
         """
-        weight.copy_(reference.updated_weight(weight, update, decay, step_size, seed))
+        shape = self.checks.tensor(
+            weight, "weight", None, KERNEL_DTYPES, dimensions=(2,), written=True
+        )
+        self.checks.tensor(update, "update", shape, KERNEL_DTYPES, weight)
+        self.checks.element(decay, "decay", torch.float32, weight)
+        self.checks.element(step_size, "step_size", torch.float32, weight)
+        if seed is not None:
+            self.checks.element(seed, "seed", torch.int32, weight)
+            if weight.dtype != torch.bfloat16:
+                raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
+        if weight.numel():
+            self._update_weight(weight, update, decay, step_size, seed)

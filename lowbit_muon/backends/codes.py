@@ -1,4 +1,4 @@
-"""What kernels are given: packed codes, and the terms of a sum of matrices.
+"""What kernels are given: packed codes, the terms of a sum of matrices, and products.
 
 Matrices are oriented: the short side is rows (m), the long side columns (n).
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
@@ -69,6 +71,41 @@ class Terms:
             got = [name for name, there in present.items() if there]
             raise ValueError(f"terms: expected codes and grad, got {got}")
         return self.codes, self.grad
+
+
+class Product(NamedTuple):
+    """A checked `Backend.product` or `Backend.symmetric_product`, with their arguments.
+
+    shape: of the result, [.., m, n]. addend: `out`, or None, of a product that is not symmetric.
+    out: None for new memory of the factors' dtype. (A tuple, since every call makes one.)
+    """
+
+    shape: tuple[int, ...]
+
+    a: Tensor  # [.., m, k]
+    b: Tensor | None  # [.., k, n]; None: the transpose of a
+    out: Tensor | None
+    addend: Tensor | None
+    alpha: float | Tensor
+    beta: float
+    active: Tensor | None
+    symmetric: bool
+
+
+@functools.lru_cache(maxsize=64)
+def tables(codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """Levels and thresholds, float32 in the host's memory."""
+    return (
+        torch.tensor(codebook.levels, dtype=torch.float32, device="cpu"),
+        torch.tensor(codebook.thresholds, dtype=torch.float32, device="cpu"),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def byte_levels(codebook: Codebook, device: torch.device) -> Tensor:
+    """Whole levels, int8 [256]: a code past the end means the last level, as everywhere."""
+    levels = [int(level) for level in codebook.levels]
+    return torch.tensor(levels + levels[-1:] * (256 - len(levels)), dtype=torch.int8, device=device)
 
 
 @functools.lru_cache(maxsize=1024)

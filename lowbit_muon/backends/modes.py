@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,27 +14,31 @@ _T = TypeVar("_T")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-class ProcessSetting(Generic[_T]):
-    """A setting of the whole process: changed as long as some thread needs it, then put back."""
+def process_setting(
+    read: Callable[[], _T], write: Callable[[_T], object], needed: _T
+) -> Callable[[], AbstractContextManager[None]]:
+    """Makes a context in which a setting of the whole process is what is needed.
 
-    def __init__(self, read: Callable[[], _T], write: Callable[[_T], object], needed: _T) -> None:
-        self._read, self._write, self._needed = read, write, needed
-        self._lock = threading.Lock()
-        self._users = 0
+    It is changed as long as some thread is in the context, and then put back.
+    """
+    lock = threading.Lock()
+    before: list[_T] = []  # one for each thread that is in the context
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._users:
-                self._before = self._read()
-                if self._before != self._needed:
-                    self._write(self._needed)
-            self._users += 1
+    @contextmanager
+    def context() -> Iterator[None]:
+        with lock:
+            before.append(before[0] if before else read())
+            if before[0] != needed and len(before) == 1:
+                write(needed)
+        try:
+            yield
+        finally:
+            with lock:
+                value = before.pop()
+                if value != needed and not before:
+                    write(value)
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users and self._before != self._needed:
-                self._write(self._before)
+    return context
 
 
 def _precision_switches() -> tuple[Any, ...]:
@@ -49,12 +53,12 @@ def _set_precisions(values: list[str]) -> None:
 
 # torch's products of float32 in float32, whatever the process allows (TF32 or bfloat16). The
 # spectral encoder resolves eigenvalues of shift^3; TF32 perturbs a Gram matrix by up to 5e-4.
-float32_products = ProcessSetting(
+float32_products = process_setting(
     lambda: [switch.fp32_precision for switch in _precision_switches()],
     _set_precisions,
     ["ieee", "ieee"],
 )
-_float32_default = ProcessSetting(torch.get_default_dtype, torch.set_default_dtype, torch.float32)
+_float32_default = process_setting(torch.get_default_dtype, torch.set_default_dtype, torch.float32)
 
 
 @contextmanager
@@ -64,7 +68,7 @@ def plain_modes() -> Iterator[None]:
     The autocast cache is emptied behind it: it may hold casts of weights that have changed.
     """
     with ExitStack() as stack:
-        stack.enter_context(_float32_default)
+        stack.enter_context(_float32_default())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())

@@ -7,12 +7,13 @@ product and sum, in the order written, which the kernels reproduce bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.codes import PackedCodes, Terms
+from lowbit_muon.backends.codes import INTEGER_SEGMENT, LIMB_LIMIT, PackedCodes, Product, Terms
 from lowbit_muon.backends.modes import float32_products
 from lowbit_muon.backends.packing import pack, unpack
 from lowbit_muon.backends.tensors import accumulation_dtype
@@ -30,8 +31,6 @@ def expand_scales(scales: Tensor, layout: CodeLayout, columns: int) -> Tensor:
 
 def block_scales(x: Tensor, layout: CodeLayout) -> Tensor:
     """statistic * clip of each block: float32 [.., layout.blocks(n)] from float32 [.., n]."""
-    if not x.numel():
-        return x.new_zeros(*x.shape[:-1], layout.blocks(x.shape[-1]))
     statistics = []
     for block in x.split(layout.effective_block(x.shape[-1]), dim=-1):
         if layout.statistic == "absmax":
@@ -45,14 +44,10 @@ def block_scales(x: Tensor, layout: CodeLayout) -> Tensor:
 
 def encode(x: Tensor, scales: Tensor, codebook: Codebook, layout: CodeLayout) -> Tensor:
     """Packed codes of x / scales: uint8 [.., layout.row_bytes(n)] from float32 [.., n]."""
-    columns = x.shape[-1]
-    if not x.numel():
-        shape = (*x.shape[:-1], layout.row_bytes(columns))
-        return torch.zeros(shape, dtype=torch.uint8, device=x.device)
     # A row without a scale is a row of zeros, and zeros keep clear of 0 * inf.
     inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
     thresholds = torch.tensor(codebook.thresholds, dtype=torch.float32, device=x.device)
-    z = x * expand_scales(inverse, layout, columns)
+    z = x * expand_scales(inverse, layout, x.shape[-1])
     codes = torch.bucketize(z, thresholds).to(torch.uint8)
     return pack(codes.flatten(0, -2), layout).unflatten(0, x.shape[:-1])
 
@@ -73,7 +68,7 @@ def add_terms(buffer: Tensor, terms: Terms) -> None:
         buffer.zero_()
     else:
         buffer.mul_(terms.buffer_weight)
-    if terms.codes is not None and buffer.numel():
+    if terms.codes is not None:
         buffer += decode(terms.codes) * terms.code_weight
     if terms.grad is not None:
         buffer += terms.grad.float() * terms.grad_weight
@@ -97,15 +92,21 @@ def hadamard_transform_(x: Tensor) -> None:
     x *= 1 / math.sqrt(size)
 
 
+@functools.lru_cache(maxsize=64)
+def rotation_tensors(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The signs of a rotation, float32 [columns] each."""
+    first, second = rotation_signs(columns)
+    return (
+        torch.tensor(first, dtype=torch.float32, device=device),
+        torch.tensor(second, dtype=torch.float32, device=device),
+    )
+
+
 def rotate(x: Tensor, *, inverse: bool) -> None:
     """`Backend.rotate`."""
     columns = x.shape[-1]
-    if not x.numel():
-        return
     size = 1 << (columns.bit_length() - 1)
-    first, second = (
-        torch.tensor(signs, dtype=x.dtype, device=x.device) for signs in rotation_signs(columns)
-    )
+    first, second = rotation_tensors(columns, x.device)
     parts = [(first, slice(0, size))]
     if size < columns:
         parts.append((second, slice(columns - size, columns)))
@@ -119,41 +120,20 @@ def rotate(x: Tensor, *, inverse: bool) -> None:
             x *= signs
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor | None,
-    alpha: float | Tensor,
-    beta: float,
-    active: Tensor | None,
-) -> Tensor:
-    """`Backend.product`."""
-    with float32_products:
-        result = _wide(a) @ _wide(b)
-    result.mul_(by_matrix(alpha, a.ndim) if isinstance(alpha, Tensor) else alpha)
-    if out is None:
-        return result.to(a.dtype)
-    if beta != 0:
-        result.add_(out, alpha=beta)
-    return _write(result, out, active)
-
-
-def symmetric_product(
-    a: Tensor,
-    b: Tensor | None,
-    addend: Tensor | None,
-    out: Tensor | None,
-    alpha: float,
-    beta: float,
-    active: Tensor | None,
-) -> Tensor:
-    """`Backend.symmetric_product`."""
-    with float32_products:
-        result = (_wide(a) @ _wide(a.mT if b is None else b)).mul_(alpha)
-    if addend is not None:
-        result.add_(addend, alpha=beta)
-    result = (result + result.mT).mul_(0.5)
-    return result.to(a.dtype) if out is None else _write(result, out, active)
+def multiply(p: Product) -> Tensor:
+    """`Backend.product` and `Backend.symmetric_product`."""
+    with float32_products():
+        result = _wide(p.a) @ _wide(p.a.mT if p.b is None else p.b)
+    result.mul_(by_matrix(p.alpha, p.a.ndim) if isinstance(p.alpha, Tensor) else p.alpha)
+    if p.addend is not None:
+        result.add_(p.addend, alpha=p.beta)
+    if p.symmetric:
+        result = (result + result.mT).mul_(0.5)
+    if p.out is None:
+        return result.to(p.a.dtype)
+    if p.active is not None:
+        result = torch.where(by_matrix(p.active, p.a.ndim), result.to(p.out.dtype), p.out)
+    return p.out.copy_(result)
 
 
 def by_matrix(values: Tensor, dimensions: int) -> Tensor:
@@ -164,13 +144,6 @@ def by_matrix(values: Tensor, dimensions: int) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """In the dtype that products are summed in."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _write(result: Tensor, out: Tensor, active: Tensor | None) -> Tensor:
-    """out <- result, where active."""
-    if active is None:
-        return out.copy_(result)
-    return out.copy_(torch.where(by_matrix(active, out.ndim), result.to(out.dtype), out))
 
 
 def integer_levels(codes: PackedCodes) -> Tensor:
@@ -191,25 +164,25 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def code_gram(codes: PackedCodes, segment: int) -> Tensor:
-    """`Backend.code_gram`: exact sums over `segment` columns, scaled and added up in float32."""
+def code_gram(codes: PackedCodes) -> Tensor:
+    """`Backend.code_gram`: exact sums over segments, scaled and added up in float32."""
+    block = codes.layout.effective_block(codes.columns)
+    segment = block if block == codes.columns else min(block, INTEGER_SEGMENT)
     levels = integer_levels(codes)
     scales = expand_scales(codes.scales, codes.layout, codes.columns)[..., ::segment]
-    m, n = levels.shape[-2:]
-    total = torch.zeros(*levels.shape[:-1], m, dtype=torch.float32, device=levels.device)
-    for index, part in enumerate(levels.split(segment, dim=-1) if n else ()):
+    shape = (*levels.shape[:-1], levels.shape[-2])
+    total = torch.zeros(shape, dtype=torch.float32, device=levels.device)
+    for index, part in enumerate(levels.split(segment, dim=-1)):
         scale = scales[..., index]
         outer = scale.unsqueeze(-1) * scale.unsqueeze(-2)
         total += exact_product(part, part.mT).float() * outer
     return total
 
 
-def code_product(a: Tensor, codes: PackedCodes, limit: int) -> Tensor:
+def code_product(a: Tensor, codes: PackedCodes) -> Tensor:
     """`Backend.code_product` without the addend, float32."""
     levels = integer_levels(codes)
-    if not levels.numel():
-        return a @ levels
-    whole, scales = round_to_whole(a * codes.scales[..., 0].unsqueeze(-2), limit)
+    whole, scales = round_to_whole(a * codes.scales[..., 0].unsqueeze(-2), LIMB_LIMIT)
     low = (whole + 128) % 256 - 128
     low, high = low.float(), ((whole - low) / 256).float()
     sums = 256 * exact_product(high, levels).float() + exact_product(low, levels).float()
@@ -223,7 +196,7 @@ def round_to_whole(a: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     float32 [.., k, 1]. A row that is not finite has the scale NaN, one too small to divide by the
     whole numbers zero.
     """
-    largest = a.abs().amax(dim=-1, keepdim=True) if a.numel() else a.new_zeros(*a.shape[:-1], 1)
+    largest = a.abs().amax(dim=-1, keepdim=True)
     # (number / tensor would multiply by a rounded reciprocal)
     limits = torch.full_like(largest, limit)
     scales = largest / limits
@@ -238,8 +211,6 @@ def updated_weight(
     weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
 ) -> Tensor:
     """`Backend.update_weight`: the new weight."""
-    if seed is not None and weight.dtype != torch.bfloat16:
-        raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
     result = (weight.float() * decay).sub_(update.float() * step_size)
     if seed is not None:
         result = _round_stochastically(result, seed)
@@ -268,3 +239,62 @@ def _round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
     noise = random_bits(seed, index) & 0xFFFF
     cut = ((x.view(torch.int32).long() + noise) & ~0xFFFF).to(torch.int32)
     return torch.where(x.isfinite(), cut.view(torch.float32), x)
+
+
+class Kernels:
+    """What backends override: the methods of `Backend`, of arguments that it has checked.
+
+    No matrix is empty, but for factors of `_multiply`. Codes are contiguous tensors.
+    """
+
+    def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
+        """Write into `codes`; statistic: the layout's, or "given" for the scales that are there."""
+        if statistic != "given":
+            codes.scales.copy_(block_scales(x, codes.layout))
+        codes.packed.copy_(encode(x, codes.scales, codes.codebook, codes.layout))
+
+    def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        """Rows of the buffer lie at even distances."""
+        add_terms(buffer, terms)
+        return row_squares(buffer)
+
+    def _update_codes(
+        self, terms: Terms, new: PackedCodes, out: Tensor | None, out_weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of `out` lie at even distances."""
+        _, grad = terms.codes_and_grad()
+        x = out  # in `out` itself where that can hold X
+        if x is None or x.dtype != torch.float32:
+            x = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        squares = self._accumulate(x, terms)
+        self._quantize(x, new, new.layout.statistic)
+        if out is None:
+            return squares, torch.zeros_like(squares)
+        value_weight, grad_weight = out_weights
+        out_squares = self._accumulate(x, Terms(value_weight, grad=grad, grad_weight=grad_weight))
+        if x is not out:
+            out.copy_(x)
+        return squares, out_squares
+
+    def _rotate(self, x: Tensor, inverse: bool) -> None:
+        """Rows of x lie at even distances."""
+        rotate(x, inverse=inverse)
+
+    def _multiply(self, p: Product) -> Tensor:
+        return multiply(p)
+
+    def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
+        out.copy_(code_gram(codes))
+
+    def _code_product(self, a: Tensor, codes: PackedCodes, out: Tensor, beta: float) -> None:
+        result = code_product(a, codes)
+        out.copy_(result if beta == 0 else beta * out.float() + result)
+
+    def _scaled(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        factor = factor.view(-1, 1, 1)
+        out.copy_(torch.where(factor == 0, 0.0, x * factor))
+
+    def _update_weight(
+        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
+    ) -> None:
+        weight.copy_(updated_weight(weight, update, decay, step_size, seed))

@@ -105,13 +105,8 @@ def rotation_signs(columns: int) -> tuple[list[float], list[float]]:
     return [1.0 - 2 * (h & 1) for h in hashes], [1.0 - (h & 2) for h in hashes]
 
 
-def mu_law_compress(value: float, mu: float) -> float:
-    """sign(x) ln(1 + mu |x|) / ln(1 + mu), the mu-law of ITU-T G.711, for |x| <= 1."""
-    return math.copysign(math.log1p(mu * abs(value)) / math.log1p(mu), value)
-
-
 def mu_law_expand(value: float, mu: float) -> float:
-    """The inverse of `mu_law_compress`."""
+    """The inverse of sign(x) ln(1 + mu |x|) / ln(1 + mu), the mu-law of ITU-T G.711."""
     return math.copysign(math.expm1(abs(value) * math.log1p(mu)) / mu, value)
 
 

@@ -38,6 +38,8 @@ DENSE_BITS = (16, 32)
 INT8_MAX = 127
 # Beyond these a field makes no other format: levels merge in float32, or all values get one code.
 LARGEST_PARAMETER = 1e6
+# The smallest shift that the spectral encoder has coefficients for (`linalg.root_iteration`).
+SMALLEST_SHIFT = 0.005
 # Codes of a companded scale are expanded by exp in float32, which overflows from 88 on.
 LARGEST_EXPONENT = 80
 
@@ -64,7 +66,7 @@ class StateFormat:
     residual_after: the codes hold what is left after the factors as they are stored, which makes up
       for their quantisation, or, as in MuonQ, after the exact ones.
     spectral, spectral_shift: store Y = U y(S) V^T with y^3 + c*y = s instead of M = U S V^T
-      (singular values scaled to sum of squares one), c = spectral_shift.
+      (singular values scaled to sum of squares one), c = spectral_shift >= 0.005.
     rotate: codes and factors are taken after a fixed orthogonal transform of their rows, so that a
       few large columns do not spoil a row's scale (`backends.base.Backend.rotate`).
     normalize: gradient and momentum are divided by their Frobenius norms in every step and the
@@ -204,10 +206,11 @@ def _check_format(f: StateFormat) -> None:
         _expect(isinstance(getattr(f, field), bool), field, "a bool", getattr(f, field))
     for field in ("mu", "exponent", "clip", "spectral_shift"):
         value = getattr(f, field)
+        smallest = SMALLEST_SHIFT if field == "spectral_shift" else 1 / LARGEST_PARAMETER
         _expect(
-            is_finite_number(value) and 1 / LARGEST_PARAMETER <= value <= LARGEST_PARAMETER,
+            is_finite_number(value) and smallest <= value <= LARGEST_PARAMETER,
             field,
-            f"a number from {1 / LARGEST_PARAMETER:g} to {LARGEST_PARAMETER:g}",
+            f"a number from {smallest:g} to {LARGEST_PARAMETER:g}",
             value,
         )
     for field in ("block_size", "factor_rank", "factor_divisor"):

@@ -1,7 +1,7 @@
 """Orthogonalisation: a composition of odd quintic polynomials applied to singular values.
 
 For X_0 = X / max(||X||_F, eps) = U S V^T and steps p_t(x) = a x + b x^3 + c x^5 the result is
-U p_T(...p_1(S)) V^T, close to the polar factor U V^T. Three ways to the same polynomial:
+U p_T(...p_1(S)) V^T, close to the polar factor U V^T. Two ways to the same polynomial:
 
 newton_schulz
     X <- a X + (b A + c A^2) X, A = X X^T (https://kellerjordan.github.io/posts/muon/).
@@ -9,11 +9,9 @@ gram
     With p(x) = x h(x^2), h(s) = a + b s + c s^2, only R = X X^T and Q with X_t = Q X_0 are
     followed: H = h(R), Q <- H Q, R <- H R H, and the result is Q X_0. X_0 is read twice; all else
     is m x m, symmetric and commuting.
-eigh
-    Q = V h(lambda) V^T from an eigendecomposition R = V diag(lambda) V^T.
 
-The last two see squared singular values, so rounding of R (relative to its norm, about the
-dtype's eps) limits them: a direction far below sqrt(eps) of the largest is lifted by the right
+The second sees squared singular values, so rounding of R (relative to its norm, about the
+dtype's eps) limits it: a direction far below sqrt(eps) of the largest is lifted by the right
 factor only while the lift is below about 1/sqrt(eps). `gram_is_precise` is that condition.
 
 In half precision the Gram form restarts: its steps are split into runs that `gram_is_precise`
@@ -49,14 +47,13 @@ from lowbit_muon.backends.tensors import accumulation_dtype, is_real_number
 from lowbit_muon.linalg.coefficients import (
     Coefficients,
     Triple,
-    composed_polynomial,
     gain_bounds,
     gram_is_precise,
     resolve_coefficients,
     restart_lengths,
 )
 
-METHODS = ("auto", "newton_schulz", "gram", "eigh")
+METHODS = ("auto", "newton_schulz", "gram")
 # Beyond what rounding does to a norm (a few percent), far below what a divergent iteration does.
 _GUARD_MARGIN = 1.25
 
@@ -89,7 +86,7 @@ def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend
     if not gram_is_precise(coefficients, gram.dtype):
         raise ValueError(
             f"coefficients: {len(coefficients)} steps lift small singular values too far for the "
-            f"Gram form in {gram.dtype}; use method 'newton_schulz' or 'eigh', or fewer steps"
+            f"Gram form in {gram.dtype}; use method 'newton_schulz' or fewer steps"
         )
     r, q, h, spare = gram, None, torch.empty_like(gram), torch.empty_like(gram)
     for step, (a, b, c) in enumerate(coefficients):
@@ -105,18 +102,6 @@ def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend
             q, spare = spare, q
     assert q is not None
     return q
-
-
-def spectrum_operator(
-    eigenvalues: Tensor, eigenvectors: Tensor, coefficients: Sequence[Triple], backend: Backend
-) -> Tensor:
-    """Q [.., m, m] with orthogonalize(X) = Q X_0, from torch.linalg.eigh(X_0 X_0^T).
-
-    eigenvalues [.., m], eigenvectors [.., m, m] (columns); coefficients from
-    `resolve_coefficients`.
-    """
-    gains = composed_polynomial(eigenvalues, coefficients).unsqueeze(-2)
-    return backend.symmetric_product(eigenvectors * gains, eigenvectors.mT)
 
 
 def standard_form(
@@ -215,16 +200,16 @@ def orthogonalize(
     x: [m, n] or a batch [b, m, n], each matrix by itself; any floating point dtype, strides and
     magnitude; not modified. Returns the same shape and dtype, contiguous.
     steps, coefficients: see `resolve_coefficients`.
-    method: "newton_schulz", "gram" or "eigh" (one polynomial, see the module's docstring), or
-    "auto" for the fastest that is precise.
+    method: "newton_schulz" or "gram" (one polynomial, see the module's docstring), or "auto" for
+    the faster that is precise.
     eps: as torch.optim.Muon's, a floor for the norm; 0 is allowed.
     backend: "auto", or a backend's name; raises if it is unavailable.
 
     Computed in float64 for float64 input and else in float32, normalised before anything is
     multiplied. A zero matrix gives zeros. A non-finite element makes its whole matrix NaN.
     Floats of memory above x, k = min(m, n): 2 m n + 2 k^2 for newton_schulz, max(4 k^2,
-    m n + k^2) for gram and eigh; m n more if x is of half precision, has no unit stride, or has
-    entries whose squares leave the dtype's range.
+    m n + k^2) for gram; m n more if x is of half precision, has no unit stride, or has entries
+    whose squares leave the dtype's range.
     Raises TypeError or ValueError naming the parameter.
     """
     triples = _checked(x, steps, coefficients, method, eps)
@@ -243,10 +228,7 @@ def orthogonalize(
         result = standard_form(scaled * factor, triples, kernels)
     else:
         r = kernels.symmetric_product(scaled).mul_(inverse.square().to(scaled.dtype))
-        if method == "gram":
-            operator = gram_operator(r, triples, kernels)
-        else:
-            operator = _operator_by_eigh(r, inverse.isfinite(), triples, kernels)
+        operator = gram_operator(r, triples, kernels)
         del r  # the result takes its place
         # in x's orientation: a transposed output costs nothing here and a copy later
         result = torch.empty(x.shape, dtype=scaled.dtype, device=x.device)
@@ -302,12 +284,3 @@ def _frobenius_norm(x: Tensor) -> Tensor:
     wide = accumulation_dtype(x.device)
     partial = torch.linalg.vector_norm(x, dim=inner, keepdim=True)
     return torch.linalg.vector_norm(partial, dim=outer, keepdim=True, dtype=wide)
-
-
-def _operator_by_eigh(
-    r: Tensor, finite: Tensor, coefficients: Sequence[Triple], backend: Backend
-) -> Tensor:
-    """Q from R, which is overwritten, and NaN where a matrix is not finite: eigh would raise."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(r.masked_fill_(~finite, 0))
-    operator = spectrum_operator(eigenvalues, eigenvectors, coefficients, backend)
-    return operator.masked_fill_(~finite, math.nan)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-
-from lowbit_muon.linalg.lapack import one_thread
 
 _EPS = 1e-7  # MuonQ's guard against columns that have died
 
@@ -31,7 +30,7 @@ def power_iteration(
     directions = right_factor / torch.where(largest > 0, largest, 1)
     directions /= directions.norm(dim=-2, keepdim=True) + _EPS
     product = times(directions)
-    with one_thread(product.device):
+    with _one_thread(product.device):
         left_factor, _ = torch.linalg.qr(product)
     return left_factor, transposed_times(left_factor)
 
@@ -45,3 +44,17 @@ def random_right_factor(columns: int, rank: int, seed: int, device: torch.device
     return torch.randn(columns, rank, generator=generator, dtype=torch.float32, device="cpu").to(
         device
     )
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """LAPACK's results depend on the number of threads; stored codes must not."""
+    threads = torch.get_num_threads()
+    if threads == 1 or device.type != "cpu":
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -7,57 +7,16 @@ proportional to each direction's own size. Decoding is a polynomial in the store
 
     M = (Y Y^T + c I) Y,
 
-two products of codes. Both need only the Gram matrix of the short side.
+two products of codes; `root_iteration` has the encoder. Both need only the Gram matrix of the short
+side.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.linalg.lapack import one_thread
-from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
-
-EncodingMethod = Literal["auto", "eigh", "products"]
-
-
-def compand_singular_values(s: Tensor, shift: float) -> Tensor:
-    """The real root y of y^3 + shift*y = s for s >= 0, in closed form (hyperbolic sine)."""
-    k = math.sqrt(shift / 3)
-    return 2 * k * torch.sinh(torch.asinh(s / (2 * k**3)) / 3)
-
-
-def companding_gain(eigenvalues: Tensor, shift: float) -> Tensor:
-    """f(lambda) = y(s)/s with s = sqrt(lambda), f(0) = 1/shift; rounding below 0 counts as 0."""
-    s = eigenvalues.clamp_min(0).sqrt()
-    # Below this size y = s/shift to float64 precision: y^3/(shift*y) < 1e-18.
-    linear = s <= 1e-9 * shift**1.5
-    return torch.where(linear, 1 / shift, compand_singular_values(s, shift) / s.clamp_min(1e-300))
-
-
-def encoding_operator(
-    gram: Tensor, shift: float, backend: Backend, method: EncodingMethod = "auto"
-) -> Tensor:
-    """C [.., m, m] with Y = C M, from R = M M^T / ||M||_F^2 [.., m, m].
-
-    method: "eigh": exactly, by eigendecomposition; "products": by matrix products alone
-    (`root_iteration`), which is faster and uses all threads; "auto": "products" for every shift
-    that it can serve. `gram` is overwritten.
-    """
-    if method == "auto":
-        method = "products" if shift >= ROOT_TABLE[-1].shift else "eigh"
-    if method == "products":
-        return iterate_root(gram, shift, backend, overwrite=True)
-    with one_thread(gram.device):
-        eigenvalues, vectors = torch.linalg.eigh(gram)
-    wide = eigenvalues.to(accumulation_dtype(eigenvalues.device))
-    gain = companding_gain(wide, shift).to(gram.dtype).unsqueeze(-2)
-    return backend.symmetric_product(vectors * gain, vectors.mT)
 
 
 def decoding_operator(

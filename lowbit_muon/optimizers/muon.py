@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
@@ -45,9 +45,8 @@ from lowbit_muon.state.gradients import NonFiniteGradientError, describe, is_usa
 from lowbit_muon.state.offload import finish_copies
 from lowbit_muon.state.parameter import (
     ParameterStep,
-    check_gradient,
     check_parameter,
-    check_state,
+    check_parameter_step,
     flatten,
     keep_on_host,
     matrix_views,
@@ -70,6 +69,7 @@ from lowbit_muon.step.options import (
     NsInput,
     UpdateDtype,
     check_keys,
+    check_loaded,
     check_values,
     plain_options,
 )
@@ -95,6 +95,10 @@ def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
         return disabled()(*args, **kwargs)
 
     return call
+
+
+def _any_dtensor(params: Sequence[Tensor]) -> bool:
+    return any(type(param) is not nn.Parameter and is_dtensor(param) for param in params)
 
 
 class Muon(Optimizer):
@@ -244,25 +248,29 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif not any(self.state.values()) and self._only_makes_states():
-            self._prepare_states()
-            return None
         with plain_modes():
+            if closure is None and not any(self.state.values()) and self._only_makes_states():
+                self._prepare_states()
+                return None
             for group in self.param_groups:
                 self._check_parameters(group, range(len(group["params"])))
             for group in self.param_groups:
-                if any(map(is_dtensor, group["params"])):
+                if _any_dtensor(group["params"]):
                     redistribute_gradients(group["params"])
                 shared = self._shared(group)
                 if group["nonfinite"] == "raise":
                     self._check_finite(group, self._unshared(group, shared))
                 for part in shared:
                     part.check_gradients_finite(group)
+            first = 0
             for group in self.param_groups:
                 shared = self._shared(group)
-                self._step_parameters(group, self._unshared(group, shared))
+                count = len(group["params"])
+                own = self._unshared(group, shared) if shared else range(count)
+                self._step_parameters(group, own, first)
                 for part in shared:
-                    self._step_shared(group, part)
+                    self._step_shared(group, part, first)
+                first += count
         return loss
 
     def state_bytes(self) -> int:
@@ -406,7 +414,7 @@ class Muon(Optimizer):
         return checkpoint.export(self)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_values(OPTIONS, group)
+        check_loaded(OPTIONS, group)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState
@@ -438,12 +446,13 @@ class Muon(Optimizer):
         self._check_parameters(group, [index])
         if group["nonfinite"] == "raise":
             self._check_finite(group, [index])
-        self._step_parameters(group, [index])
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:group_index])
+        self._step_parameters(group, [index], first)
 
     def is_shared(self) -> bool:
         """Whether other processes take part in its steps."""
         return any(
-            self._sharing.process_group is not None or any(map(is_dtensor, group["params"]))
+            self._sharing.process_group is not None or _any_dtensor(group["params"])
             for group in self.param_groups
             if group.get("use_muon", True)
         )
@@ -451,9 +460,7 @@ class Muon(Optimizer):
     def _shared(self, group: dict[str, Any]) -> list[Shared]:
         """The parameters of a group that other processes share; empty without any."""
         takes_part = self._sharing.process_group is not None
-        if not (takes_part or any(map(is_dtensor, group["params"]))) or not group.get(
-            "use_muon", True
-        ):
+        if not (takes_part or _any_dtensor(group["params"])) or not group.get("use_muon", True):
             return []
         index = next(index for index, other in enumerate(self.param_groups) if other is group)
         return self._sharing.of(index, group)
@@ -463,21 +470,21 @@ class Muon(Optimizer):
         taken = {index for part in shared for index in part.indices}
         return [index for index in range(len(group["params"])) if index not in taken]
 
-    def _step_shared(self, group: dict[str, Any], part: Shared) -> None:
+    def _step_shared(self, group: dict[str, Any], part: Shared, first: int) -> None:
         self._prepare_shared(group, part)
         if isinstance(part, ReplicatedParameters):
-            part.step(group, self.state, functools.partial(self._step_parameters, group))
+            step = functools.partial(self._step_parameters, group, first=first)
+            part.step(group, self.state, step)
         else:
-            part.step(group, self.state, self._number_of_first(group))
+            part.step(group, self.state, first)
 
-    def _number_of_first(self, group: dict[str, Any]) -> int:
-        """The place in the optimizer of a group's first parameter."""
-        earlier = itertools.takewhile(lambda other: other is not group, self.param_groups)
-        return sum(len(other["params"]) for other in earlier)
+    def _step_parameters(
+        self, group: dict[str, Any], indices: Iterable[int], first: int = 0
+    ) -> None:
+        """Step the parameters of a group with these indices, if they have a gradient.
 
-    def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
-        """Step the parameters of a group with these indices, if they have a gradient."""
-        first = self._number_of_first(group)
+        first: the place in the optimizer of the group's first parameter.
+        """
         auto = resolve_group_format(group)
         steps = []
         for index in indices:
@@ -485,7 +492,7 @@ class Muon(Optimizer):
             if param.grad is None:
                 continue
             whole, weight, grad = param, param, param.grad
-            if is_dtensor(param):
+            if _any_dtensor([param]):
                 whole, weight, grad = shape_only(param), local_part(param), local_part(param.grad)
             views = matrix_views(whole, group)
             if isinstance(auto, AutoFormat):
@@ -494,7 +501,8 @@ class Muon(Optimizer):
                 name = parameter_names(group)[index]
                 revise_format(auto, grad, self.state[param], views, group, name)
             state = self.state[param]
-            prepare_state(state, param, group, views)
+            if "rows" not in state or isinstance(auto, AutoFormat):
+                prepare_state(state, param, group, views)
             f = auto if isinstance(auto, StateFormat) else momentum_format(group, state)
             backend = get_backend(group["backend"], grad.device)
             steps.append(ParameterStep(weight, grad, state, views, first + index, f, backend))
@@ -548,8 +556,7 @@ class Muon(Optimizer):
         for index in indices:
             param = group["params"][index]
             if param.grad is not None:
-                check_gradient(group, index, "Muon")
-                check_state(self.state.get(param, {}), group, index)
+                check_parameter_step(self.state.get(param, {}), group, index)
 
     def _check_finite(self, group: dict[str, Any], indices: Sequence[int]) -> None:
         """Raise NonFiniteGradientError for the first gradient that would be skipped."""

@@ -23,7 +23,7 @@ from lowbit_muon.formats.state_format import FORMAT_VERSION
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import count_skipped
-from lowbit_muon.state.parameter import check_gradient, parameter_names
+from lowbit_muon.state.parameter import parameter_names, refuse_gradient
 from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.step.options import (
     AUX_DEFAULTS,
@@ -31,6 +31,7 @@ from lowbit_muon.step.options import (
     AuxAdam,
     MuonOptions,
     check_keys,
+    check_loaded,
     check_values,
     plain_options,
 )
@@ -131,9 +132,11 @@ class MuonWithAuxAdam(Muon):
             del self.param_groups[-1]
             raise
 
-    def _step_parameters(self, group: dict[str, Any], indices: Iterable[int]) -> None:
+    def _step_parameters(
+        self, group: dict[str, Any], indices: Iterable[int], first: int = 0
+    ) -> None:
         if group["use_muon"]:
-            super()._step_parameters(group, indices)
+            super()._step_parameters(group, indices, first)
             return
         params = [group["params"][index] for index in indices]
         params = [param for param in params if param.grad is not None]
@@ -161,7 +164,7 @@ class MuonWithAuxAdam(Muon):
             param = group["params"][index]
             if param.grad is None:
                 continue
-            check_gradient(group, index, "AdamW")
+            refuse_gradient(group, index, "AdamW")
             state = self.state.get(param, {})
             for key in ("exp_avg", "state1"):
                 if key in state and state[key].shape != param.shape:
@@ -240,7 +243,7 @@ class MuonWithAuxAdam(Muon):
         if group["use_muon"]:
             super()._check_group(group)
         else:
-            check_values(AUX_OPTIONS, group)
+            check_loaded(AUX_OPTIONS, group)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: SavedState

@@ -117,35 +117,17 @@ def matrix_entries(param: Tensor, group: dict[str, Any]) -> dict[str, int]:
     return dict(zip(("rows", "columns"), matrix_shape(param, group), strict=True))
 
 
-def check_gradient(group: dict[str, Any], index: int, optimizer: str) -> None:
-    """Raise for a gradient that no step takes, whatever its values.
+def check_parameter_step(state: Mapping[str, Any], group: dict[str, Any], index: int) -> None:
+    """Raise for a gradient that no step takes, or a state of another size or device (ValueError).
 
-    RuntimeError, as torch.optim does, for one that is sparse or complex, TypeError for others that
-    do not lie in memory by strides, ValueError for another size than the parameter's.
+    See `refuse_gradient`. TypeError for a parameter whose strides have become such that no step can
+    write to it.
     """
     param = group["params"][index]
     grad = param.grad
-    plain = type(grad) is Tensor and grad.layout == torch.strided
-    if plain and grad.is_floating_point() and grad.shape == param.shape:
-        return
-    name = f"gradient of parameter {parameter_names(group)[index]!r}"
-    if grad.is_complex():
-        raise RuntimeError(f"{name}: {optimizer} does not support complex parameters")
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"{name}: {optimizer} does not support sparse gradients")
-    if grad.shape != param.shape:
-        expected, got = tuple(param.shape), tuple(grad.shape)
-        raise ValueError(f"{name}: expected size {expected}, got {got}")
-    with error_context(name):
-        check_memory(local_part(grad))
-
-
-def check_state(state: Mapping[str, Any], group: dict[str, Any], index: int) -> None:
-    """Raise ValueError unless a parameter's state, if it has one, is of its size and device.
-
-    TypeError for a parameter whose strides have become such that no step can write to it.
-    """
-    param = group["params"][index]
+    plain = type(grad) is Tensor and grad.layout == torch.strided and grad.is_floating_point()
+    if not plain or grad.shape != param.shape:
+        refuse_gradient(group, index, "Muon")
     if group["batch_experts"] and group["row_splits"] is not None:
         with error_context(f"parameter {parameter_names(group)[index]!r}"):
             check_parameter(param, group)
@@ -167,6 +149,25 @@ def check_state(state: Mapping[str, Any], group: dict[str, Any], index: int) -> 
                 f"momentum, {state[role].device}, got {param.device}; load the optimizer's "
                 "state_dict after the model was moved"
             )
+
+
+def refuse_gradient(group: dict[str, Any], index: int, optimizer: str) -> None:
+    """Raise for a gradient that no step takes, whatever its values.
+
+    RuntimeError, as torch.optim does, for one that is sparse or complex, TypeError for others that
+    do not lie in memory by strides, ValueError for another size than the parameter's.
+    """
+    param = group["params"][index]
+    grad, name = param.grad, f"gradient of parameter {parameter_names(group)[index]!r}"
+    if grad.is_complex():
+        raise RuntimeError(f"{name}: {optimizer} does not support complex parameters")
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name}: {optimizer} does not support sparse gradients")
+    if grad.shape != param.shape:
+        expected, got = tuple(param.shape), tuple(grad.shape)
+        raise ValueError(f"{name}: expected size {expected}, got {got}")
+    with error_context(name):
+        check_memory(local_part(grad))
 
 
 def check_parameter(param: Tensor, group: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ Check = Callable[[Values, str], object]
 # Of KellerJordan/Muon, muon.py, and torch.optim.Muon.
 DEFAULT_COEFFICIENTS = NS_COEFFICIENTS["muon"][0]
 DEFAULT_EPS = 1e-7
+_ROUNDED_LR = 1e-6
 LARGEST_NUMBER = 1e30  # Products of options have to stay within float32.
 
 
@@ -107,7 +108,10 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, (numbers.Real, decimal.Decimal)):
         return float(value)
     if isinstance(value, Mapping):
-        return {plain_value(key): plain_value(each) for key, each in value.items()}
+        return {
+            plain_value(key): list(plain_value(each)) if type(each) is list else plain_value(each)
+            for key, each in value.items()
+        }
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return tuple(map(plain_value, value))
     return value
@@ -308,6 +312,16 @@ def check_values(table: Sequence[Option], values: Values) -> None:
     for option in table:
         if option.name in values:
             option.check(values, option.name)
+
+
+def check_loaded(table: Sequence[Option], group: Mapping[str, Any]) -> None:
+    """`check_values` of a group that is loaded: what a step went on with, a resume does, too.
+
+    Schedulers end a hair below a learning rate of zero.
+    """
+    lr = group["lr"]
+    rounded = is_real_number(lr) and not isinstance(lr, Tensor) and -_ROUNDED_LR <= lr < 0
+    check_values(table, {**group, "lr": 0.0 if rounded else lr})
 
 
 def check_keys(table: Sequence[Option], group: Mapping[Any, Any]) -> None:

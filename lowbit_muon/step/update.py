@@ -37,6 +37,7 @@ from lowbit_muon.step.options import AdjustLr, NsDtype, plain_value
 
 _T = TypeVar("_T")
 
+_PLAIN = {float, int, bool, str, type(None)}
 # Small enough for float32 beside the square root of a matrix's size.
 _SMALLEST_DIVISOR = 1e-30
 
@@ -63,7 +64,11 @@ class MuonRule:
             coefficients = cached_coefficients(*given)
         except TypeError:  # lists
             coefficients = resolve_coefficients(*given)
-        return cls(coefficients=coefficients, **{name: plain_value(group[name]) for name in names})
+        values = {name: group[name] for name in names}
+        for name, value in values.items():
+            if type(value) not in _PLAIN:
+                values[name] = plain_value(value)
+        return cls(coefficients=coefficients, **values)
 
 
 def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:

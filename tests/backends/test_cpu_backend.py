@@ -325,7 +325,7 @@ def test_wrong_tensors_raise(backend: CpuBackend) -> None:
         (TypeError, "grad", lambda: backend.accumulate(x, Terms(grad=x.int()))),
         (ValueError, "grad", lambda: backend.accumulate(x, Terms(grad=x.to("meta")))),
         (ValueError, "bits", lambda: backend.quantize(x, book(4), layout(5))),
-        (ValueError, "threshold_count", lambda: backend.quantize(x, book(8), layout(4))),
+        (ValueError, "codebook", lambda: backend.quantize(x, book(8), layout(4))),
     ]
     for error, parameter, call in cases:
         with pytest.raises(error, match=f"^{parameter}: expected .* got "):

@@ -388,8 +388,11 @@ def test_wrong_tensors_raise(forwards: CudaBackend) -> None:
         (ValueError, "bits", lambda: decode(layout=dataclasses.replace(layout(4), bits=5))),
         (ValueError, "buffer", lambda: forwards.accumulate(x[:1].expand(4, 200), Terms())),
         (TypeError, "buffer", lambda: forwards.accumulate(x.half(), Terms())),
-        (ValueError, "buffer", lambda: forwards.accumulate(
-            torch.ones(2, 9, 8)[:, :4], Terms())),
+        (ValueError, "out", lambda: add(out=x)),
+        (ValueError, "packed", lambda: forwards.update_codes(
+            Terms(codes=good, grad=x), packed=good.packed, scales=good.scales.clone())),
+        (ValueError, "scales", lambda: forwards.update_codes(
+            Terms(codes=good, grad=x), packed=good.packed.clone(), scales=good.scales)),
         (ValueError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.T))),
         (TypeError, "grad", lambda: forwards.accumulate(x, Terms(grad=x.int()))),
         (ValueError, "codes", lambda: add(grad=x.T)),
@@ -410,3 +413,14 @@ def test_wrong_tensors_raise(forwards: CudaBackend) -> None:
     for error, parameter, call in cases:
         with pytest.raises(error, match=f"^{parameter}: expected .* got "):
             call()
+
+
+def test_rows_at_uneven_distances_are_written_back(forwards: CudaBackend) -> None:
+    """A slice of a batch; what lies between is left alone."""
+    memory = torch.randn(2, 9, 8)
+    found, expected = memory.clone(), memory.clone()
+    for kernels, x in ((forwards, found), (REFERENCE, expected)):
+        kernels.accumulate(x[:, :4], Terms(0.5))
+        kernels.rotate(x[:, :4])
+    assert torch.equal(found, expected)
+    assert torch.equal(found[:, 4:], memory[:, 4:])

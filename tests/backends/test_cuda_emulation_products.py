@@ -27,11 +27,12 @@ CPU = CpuBackend()
 
 @pytest.mark.parametrize("tile", [64, 128])
 @pytest.mark.parametrize("bits", CODE_BITS)
-def test_gram(backend: CudaBackend, bits: int, tile: int) -> None:
+def test_gram(backend: CudaBackend, bits: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows around tiles; whole chunks, remainders, rows of any alignment."""
+    monkeypatch.setattr(backend, "gram_tile", tile)
     for rows, columns in ((1, 1), (3, 64), (17, 129), (65, 512), (130, 576), (70, 1027), (9, 1536)):
         codes = random_codes(rows, columns, bits, AWKWARD_SCALES if columns == 129 else None)
-        found = backend.code_gram(codes, tile=tile)
+        found = backend.code_gram(codes)
         assert same(found, CPU.code_gram(codes)), (rows, columns)
         assert torch.equal(found.nan_to_num(), found.mT.nan_to_num())
 

@@ -85,7 +85,7 @@ def test_quantising(name: str) -> None:
 
 
 @pytest.mark.usefixtures("without_float64")
-@pytest.mark.parametrize("method", ["newton_schulz", "gram", "eigh"])
+@pytest.mark.parametrize("method", ["newton_schulz", "gram"])
 def test_orthogonalising(method: str) -> None:
     assert orthogonalize(torch.randn(10, 20), method=method).isfinite().all()
 

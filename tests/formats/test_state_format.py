@@ -12,7 +12,6 @@ from lowbit_muon.formats.codebook import (
     CODE_BITS,
     Codebook,
     CodeLayout,
-    mu_law_compress,
     mu_law_expand,
 )
 from lowbit_muon.formats.presets import PRESETS, resolve_format
@@ -55,6 +54,7 @@ def test_formats_are_frozen() -> None:
         ("factor_divisor", 1.5),
         ("factor_bits", 5),
         ("spectral_shift", 0.0),
+        ("spectral_shift", 0.0049),
     ],
 )
 def test_bad_fields_are_named(field: str, value: object) -> None:
@@ -100,11 +100,11 @@ def test_resolve_format_errors() -> None:
 
 
 @pytest.mark.parametrize("mu", [0.36, 2.0, 255.0])
-def test_mu_law_is_its_own_inverse(mu: float) -> None:
+def test_mu_law_is_inverted(mu: float) -> None:
     for k in range(-50, 51):
         x = k / 50
-        assert mu_law_expand(mu_law_compress(x, mu), mu) == pytest.approx(x, abs=1e-14)
-    assert mu_law_compress(1.0, mu) == pytest.approx(1.0, abs=1e-15)
+        compressed = math.copysign(math.log1p(mu * abs(x)) / math.log1p(mu), x)
+        assert mu_law_expand(compressed, mu) == pytest.approx(x, abs=1e-14)
 
 
 @pytest.mark.parametrize("bits", CODE_BITS)

@@ -50,7 +50,6 @@ def test_wrong_tensors_raise() -> None:
         (ValueError, "buffer", lambda: TRITON.accumulate(x[:1].expand(4, 200), Terms())),
         (ValueError, "buffer", lambda: TRITON.accumulate(x.T, Terms())),
         (TypeError, "buffer", lambda: TRITON.accumulate(x.half(), Terms())),
-        (ValueError, "buffer", lambda: TRITON.accumulate(torch.ones(2, 9, 8)[:, :4], Terms())),
         (ValueError, "grad", lambda: TRITON.accumulate(x, Terms(grad=x.T))),
         (TypeError, "grad", lambda: TRITON.accumulate(x, Terms(grad=x.int()))),
         (ValueError, "grad", lambda: TRITON.accumulate(x, Terms(grad=x.to("meta")))),

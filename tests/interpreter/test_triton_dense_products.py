@@ -175,3 +175,13 @@ def test_wrong_tensors_raise() -> None:
     for error, parameter, call in cases:
         with pytest.raises(error, match=f"^{parameter}: expected .* got "):
             call()
+
+
+def test_without_an_out_there_is_nothing_to_add() -> None:
+    """(torch.empty is NaN in tests, see conftest.)"""
+    for shape in ((5, 7), (3, 5, 7)):
+        a = torch.randn(shape)
+        for active in (None, torch.ones(a.shape[0] if a.ndim == 3 else 1, dtype=torch.bool)):
+            found = TRITON.product(a, a.mT, beta=0.5, active=active)
+            assert torch.equal(found, TRITON.product(a, a.mT, active=active))
+            assert found.isfinite().all()

@@ -265,3 +265,14 @@ def test_empty(shape: tuple[int, int]) -> None:
     )
     for sums in (squares, *both):
         assert torch.equal(sums, torch.zeros(shape[0], dtype=torch.float64))
+
+
+def test_rows_at_uneven_distances_are_written_back() -> None:
+    """A slice of a batch; what lies between is left alone."""
+    memory = torch.randn(2, 9, 8)
+    found, expected = memory.clone(), memory.clone()
+    for backend, x in ((TRITON, found), (REFERENCE, expected)):
+        backend.accumulate(x[:, :4], Terms(0.5))
+        backend.rotate(x[:, :4])
+    assert torch.equal(found, expected)
+    assert torch.equal(found[:, 4:], memory[:, 4:])

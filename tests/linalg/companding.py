@@ -1,12 +1,15 @@
-"""The spectral encoder and decoder of one float32 matrix, as the codec composes them."""
+"""The spectral encoder and decoder of one float32 matrix, as the codec composes them, and the exact
+encoder."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from bench.root_coefficients import companding_gain
 from lowbit_muon.backends import get_backend
-from lowbit_muon.linalg.spectral import EncodingMethod, decoding_operator, encoding_operator
+from lowbit_muon.linalg.root_iteration import iterate_root
+from lowbit_muon.linalg.spectral import decoding_operator
 
 BACKEND = get_backend("auto", torch.device("cpu"))
 
@@ -19,10 +22,17 @@ def spectrum_matrix(singular_values: Tensor, columns: int) -> Tensor:
     return ((u * (singular_values / singular_values.norm())) @ v.mT).float()
 
 
-def compand(matrix: Tensor, norm: float, shift: float, method: EncodingMethod = "auto") -> Tensor:
+def exact_operator(gram: Tensor, shift: float) -> Tensor:
+    """f(R) by eigendecomposition, which `iterate_root` comes close to; [m, m]."""
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    gain = companding_gain(eigenvalues.double(), shift).to(gram.dtype)
+    return BACKEND.symmetric_product(vectors * gain, vectors.mT)
+
+
+def compand(matrix: Tensor, norm: float, shift: float, *, exact: bool = False) -> Tensor:
     """Y of the matrix [m, n], m <= n, of this Frobenius norm."""
     gram = BACKEND.symmetric_product(matrix).div_(norm).div_(norm)
-    operator = encoding_operator(gram, shift, BACKEND, method)
+    operator = exact_operator(gram, shift) if exact else iterate_root(gram, shift, BACKEND)
     return BACKEND.product(operator.div_(norm), matrix)
 
 

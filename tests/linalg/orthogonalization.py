@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit_muon.linalg.coefficients import Triple, resolve_coefficients
 
-METHODS = ("newton_schulz", "gram", "eigh")
+METHODS = ("newton_schulz", "gram")
 MUON = resolve_coefficients("muon", 5)
 
 
@@ -56,17 +56,6 @@ def product_error(x: Tensor, dtype: torch.dtype) -> float:
     )
 
 
-def eigh_errors(x: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """||V diag(l) V^T - R||_F and ||V^T V - I||_F of LAPACK's decomposition in `dtype`."""
-    _, r = unit_gram(x, dtype)
-    values, vectors = (part.double() for part in torch.linalg.eigh(r))
-    identity = torch.eye(len(values), dtype=torch.float64)
-    return (
-        float(((vectors * values) @ vectors.mT - r).norm()),
-        float((vectors.mT @ vectors - identity).norm()),
-    )
-
-
 def gram_sensitivity(x: Tensor, coefficients: tuple[Triple, ...]) -> float:
     """L with ||change of h(R) X_0||_F <= L*||change of R||_F to first order: in the eigenbasis the
     change is f[l_i, l_j] E_ij s_j, f[.,.] the divided difference of f(l) = p(sqrt(l))/sqrt(l)."""
@@ -91,8 +80,6 @@ def tolerance(
     absolute error of eps*h*||X_t||_F. ||X_0||_F = 1 and its error is lifted by prod(a); later
     ||X_t||_F <= 1.3 sqrt(m) (both sets stay below 1.3) and the last errors are lifted by O(1).
     Gram form: besides, R is wrong by eps and its polynomials, at ||R||_F <= 1, by eps*h.
-    eigh: R is wrong by eps and by LAPACK's backward error, and Q, of norm prod(a), relatively by
-    as much as V is not orthogonal.
     """
     eps = product_error(x, dtype)
     h = max(abs(a) + abs(b) + abs(c) for a, b, c in coefficients)
@@ -100,10 +87,6 @@ def tolerance(
     bound = eps * h * (largest_lift + len(coefficients) * 1.3 * min(x.shape) ** 0.5)
     if method == "gram":
         bound += gram_sensitivity(x, coefficients) * eps * h
-    if method == "eigh":
-        backward, orthogonality = eigh_errors(x, dtype)
-        bound += gram_sensitivity(x, coefficients) * (eps + backward)
-        bound += largest_lift * orthogonality
     return bound
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.root_coefficients import companding_gain
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.linalg.root_iteration import iterate_root
-from lowbit_muon.linalg.spectral import companding_gain
 
 Product = Callable[[Tensor, Tensor], Tensor]
 SHIFT = 0.03

@@ -6,12 +6,8 @@ import pytest
 import torch
 from companding import BACKEND, compand, cubic, expand, spectrum_matrix
 
-from lowbit_muon.linalg.spectral import (
-    compand_singular_values,
-    companding_gain,
-    decoding_operator,
-    unbiased_shift,
-)
+from bench.root_coefficients import compand_singular_values, companding_gain
+from lowbit_muon.linalg.spectral import decoding_operator, unbiased_shift
 
 SHIFTS = [0.03, 0.1]
 # Every direction is to come back to 2% of its own size, and to this share of the largest: the
@@ -56,7 +52,7 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
 ) -> None:
     matrix = spectrum_matrix(SPECTRA[spectrum], 100) * size
     norm = float(matrix.norm())
-    decoded = cubic(compand(matrix, norm, shift, "eigh"), shift).double()
+    decoded = cubic(compand(matrix, norm, shift, exact=True), shift).double()
     exact = matrix.double() / norm
     u, s, _ = torch.linalg.svd(exact, full_matrices=False)
     difference = (u.mT @ (decoded - exact)).norm(dim=1)
@@ -66,9 +62,9 @@ def test_decoding_inverts_encoding_on_the_whole_spectrum(
 @pytest.mark.parametrize("shift", [0.01, 0.03, 0.1])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_encoding_by_products_alone(spectrum: str, shift: float) -> None:
-    """What "auto" takes; direction by direction in test_root_iteration."""
+    """As the codec encodes; direction by direction in test_root_iteration."""
     matrix = spectrum_matrix(SPECTRA[spectrum], 100)
-    decoded = cubic(compand(matrix, 1.0, shift, "products"), shift)
+    decoded = cubic(compand(matrix, 1.0, shift), shift)
     # The largest defect of the three programs is 0.4%; rounding is far below it.
     assert (decoded - matrix).norm() <= 0.005
 

@@ -137,7 +137,7 @@ BAD_FIELDS: dict[str, tuple[Any, ...]] = {
     "factor_bits": (*NOT_COUNTS, 0, 4.0, 16),
     "residual_after": ("never", None, []),
     "spectral": NOT_BOOLS,
-    "spectral_shift": (*NOT_NUMBERS, 0, -1, 1e-300, 1e300),
+    "spectral_shift": (*NOT_NUMBERS, 0, -1, 1e-300, 0.0049, 1e300),
     "rotate": NOT_BOOLS,
     "normalize": NOT_BOOLS,
 }  # fmt: skip
@@ -203,7 +203,7 @@ def formats(draw: st.DrawFn) -> StateFormat:
         codebook = "mu_law"
         fields |= {"companded_scale": True, "clip": min(fields["clip"], 1.0)}
     elif kind == "spectral":
-        shift = draw(st.sampled_from((0.03, 0.1, 1e-6, 1e6)))
+        shift = draw(st.sampled_from((0.03, 0.1, 0.005, 1e6)))
         fields |= {"spectral": True, "spectral_shift": shift}
     if kind in ("factors", "companded"):
         rank = draw(st.sampled_from(("factor_rank", "factor_divisor")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +15,7 @@ from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.state import operands
-from lowbit_muon.state.operands import Panels
+from lowbit_muon.state.operands import Companded, Dense, Panels
 from lowbit_muon.state.stored import StoredBatch, orient
 
 CPU = torch.device("cpu")
@@ -110,3 +112,43 @@ def test_it_is_scaled_and_looks_ahead_without_a_copy(name: str) -> None:
     x.scale(0.7)
     close(x.dense(), *sums(0.7 * 0.9, -0.7 * 0.3), 0)
     close(ahead.dense(), *sums(0.95 * 0.9, -(1 + 0.95) * 0.3), 0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_operand_without_a_gradient_is_the_stored_matrix(backend: str, name: str) -> None:
+    kernels = get_backend(backend, CPU)
+    stored = quantize(torch.randn(40, 170), PRESETS[name])
+    exact = 0.9 * stored.dequantize().double()
+    x = Panels(StoredBatch([stored], kernels), Terms(0.9))
+    close(x.dense(), exact, exact.abs(), 0)
+    close(x.gram(), exact @ exact.mT, exact.abs() @ exact.abs().mT, 170)
+    close(x.ahead(0.5).dense(), 0.5 * exact, 0.5 * exact.abs(), 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_do_not_read_what_they_overwrite(backend: str) -> None:
+    """With a beta of zero `out` may hold anything; without `out` there is nothing to add."""
+    kernels = get_backend(backend, CPU)
+    x, _ = operand((40, 170), "mulaw4", kernels)
+    a = torch.randn(1, 7, 40)
+    dense = Dense(x.dense(), kernels)
+    stored = quantize(torch.randn(40, 170), PRESETS["spectral4"])
+    batched = dataclasses.replace(
+        stored.codes(),
+        packed=stored.codes().packed.unsqueeze(0),
+        scales=stored.codes().scales.unsqueeze(0),
+    )
+    companded = Companded(batched, kernels, rotated=True)
+    for each in (x, dense, companded):
+        assert each.multiply(a, torch.full((1, 7, 170), math.nan)).isfinite().all()
+    matrix = dense.matrix
+    found = kernels.product(a, matrix, out=torch.full((1, 7, 170), math.nan))
+    assert torch.equal(kernels.product(a, matrix, beta=0.5), found)
+    assert found.isfinite().all()
+    square = torch.full((1, 40, 40), math.nan)
+    assert kernels.symmetric_product(matrix, out=square).isfinite().all()
+    codes = stored.codes()
+    found = kernels.code_product(a[0], codes, out=torch.full((7, 170), math.nan))
+    assert torch.equal(kernels.code_product(a[0], codes, beta=0.5), found)
+    assert found.isfinite().all()

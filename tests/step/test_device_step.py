@@ -445,7 +445,7 @@ def test_custom_formats_and_auxiliary_parameters(on_device: Callable[[], None]) 
         StateFormat("t", bits=4, granularity="tensor", statistic="absmax", clip=1.0),
         StateFormat("t", bits=2, factor_rank=3, granularity="block", block_size=8),
         StateFormat("t", bits=4, spectral=True, snap_levels=False, granularity="block",
-                    block_size=16, spectral_shift=0.001),
+                    block_size=16, spectral_shift=0.005),
     )  # fmt: skip
     for state_format in formats:
         expected, _ = train(state_format=state_format)

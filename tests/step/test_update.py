@@ -147,15 +147,23 @@ def test_stored_input_is_what_the_codes_hold(name: str, shape: tuple[int, int]) 
     assert difference(moved, expected) < STORED_ERROR
 
 
-# (1/(c m^(1/3)) is 1, 3.4, 3.5, 12 and 5e5 here; each step multiplies by 3.4445.)
+# (1/(c m^(1/3)) is 1, 3.4, 3.5, 12 and 100 here; each step multiplies by 3.4445.)
 @pytest.mark.parametrize(
-    ("shift", "steps"), [(0.5, 5), (1 / 6.8, 5), (1 / 7, 4), (1 / 24, 3), (1e-6, 1)]
+    ("shift", "steps"), [(0.5, 5), (1 / 6.8, 5), (1 / 7, 4), (1 / 24, 3), (0.005, 2)]
 )
 def test_stored_input_saves_steps_by_shape_and_shift(shift: float, steps: int) -> None:
     state_format = dataclasses.replace(PRESETS["spectral4"], spectral_shift=shift)
     stored, moved, expected = stored_step((8, 30), state_format)
     assert steps_left(stored) == steps
     assert difference(moved, expected) < STORED_ERROR
+
+
+def test_stored_input_takes_one_step_at_least() -> None:
+    """A shift of 0.005 has done three steps' work for eight rows."""
+    state_format = dataclasses.replace(PRESETS["spectral4"], spectral_shift=0.005)
+    options: dict[str, Any] = {"state_format": state_format, "ns_input": "stored"}
+    one, three = (weight_of(run((8, 30), **options, ns_steps=steps)) for steps in (1, 3))
+    assert torch.equal(one, three)
 
 
 def test_stored_spectrum_takes_the_direction_of_the_momentum() -> None:

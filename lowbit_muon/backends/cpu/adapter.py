@@ -1,4 +1,4 @@
-"""C++ backend: checks tensors and passes their memory to the kernels of `csrc/cpu`.
+"""C++ backend: passes tensors' memory to the kernels of `csrc/cpu`.
 
 The environment variable LOWBIT_MUON_ISA (baseline, avx2, avx512 or avx512vnni) overrides the choice
 of instruction set, which is otherwise the highest this processor supports.
@@ -7,7 +7,6 @@ of instruction set, which is otherwise the highest this processor supports.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from types import ModuleType
 from typing import Any
@@ -15,25 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.codes import Terms
-from lowbit_muon.backends.cpu.memory import (
-    check,
-    check_matrices,
-    check_plain_rows,
-    contiguous_codes,
-    memory,
-    output,
-    row_distance,
-)
-from lowbit_muon.backends.cpu.products import CpuProducts
-from lowbit_muon.formats.codebook import Codebook, CodeLayout, rotation_signs
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes, Product, Terms, byte_levels, tables
+from lowbit_muon.backends.memory import Checks, has_plain_rows, rows_in_place
+from lowbit_muon.backends.reference import rotation_tensors
 
 ISA_VARIABLE = "LOWBIT_MUON_ISA"
-_GRAD_TYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+_GRAD_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# A batch of matrices: its address, and the strides of matrices, rows and columns.
+Memory = tuple[int, ...]
+_NO_MEMORY: Memory = (0, 0, 0, 0)
 
 
 def unavailable_reason() -> str | None:
@@ -86,180 +76,168 @@ def take_most_workspace() -> int:
     return int(_extension().take_most_workspace())
 
 
-class CpuBackend(CpuProducts):
+class CpuBackend(Backend):
     """`Backend` in C++ with AVX2 or AVX-512, on as many threads as torch uses.
 
-    Construction raises RuntimeError if the extension is not there and ValueError if LOWBIT_MUON_ISA
-    names a level that this machine does not support. All methods raise ValueError or TypeError for
-    tensors with another device, dtype or shape than `Backend` states.
+    Results do not depend on how many. Products of other dtypes than float32, and of batches of
+    which only some matrices are active, are left to torch. Construction raises RuntimeError if the
+    extension is not there and ValueError if LOWBIT_MUON_ISA names a level that this machine does
+    not support.
     """
 
     name = "cpu"
+    checks = Checks("cpu")
 
     def __init__(self) -> None:
-        super().__init__(_extension())
+        self._extension = _extension()
 
-    def quantize(
-        self,
-        x: Tensor,
-        codebook: Codebook,
-        layout: CodeLayout,
-        *,
-        packed: Tensor | None = None,
-        scales: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.quantize`."""
-        *rows, columns = check_matrices(x, "x")
-        packed = output(packed, "packed", (*rows, layout.row_bytes(columns)), torch.uint8)
-        scales = output(scales, "scales", (*rows, layout.blocks(columns)))
-        self._quantize(x, codebook, layout, layout.statistic, packed, scales)
-        return packed, scales
-
-    def encode(
-        self,
-        x: Tensor,
-        scales: Tensor,
-        codebook: Codebook,
-        layout: CodeLayout,
-        *,
-        packed: Tensor | None = None,
-    ) -> Tensor:
-        """See `Backend.encode`."""
-        *rows, columns = check_matrices(x, "x")
-        check(scales, "scales", (*rows, layout.blocks(columns)), torch.float32)
-        packed = output(packed, "packed", (*rows, layout.row_bytes(columns)), torch.uint8)
-        self._quantize(x, codebook, layout, "given", packed, scales.contiguous())
-        return packed
-
-    def _quantize(
-        self,
-        x: Tensor,
-        codebook: Codebook,
-        layout: CodeLayout,
-        statistic: str,
-        packed: Tensor,
-        scales: Tensor,
-    ) -> None:
-        _, thresholds = _tables(codebook)
-        *rows, columns = x.shape
-        if row_distance(x) is None:
-            x = x.contiguous()
+    def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
+        _, thresholds = tables(codes.codebook)
+        rows = x.contiguous().flatten(0, -2)
         self._extension.quantize(
-            rows=math.prod(rows),
-            columns=columns,
-            x=x.data_ptr(),
-            x_stride=row_distance(x),
+            rows=rows.shape[0],
+            columns=codes.columns,
+            x=rows.data_ptr(),
+            x_stride=rows.stride(0),
             statistic=statistic,
-            clip=layout.clip,
-            bits=layout.bits,
-            block_size=layout.effective_block(columns),
+            clip=codes.layout.clip,
             thresholds=thresholds.data_ptr(),
             threshold_count=thresholds.numel(),
-            packed=packed.data_ptr(),
-            row_bytes=packed.shape[-1],
-            scales=scales.data_ptr(),
             threads=torch.get_num_threads(),
+            **_code_memory(codes),
         )
 
-    def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
-        """See `Backend.accumulate`."""
-        *batch, rows, columns = check_matrices(buffer, "buffer")
-        distance = row_distance(buffer)
-        if distance is None:
-            check_plain_rows(buffer, "buffer")
-            whole = buffer.contiguous()
-            row_sums = self.accumulate(whole, terms)
-            buffer.copy_(whole)
-            return row_sums
+    def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        *batch, rows, columns = buffer.shape
         row_sums = torch.empty((*batch, rows), dtype=torch.float64, device="cpu")
-        kept: list[Tensor] = []  # alive until the kernel has run
+        arguments: dict[str, Any] = {}
+        if terms.codes is not None:
+            levels, _ = tables(terms.codes.codebook)
+            arguments |= _code_memory(terms.codes)
+            arguments |= {"levels": levels.data_ptr(), "level_count": levels.numel()}
+            arguments["code_weight"] = terms.code_weight
+        if terms.grad is not None:
+            arguments |= {"grad": _memory(terms.grad), "grad_type": _GRAD_TYPES[terms.grad.dtype]}
+            arguments["grad_weight"] = terms.grad_weight
         self._extension.accumulate(
             batch=batch[0] if batch else 1,
             rows=rows,
             columns=columns,
             buffer=buffer.data_ptr(),
-            buffer_stride=distance,
+            buffer_stride=buffer.stride(-2 if rows > 1 else 0),
             buffer_weight=terms.buffer_weight,
             row_sums=row_sums.data_ptr(),
             threads=torch.get_num_threads(),
-            **_code_arguments(terms, buffer.shape, kept),
-            **_grad_arguments(terms, buffer.shape),
+            **arguments,
         )
         return row_sums
 
-    def rotate(self, x: Tensor, *, inverse: bool = False) -> None:
-        """See `Backend.rotate`."""
-        *rows, columns = check_matrices(x, "x")
-        distance = row_distance(x)
-        if distance is None:
-            check_plain_rows(x, "x")
-            whole = x.contiguous()
-            self.rotate(whole, inverse=inverse)
-            x.copy_(whole)
-            return
-        first_signs, second_signs = _signs(columns)
+    def _rotate(self, x: Tensor, inverse: bool) -> None:
+        rows = x.flatten(0, -2)
+        first_signs, second_signs = rotation_tensors(x.shape[-1], x.device)
         self._extension.rotate(
-            rows=math.prod(rows),
-            columns=columns,
-            x=x.data_ptr(),
-            x_stride=distance,
+            rows=rows.shape[0],
+            columns=rows.shape[1],
+            x=rows.data_ptr(),
+            x_stride=rows.stride(0),
             first_signs=first_signs.data_ptr(),
             second_signs=second_signs.data_ptr(),
             inverse=inverse,
             threads=torch.get_num_threads(),
         )
 
+    def _multiply(self, p: Product) -> Tensor:
+        a, out = p.a, p.out
+        float32 = a.dtype is torch.float32
+        float32 = float32 and (out is None or out.dtype is torch.float32)
+        float32 = float32 and (p.addend is None or p.addend.dtype is torch.float32)
+        if p.active is not None or not float32:
+            return super()._multiply(p)
+        if out is None:
+            out = torch.empty(p.shape, dtype=torch.float32, device="cpu")
+        batch = a.shape[0] if a.ndim == 3 else 1
+        if p.symmetric:
+            target = out if has_plain_rows(out) else rows_in_place(out.mT, "out")
+            addend = p.addend
+            if addend is not None and addend.stride(-1) != 1:  # or else symmetric, or copied
+                addend = addend.mT if addend.stride(-2) == 1 else addend.contiguous()
+            self._extension.symmetric_product(
+                batch=batch,
+                size=a.shape[-2],
+                depth=a.shape[-1],
+                a=_memory(a),
+                b=_NO_MEMORY if p.b is None else _memory(p.b),
+                addend=_NO_MEMORY if addend is None else _memory(addend),
+                out=_memory(target),
+                alpha=p.alpha,
+                beta=0.0 if addend is None else p.beta,
+                threads=torch.get_num_threads(),
+            )
+            return out
+        target, b = out, a.mT if p.b is None else p.b
+        if not has_plain_rows(out):
+            if has_plain_rows(out.mT):
+                a, b, target = b.mT, a.mT, out.mT
+            else:
+                target = out.contiguous()
+        alphas = p.alpha.contiguous() if isinstance(p.alpha, Tensor) else None
+        self._extension.product(
+            batch=batch,
+            rows=a.shape[-2],
+            columns=b.shape[-1],
+            depth=a.shape[-1],
+            a=_memory(a),
+            b=_memory(b),
+            c=_memory(target),
+            alphas=0 if alphas is None else alphas.data_ptr(),
+            alpha=p.alpha if alphas is None else 1.0,
+            beta=0.0 if p.addend is None else p.beta,
+            threads=torch.get_num_threads(),
+        )
+        return out if target.data_ptr() == out.data_ptr() else out.copy_(target)
 
-def _code_arguments(terms: Terms, shape: torch.Size, kept: list[Tensor]) -> dict[str, Any]:
-    codes = terms.codes
-    if codes is None:
-        return {}
-    *rows, columns = shape
-    if codes.columns != columns:
-        raise ValueError(f"codes: expected {columns} columns like buffer, got {codes.columns}")
-    packed, scales = contiguous_codes(codes, rows)
-    kept += [packed, scales]
-    levels, _ = _tables(codes.codebook)
+    def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
+        self._extension.code_gram(
+            batch=out.shape[0] if out.ndim == 3 else 1,
+            rows=out.shape[-1],
+            columns=codes.columns,
+            levels=byte_levels(codes.codebook, out.device).data_ptr(),
+            out=out.data_ptr(),
+            threads=torch.get_num_threads(),
+            **_code_memory(codes),
+        )
+
+    def _code_product(self, a: Tensor, codes: PackedCodes, out: Tensor, beta: float) -> None:
+        if out.dtype != torch.float32:
+            super()._code_product(a, codes, out, beta)
+            return
+        arguments = _code_memory(codes)
+        del arguments["block_size"]  # one scale a row
+        self._extension.code_product(
+            batch=a.shape[0] if a.ndim == 3 else 1,
+            out_rows=a.shape[-2],
+            rows=a.shape[-1],
+            columns=codes.columns,
+            levels=byte_levels(codes.codebook, out.device).data_ptr(),
+            a=_memory(a),
+            out=out.data_ptr(),
+            beta=beta,
+            threads=torch.get_num_threads(),
+            **arguments,
+        )
+
+
+def _memory(x: Tensor) -> Memory:
+    """Of [b, m, n], or of one matrix [m, n]."""
+    return (x.data_ptr(), *x.stride()) if x.ndim == 3 else (x.data_ptr(), 0, *x.stride())
+
+
+def _code_memory(codes: PackedCodes) -> dict[str, int]:
+    """Codes in contiguous tensors, as all kernels take them."""
     return {
         "bits": codes.layout.bits,
-        "block_size": codes.layout.effective_block(columns),
-        "levels": levels.data_ptr(),
-        "level_count": levels.numel(),
-        "packed": packed.data_ptr(),
-        "row_bytes": packed.shape[-1],
-        "scales": scales.data_ptr(),
-        "code_weight": terms.code_weight,
+        "block_size": codes.layout.effective_block(codes.columns),
+        "packed": codes.packed.data_ptr(),
+        "row_bytes": codes.packed.shape[-1],
+        "scales": codes.scales.data_ptr(),
     }
-
-
-def _grad_arguments(terms: Terms, shape: torch.Size) -> dict[str, Any]:
-    grad = terms.grad
-    if grad is None:
-        return {}
-    if not isinstance(grad, Tensor) or grad.dtype not in _GRAD_TYPES:
-        got = grad.dtype if isinstance(grad, Tensor) else type(grad).__name__
-        raise TypeError(f"grad: expected float32, bfloat16 or float16, got {got}")
-    check(grad, "grad", shape, grad.dtype)
-    return {
-        "grad": memory(grad),
-        "grad_type": _GRAD_TYPES[grad.dtype],
-        "grad_weight": terms.grad_weight,
-    }
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """Levels and thresholds, float32."""
-    return (
-        torch.tensor(codebook.levels, dtype=torch.float32, device="cpu"),
-        torch.tensor(codebook.thresholds, dtype=torch.float32, device="cpu"),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _signs(columns: int) -> tuple[Tensor, Tensor]:
-    """The signs of a rotation, float32 [columns] each."""
-    first, second = rotation_signs(columns)
-    return torch.tensor(first, dtype=torch.float32, device="cpu"), torch.tensor(
-        second, dtype=torch.float32, device="cpu"
-    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lowbit_muon.backends.triton import unavailable_reason
+from lowbit_muon.backends.memory import Checks
+from lowbit_muon.backends.triton import DEVICE_TYPES, unavailable_reason
 from lowbit_muon.backends.triton.dense_products import DenseProducts
 from lowbit_muon.backends.triton.elementwise import Elementwise
 from lowbit_muon.backends.triton.integer_products import IntegerProducts
@@ -11,13 +12,13 @@ from lowbit_muon.backends.triton.integer_products import IntegerProducts
 class TritonBackend(Elementwise, IntegerProducts, DenseProducts):
     """The kernels for any GPU that Triton compiles for.
 
-    Construction raises RuntimeError if there is no triton or no GPU. All methods raise ValueError
-    or TypeError for tensors with another device, dtype or shape than the contract states; none
-    makes the host wait, and after a first call of its kind each can be captured in a graph.
+    Construction raises RuntimeError if there is no triton or no GPU. No method makes the host wait,
+    and after a first call of its kind each can be captured in a graph.
     """
 
     name = "triton"
     asynchronous = True
+    checks = Checks(*DEVICE_TYPES)
 
     def __init__(self) -> None:
         reason = unavailable_reason()

@@ -10,11 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit_muon.backends.memory import Checks
-from lowbit_muon.backends.triton import DEVICE_TYPES
 from lowbit_muon.formats.codebook import Codebook
-
-CHECKS = Checks(DEVICE_TYPES)
 
 
 class Target(NamedTuple):

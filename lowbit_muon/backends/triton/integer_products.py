@@ -9,14 +9,8 @@ import triton
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
-from lowbit_muon.backends.codes import (
-    INTEGER_SEGMENT,
-    LIMB_LIMIT,
-    PackedCodes,
-    check_integer_codes,
-)
-from lowbit_muon.backends.memory import KERNEL_DTYPES, changed
-from lowbit_muon.backends.triton.device import CHECKS, on_device, target
+from lowbit_muon.backends.codes import INTEGER_SEGMENT, LIMB_LIMIT, PackedCodes, byte_levels
+from lowbit_muon.backends.triton.device import on_device, target
 from lowbit_muon.backends.triton.kernels import gram, levels, limbs
 from lowbit_muon.formats.codebook import Codebook
 
@@ -24,47 +18,25 @@ from lowbit_muon.formats.codebook import Codebook
 class IntegerProducts(Backend):
     """`code_gram` and `code_product`; results are the reference's bits."""
 
-    def code_gram(self, codes: PackedCodes) -> Tensor:
-        """See `Backend.code_gram`."""
-        check_integer_codes(codes, blocks=True)
+    def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
         operand = _Operand(codes)
-        b, m, n = operand.shape
-        out = torch.empty(b, m, m, dtype=torch.float32, device=operand.packed.device)
-        if n == 0:
-            out.zero_()
-        elif b * m:
-            block = codes.layout.effective_block(n)
-            with on_device(out):
-                if block == n:
-                    _row_gram(operand, out)
-                else:
-                    _segment_gram(operand, out, block)
-        return out if operand.batched else out[0]
+        block = codes.layout.effective_block(codes.columns)
+        out = out.view(*operand.shape[:2], -1)
+        with on_device(out):
+            if block == codes.columns:
+                _row_gram(operand, out)
+            else:
+                _segment_gram(operand, out, block)
 
-    def code_product(
-        self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
-    ) -> Tensor:
-        """See `Backend.code_product`."""
-        check_integer_codes(codes)
+    def _code_product(self, a: Tensor, codes: PackedCodes, out: Tensor, beta: float) -> None:
         operand = _Operand(codes)
-        batch, depth, columns = operand.shape
-        dimensions = (3,) if operand.batched else (2,)
-        CHECKS.tensor(a, "a", None, torch.float32, like=operand.packed, dimensions=dimensions)
-        leading = (batch,) if operand.batched else ()
-        rows = (*leading, a.shape[-2])
-        CHECKS.tensor(a, "a", (*rows, depth), torch.float32)
-        out = CHECKS.output(out, "out", (*rows, columns), KERNEL_DTYPES, like=a)
-        changed(out)
-        if not out.numel():
-            return out
         with on_device(a):
-            a = a if operand.batched else a.unsqueeze(0)
+            a = a if a.ndim == 3 else a.unsqueeze(0)
             high, low, scales = _limbs(a, operand.scales[..., 0])
             if operand.full:
                 _launch_product(operand, high, low, scales, out, beta, packed=True)
-            if operand.full < columns:
+            if operand.full < codes.columns:
                 _launch_product(operand, high, low, scales, out, beta, packed=False)
-        return out
 
 
 class _Operand:
@@ -75,11 +47,8 @@ class _Operand:
     """
 
     def __init__(self, codes: PackedCodes) -> None:
-        CHECKS.tensor(codes.packed, "codes.packed", None, torch.uint8)
-        codes = CHECKS.codes(codes, (*codes.packed.shape[:-1], codes.columns), like=codes.packed)
-        self.batched = codes.packed.ndim == 3
         self.packed, self.scales = (  # uint8 [b, m, bytes], float32 [b, m, blocks]
-            x if self.batched else x.unsqueeze(0) for x in (codes.packed, codes.scales)
+            x if x.ndim == 3 else x.unsqueeze(0) for x in (codes.packed, codes.scales)
         )
         self.bits = codes.layout.bits
         self.shape = (*self.packed.shape[:2], codes.columns)
@@ -100,7 +69,7 @@ class _Operand:
                 self.packed,
                 self.packed.stride(0),
                 self.packed.stride(1),
-                _level_table(self.codebook, self.bits, device),
+                byte_levels(self.codebook, device),
                 out,
                 m,
                 n,
@@ -242,11 +211,3 @@ def _level_words(codebook: Codebook) -> tuple[int, int, int, int]:
         int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, 16, 4)
     )
     return first, second, third, fourth
-
-
-@functools.lru_cache(maxsize=64)
-def _level_table(codebook: Codebook, bits: int, device: torch.device) -> Tensor:
-    """int8 [2**bits]: a code past the end means the last level, as everywhere."""
-    levels = [int(level) for level in codebook.levels]
-    levels += levels[-1:] * (2**bits - len(levels))
-    return torch.tensor(levels, dtype=torch.int8, device=device)

@@ -54,7 +54,7 @@ class Coded(Codec):
         self.book, self.layout = f.code_book(), f.code_layout()
         self.rank, self.stores_norm = f.rank(*shape), f.stores_norm
         self.single_scale = f.granularity == "tensor"
-        self.is_plain = not (f.stores_norm or f.rotate or self.single_scale)
+        self.is_plain = not (f.stores_norm or f.rotate or self.single_scale or self.rank)
 
     def empty(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         """See `Codec.empty`."""

@@ -25,7 +25,6 @@ class LowRank(Coded):
 
     def __init__(self, state_format: StateFormat, shape: tuple[int, int]) -> None:
         super().__init__(state_format, shape)
-        self.is_plain = False
         self.factor_book = state_format.factor_code_book()
         self.factor_layout = state_format.factor_layout()
 

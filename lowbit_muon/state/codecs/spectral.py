@@ -12,7 +12,8 @@ from torch import Tensor
 from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.spectral import decoding_operator, encoding_operator
+from lowbit_muon.linalg.root_iteration import iterate_root
+from lowbit_muon.linalg.spectral import decoding_operator
 from lowbit_muon.state.codec import Decoder, Stored
 from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.operands import Dense, Panels, row_slices
@@ -55,7 +56,7 @@ class Spectral(Coded):
         backend = stored.backend
         assert isinstance(x, Dense)
         matrix = x.matrix
-        divisor = self.divisor(stored, norm, scale)
+        shift, divisor = self.state_format.spectral_shift, self.divisor(stored, norm, scale)
         assert divisor is not None
         unit = 1 / math.sqrt(self.m * self.n)
         if backend.asynchronous:
@@ -63,13 +64,11 @@ class Spectral(Coded):
             matrix = backend.scaled(matrix, (1 / (divisor * unit)).float(), out=half)
             gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
             backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
-            operator = encoding_operator(gram, self.state_format.spectral_shift, backend)
-            operator = operator.to(dtype)
+            operator = iterate_root(gram, shift, backend, overwrite=True).to(dtype)
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
-            shift = self.state_format.spectral_shift
-            operator = encoding_operator(x.gram().div_(size).div_(size), shift, backend)
-            operator.div_(size)
+            gram = x.gram().div_(size).div_(size)
+            operator = iterate_root(gram, shift, backend, overwrite=True).div_(size)
 
         def companded() -> Iterator[tuple[slice, Tensor]]:
             slices = row_slices(matrix.shape, backend)

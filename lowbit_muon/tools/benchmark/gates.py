@@ -76,7 +76,7 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 def exact_newton_schulz(x: Tensor) -> Tensor:
     """`newton_schulz` of float32 x, whatever precision the process allows its products."""
-    with float32_products:
+    with float32_products():
         return newton_schulz(x)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import gram_operator
-from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
+from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.state.operands import SCRATCH_FLOATS
 from lowbit_muon.step.batches import HOST_ELEMENTS
 from lowbit_muon.tools.plan.device_workspace import META, LiveBytes, SizingBackend
@@ -128,8 +128,6 @@ def _operator_floats(m: int) -> int:
 @functools.cache
 def _root_floats(m: int, shift: float) -> int:
     """Of the spectral encoder's operator, the Gram matrix included."""
-    if shift < ROOT_TABLE[-1].shift:  # eigh: R, its copy, vectors, LAPACK's workspace, the result
-        return 7 * m * m
     return _traced_floats(
         m, lambda gram: iterate_root(gram, shift, SizingBackend(), overwrite=True)
     )

@@ -19,7 +19,7 @@ def levels_kernel(
     packed_ptr,  # uint8 [batch, rows, bytes], bytes contiguous
     stride_pb,
     stride_pm,
-    table_ptr,  # int8 [2**BITS]
+    table_ptr,  # int8 [256]
     out_ptr,  # int8 [batch, rows, padded], contiguous
     rows,
     columns,
