@@ -39,7 +39,6 @@ from lowbit_muon.state.parameter import (
     momentum_format,
     quantized_state,
     resolve_group_format,
-    stored_keys,
     write_matrix,
 )
 from lowbit_muon.state.placement import local_part, shape_only
@@ -94,7 +93,9 @@ def _converted(
     source_views, saved_format = matrix_views(param, saved_group), resolve_group_format(saved_group)
     auto = saved_format if isinstance(saved_format, AutoFormat) else None
     if auto is not None and isinstance(entries.get("state_format"), Tensor):
-        entries |= _unpacked(auto, source_views, entries.pop("state_format"))
+        packed, stored = entries.pop("state_format"), _possible_keys(auto, source_views)
+        entries = {key: value for key, value in entries.items() if key not in stored}
+        entries |= _unpacked(auto, source_views, packed)
         if "state_format" not in entries:
             return {}  # a format is chosen with the first gradient
     source = momentum_format(saved_group, entries)
@@ -129,7 +130,8 @@ def pack_auto_state(param: Tensor, group: Group, state: State) -> State:
 
     uint8 [4 + bytes of the largest candidate]: the number of the chosen candidate plus one, int32,
     or 0 before the first gradient; then the bytes of the stored tensors, and zeros. Its size does
-    not depend on the choice, so torch.distributed.checkpoint can load it into another state.
+    not depend on the choice, so torch.distributed.checkpoint can load it into another state. Keys
+    of stored tensors are there, with 0: torch 2.9 reads a flattened state by the keys in memory.
     """
     auto, views = resolve_group_format(group), matrix_views(shape_only(param), group)
     assert isinstance(auto, AutoFormat)
@@ -143,9 +145,9 @@ def pack_auto_state(param: Tensor, group: Group, state: State) -> State:
         parts += [state[key].to("cpu", meta.dtype) for key, meta in _layout(chosen, views)]
     values = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
     packed[: len(values)] = values
-    stored = {*stored_keys(state, views), "state_format"}
-    rest = {key: value for key, value in host_counters(state).items() if key not in stored}
-    return rest | {"state_format": packed.to(local_part(param).device)}
+    no_tensors = dict.fromkeys(_possible_keys(auto, views), 0)
+    packed = packed.to(local_part(param).device)
+    return host_counters(state) | no_tensors | {"state_format": packed}
 
 
 def _unpacked(auto: AutoFormat, views: list[MatrixView], packed: Tensor) -> State:
@@ -175,6 +177,10 @@ def _layout(state_format: StateFormat, views: list[MatrixView]) -> Iterator[tupl
     for view in views:
         zeros = QuantizedMatrix.zeros(view.shape, state_format, seed=0, device=torch.device("meta"))
         yield from ((view.prefix + role, tensor) for role, tensor in zeros.tensors.items())
+
+
+def _possible_keys(auto: AutoFormat, views: list[MatrixView]) -> list[str]:
+    return [key for candidate in auto.formats for key, _ in _layout(candidate, views)]
 
 
 def _packed_bytes(auto: AutoFormat, views: list[MatrixView]) -> int:

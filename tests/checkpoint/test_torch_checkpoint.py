@@ -22,8 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lowbit_muon import Muon, MuonWithAuxAdam, muon_param_groups
 
-# no_dist=True says so, and torch warns nevertheless
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+# no_dist=True says so, and torch warns nevertheless; torch 2.9 warns of its own use of a storage
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled:UserWarning",
+    "ignore:TypedStorage is deprecated:UserWarning",
+)
 
 
 class Model(nn.Module):
