@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# A parent that binds its threads to cores (OMP_PROC_BIND) leaves its own core to its children, whose
-# runtime looks when torch is imported.
+# A parent that binds its threads to cores (OMP_PROC_BIND) leaves its own core to its children,
+# whose runtime looks when torch is imported.
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
 

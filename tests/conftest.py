@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch loads OpenMP. Threads that wait must not spin: two processes of tests with two
+# threads each, or anything else on the machine, take the cores that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from lowbit_muon.backends import get_backend

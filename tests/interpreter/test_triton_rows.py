@@ -29,7 +29,7 @@ from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout
 from lowbit_muon.formats.presets import PRESETS
 
-COLUMNS = (1, 2, 63, 64, 65, 127, 129, 200, 515)
+COLUMNS = (1, 63, 64, 65, 129, 515)
 BLOCKS = (0, 3, 64, 100)
 STATISTICS = ("rms", "absmax")
 
