@@ -50,7 +50,7 @@ versions: venv
 
 # Small faults on purpose, and the tests that must find them: half an hour.
 mutants: venv
-	$(BIN)/python -m bench.mutants --json $(RESULTS)/mutants.json $(ARGS)
+	$(BIN)/python -m bench.mutants $(ARGS)
 
 # The guides and the reference, from build/docs/index.html.
 docs: venv
