@@ -9,7 +9,7 @@ ISAS ?= avx2 avx512 avx512vnni
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc bench/csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv finetune finetune-distributed test fuzz docs bench lint format clean
+.PHONY: venv finetune finetune-distributed test fuzz versions mutants docs bench lint format clean
 
 venv: $(STAMP)
 
@@ -35,9 +35,22 @@ test: venv
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter)
 
 # 10,000 configurations, 1,000 damaged state dicts, 1,000 damaged files, 50 kills: some ten minutes.
+# Then what `make test` leaves out since it takes long and rarely breaks (marked `long`).
 fuzz: venv
 	FUZZ=1 $(BIN)/python -m pytest --numprocesses 2 $(or $(ARGS),tests/optimizers/test_fuzz_optimizer.py \
 		tests/checkpoint/test_fuzz_checkpoint.py tests/tools/test_finetune_checkpoint.py)
+	$(if $(ARGS),,FUZZ=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long)
+	$(if $(ARGS),,FUZZ=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 -m long \
+		tests/interpreter)
+
+# Three releases of torch and of Triton, each in an environment of its own: gigabytes, an hour.
+versions: venv
+	$(BIN)/python -m bench.versions --json $(RESULTS)/versions.json $(ARGS)
+	$(BIN)/python -m bench.report
+
+# Small faults on purpose, and the tests that must find them: half an hour.
+mutants: venv
+	$(BIN)/python -m bench.mutants $(ARGS)
 
 # The guides and the reference, from build/docs/index.html.
 docs: venv

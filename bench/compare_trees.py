@@ -537,22 +537,22 @@ def main(arguments: list[str] | None = None) -> None:
         if one_sided:
             console.print(f"presets of one tree only: {', '.join(sorted(one_sided))}")
     threads = None
-    if "time" in options.what:
+    if {"time", "memory"} & set(options.what):
         with workers(old, new) as pair:
-            threads = pair[1].found["threads"]
-            timed = itertools.product(names, presets(pair, options.formats))
-            rows["time"] = [
-                timing(name, preset, pair, repeats) for name, preset in each(timed, "time")
-            ]
-        console.print(time_table(rows["time"], threads, repeats))
-    if "memory" in options.what:
-        shape = QUICK_MEMORY_SHAPE if quick else MEMORY_SHAPE
-        with workers(old, new) as pair:
-            measured = presets(pair, options.formats)
-            rows["memory"] = [peak(shape, preset, pair) for preset in each(measured, "memory")]
-        console.print(memory_table(rows["memory"]))
+            found = presets(pair, options.formats)
+            if "time" in options.what:
+                threads = pair[1].found["threads"]
+                timed = itertools.product(names, found)
+                rows["time"] = [
+                    timing(name, preset, pair, repeats) for name, preset in each(timed, "time")
+                ]
+                console.print(time_table(rows["time"], threads, repeats))
+            if "memory" in options.what:
+                shape = QUICK_MEMORY_SHAPE if quick else MEMORY_SHAPE
+                rows["memory"] = [peak(shape, preset, pair) for preset in each(found, "memory")]
+                console.print(memory_table(rows["memory"]))
     if options.json:
-        results = {what: [asdict(row) for row in found] for what, found in rows.items()}
+        results = {what: [asdict(row) for row in of] for what, of in rows.items()}
         run = {"old": str(old), "new": str(new), "steps": steps, "repeats": repeats}
         write_json(options.json, {**run, "threads": threads, **dict.fromkeys(WHAT), **results})
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch loads OpenMP. Threads that wait must not spin: two processes of tests with two
+# threads each, or anything else on the machine, take the cores that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from lowbit_muon.backends import get_backend
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `long`, but in `make fuzz`, which sets FUZZ."""
+    if os.environ.get("FUZZ"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,13 @@ AddressSanitizer is preloaded had better not start compilers.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
+import hashlib
 import os
+import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,28 +43,31 @@ def emulated_library(folder: Path) -> CudaLibrary:
 def build(folder: Path, sources: Path = SOURCES, flags: tuple[str, ...] = ()) -> Path:
     """An emulated library in `folder`. What did not change is compiled once in a session."""
     headers = "".join(path.read_text() for path in sorted(sources.glob("*.*h*")))
-    objects = [str(_compile(path, headers, flags)) for path in cuda_build.sources(sources)]
+    kept = _object_folder(folder)
+    objects = [str(_compile(path, headers, flags, kept)) for path in cuda_build.sources(sources)]
     output = folder / "emulated.so"
     _run([str(COMPILER), "-shared", *flags, "-o", str(output), *objects])
     return output
 
 
-@functools.cache
-def _object_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="lowbit_muon_emulation")
+def _object_folder(folder: Path) -> Path:
+    """For all processes of this session of pytest, which keeps and removes it with their others."""
+    session = next((p for p in folder.parents if re.fullmatch(r"pytest-\d+", p.name)), folder)
+    return session / "emulated-objects"
 
 
-_OBJECTS: dict[tuple[str, ...], Path] = {}
-
-
-def _compile(source: Path, headers: str, flags: tuple[str, ...]) -> Path:
+def _compile(source: Path, headers: str, flags: tuple[str, ...], kept: Path) -> Path:
     """An object file; the texts and flags are what tells it from others."""
-    key = (source.name, source.read_text(), headers, *flags)
-    if key not in _OBJECTS:
-        target = Path(tempfile.mkdtemp(dir=_object_folder().name), f"{source.name}.o")
-        _run(cuda_build.emulation_command(str(COMPILER), source, target, *flags))
-        _OBJECTS[key] = target
-    return _OBJECTS[key]
+    key = repr((source.name, source.read_text(), headers, *flags)).encode()
+    target = kept / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:16]}.o"
+    kept.mkdir(exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes later waits, and finds it
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            _run(cuda_build.emulation_command(str(COMPILER), source, partial, *flags))
+            partial.rename(target)
+    return target
 
 
 def _run(command: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -49,7 +49,14 @@ PRODUCTS = (
 KINDS = ("contiguous", "tall", "padded", "even rows", "every other", "interleaved")
 
 
-@pytest.fixture(params=[1, 2, 5])
+def with_threads(shapes: Sequence[Any], shared: int) -> pytest.MarkDecorator:
+    """Each shape on one thread; the last `shared`, with work for several, on more as well."""
+    pairs = [(shape, 1) for shape in shapes]
+    pairs += itertools.product(shapes[-shared:], (2, 5))
+    return pytest.mark.parametrize(("shape", "threads"), pairs, ids=str, indirect=["threads"])
+
+
+@pytest.fixture
 def threads(request: pytest.FixtureRequest) -> int:
     torch.set_num_threads(request.param)  # conftest.py sets it back
     return int(request.param)
@@ -91,7 +98,7 @@ def codes_of(codes: PackedCodes, index: int | slice) -> PackedCodes:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@with_threads(SHAPES, 1)
 def test_quantize_encode_and_rotate(shape: tuple[int, int, int]) -> None:
     values = torch.randn(shape) * torch.logspace(-3, 3, shape[-1])
     for kind, bits, block in itertools.product(KINDS, (3, 4), (0, 100)):
@@ -118,7 +125,7 @@ def test_quantize_encode_and_rotate(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", GRAD_TYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@with_threads(SHAPES, 1)
 def test_accumulate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     start, values = torch.randn(shape), torch.randn(shape).to(dtype)
     buffers = itertools.cycle(("contiguous", "padded", "even rows", "interleaved"))
@@ -141,18 +148,18 @@ def test_accumulate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 8, 10, 31, 32, 33])
-@pytest.mark.parametrize("columns", [1, 2, 5, 16, 130, 1030])
-def test_short_tall_gradients(rows: int, columns: int) -> None:
+def test_short_tall_gradients(rows: int) -> None:
     """Columns that lie close together are transposed in place, four by four and the rest."""
-    for dtype, gap in itertools.product(GRAD_TYPES, (0, 1, 40)):
+    for columns, dtype, gap in itertools.product((1, 2, 5, 16, 130, 1030), GRAD_TYPES, (0, 1, 40)):
         whole = torch.randn(2, columns, rows + gap).to(dtype)
         for grad in (whole[..., :rows].mT, whole[:1, :1, :rows].expand(2, columns, rows).mT):
             found = torch.empty(2, rows, columns)
             CPU.accumulate(found, Terms(grad=grad))
-            assert torch.equal(found, grad.float())
+            assert torch.equal(found, grad.float()), (columns, dtype, gap)
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
 def test_update_of_codes() -> None:
     shape, codes_layout = (3, 17, 600), layout(4, 100)
     codes = batch_codes(shape, codes_layout)
@@ -175,7 +182,7 @@ def test_update_of_codes() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@with_threads(PRODUCTS, 2)
 def test_product(shape: tuple[int, int, int, int]) -> None:
     batch, rows, depth, columns = shape
     a, b = torch.randn(batch, rows, depth), torch.randn(batch, depth, columns)
@@ -195,7 +202,7 @@ def test_product(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@with_threads(PRODUCTS, 2)
 def test_symmetric_product(shape: tuple[int, int, int, int]) -> None:
     batch, size, depth, _ = shape
     pairs = [commuting_factors(size, depth) for _ in range(batch)]
@@ -225,7 +232,7 @@ def test_symmetric_product(shape: tuple[int, int, int, int]) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("bits", [3, 8])
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@with_threads(PRODUCTS, 2)
 def test_integer_products(shape: tuple[int, int, int, int], bits: int) -> None:
     batch, out_rows, rows, columns = shape
     blocks = code_layout(bits).blocks(columns)  # none in an empty row
@@ -254,6 +261,7 @@ def test_integer_products(shape: tuple[int, int, int, int], bits: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
 @pytest.mark.parametrize("block", [16, 512, 1024])
 def test_gram_of_blocks(block: int) -> None:
     """Sums of levels, and integer sums of a segment, start afresh for each matrix."""

@@ -7,6 +7,7 @@ knowingly: registers decide how many threads hide the latency of memory.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,15 +31,12 @@ __all__ = ["source_tree"]  # a fixture
 
 NVCC = cuda_build.find_nvcc()
 BUDGET: dict[str, int] = json.loads(Path(__file__).with_name("cuda_budget.json").read_text())
+# Bytes of a frame that are no spills (`nvcc -Xptxas -v` says so), of architectures before 100.
+FRAMES = {"update_codes<4>": 32}
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc in CUDA_HOME or on the PATH")
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
-ENTRY = re.compile(
-    r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?"
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-    r"Used (\d+) registers",
-    re.DOTALL,
-)
+RESOURCES = re.compile(r" Function (\S+):\n\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 
 
 def cuobjdump() -> str | None:
@@ -50,28 +49,50 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends/nvidia/bin"))
 
 
-def plain_name(symbol: str) -> str:
-    """The kernel and its template arguments, without namespaces and parameters."""
-    done = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
-    name = re.sub(r"lowbit::|\(anonymous namespace\)::|void ", "", done.stdout.strip())
-    return name.replace("> >", ">>").rpartition("(")[0]
+def plain_names(symbols: Sequence[str]) -> list[str]:
+    """The kernels and their template arguments, without namespaces and parameters."""
+    done = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True)
+    names = re.sub(r"lowbit::|\(anonymous namespace\)::|void ", "", done.stdout).splitlines()
+    return [name.replace("> >", ">>").rpartition("(")[0] for name in names]
+
+
+def installed_library() -> Path | None:
+    """The one that the installation has built, if no source has changed since."""
+    path = ROOT / "lowbit_muon" / "backends" / cuda_build.LIBRARY_NAME
+    read = [*SOURCES.iterdir(), Path(cuda_build.__file__)]
+    if not path.exists() or path.stat().st_mtime < max(file.stat().st_mtime for file in read):
+        return None
+    return path
 
 
 class Build:
-    """The library of all architectures, and what ptxas said."""
+    """The library of all architectures, and what its machine code takes."""
 
     def __init__(self, folder: Path) -> None:
         assert NVCC is not None
-        self.library = folder / cuda_build.LIBRARY_NAME
-        command = cuda_build.nvcc_command(NVCC, SOURCES, self.library)
-        command[command.index("--threads") + 1] = "1"  # words of two compilers would be mixed
-        done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        self.words = done.stderr
-        self.kernels: dict[str, dict[str, tuple[int, int]]] = {a: {} for a in ARCHITECTURES}
-        for symbol, architecture, _, stores, loads, registers in ENTRY.findall(done.stderr):
-            spilled = int(stores) + int(loads)
-            self.kernels[architecture][plain_name(symbol)] = (int(registers), spilled)
+        self.library = installed_library() or folder / cuda_build.LIBRARY_NAME
+        if not self.library.exists():
+            cuda_build.build(SOURCES, self.library)
+
+    @functools.cached_property
+    def symbols(self) -> dict[str, dict[str, str]]:
+        """Architecture -> kernel -> its symbol."""
+        return {
+            architecture: dict(zip(plain_names(list(found)), found, strict=True))
+            for architecture, found in self.resources.items()
+        }
+
+    @functools.cached_property
+    def resources(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Architecture -> symbol -> (registers, bytes that a thread has in memory)."""
+        command = [str(cuobjdump()), "--dump-resource-usage", str(self.library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for text in re.split(r"^arch = sm_", done.stdout, flags=re.MULTILINE)[1:]:
+            kernels = found.setdefault(text.split()[0], {})
+            for symbol, registers, stack, local in RESOURCES.findall(text):
+                kernels[symbol] = int(registers), int(stack) + int(local)
+        return found
 
 
 @pytest.fixture(scope="session")
@@ -79,34 +100,56 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return Build(tmp_path_factory.mktemp("cuda"))
 
 
+needs_cuobjdump = pytest.mark.skipif(
+    cuobjdump() is None, reason="no cuobjdump, neither of CUDA nor of Triton"
+)
+
+
 @needs_nvcc
+@needs_cuobjdump
 @each_architecture
 def test_registers_and_spills(build: Build, architecture: str) -> None:
-    found = build.kernels[architecture]
+    """What does not fit into registers would make the stack frame larger."""
+    found = build.symbols[architecture]
     assert found.keys() == BUDGET.keys()
-    for name, (registers, spilled) in found.items():
-        assert spilled == 0, (name, spilled)
+    for name, symbol in found.items():
+        registers, in_memory = build.resources[architecture][symbol]
+        assert in_memory <= FRAMES.get(name, 0), (name, in_memory)
         assert registers <= BUDGET[name], (name, registers)
 
 
 @needs_nvcc
-def test_no_warnings(build: Build) -> None:
-    assert "warning" not in build.words
+def test_no_warnings(tmp_path: Path) -> None:
+    """Of the compiler for one architecture; spills show in the resources."""
+    for source in cuda_build.sources(SOURCES):
+        flags = [*cuda_build.NVCC_FLAGS, "-ptx", f"-arch=compute_{cuda_build.LOWEST}"]
+        command = [str(NVCC), *flags, "-o", str(tmp_path / "out.ptx"), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr + done.stdout, done.stderr
 
 
 @needs_nvcc
-@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump, neither of CUDA nor of Triton")
+@needs_cuobjdump
 @each_architecture
 def test_products_are_made_of_the_intended_instructions(build: Build, architecture: str) -> None:
     """Integer tensor cores, byte permutations, asynchronous copies and matrix loads."""
-    command = [str(cuobjdump()), "-sass", "-arch", f"sm_{architecture}", str(build.library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    functions = re.split(r"Function : ", done.stdout)[1:]
-    assert len(functions) == len(BUDGET)
-    names = [plain_name(text.split()[0]) for text in functions]
-    products = [t for t, n in zip(functions, names, strict=True) if re.match("code_(gram|prod)", n)]
+    products = [
+        symbol
+        for name, symbol in build.symbols[architecture].items()
+        if re.match("code_(gram|prod)", name)
+    ]
     assert len(products) == 4
-    for text in products:
+    command = [str(cuobjdump()), "-sass", "-arch", f"sm_{architecture}", "-fun"]
+    done = subprocess.run(
+        [*command, ",".join(products), str(build.library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    functions = re.split(r"Function : ", done.stdout)[1:]
+    assert {text.split()[0] for text in functions} == set(products)
+    for text in functions:
         for instruction in ("IMMA.16832.S8.S8", "PRMT", "LDGSTS", "LDSM.16.M88.4"):
             assert instruction in text, instruction
 

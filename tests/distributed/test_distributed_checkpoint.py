@@ -121,9 +121,9 @@ def uninterrupted(kind: str, options: dict[str, Any], steps: int) -> Weights:
     ("kind", "options"),
     [
         ("fsdp", {"state_format": "spectral4"}),
-        ("fsdp", {"state_format": "mulaw4"}),
+        pytest.param("fsdp", {"state_format": "mulaw4"}, marks=pytest.mark.long),
         ("fsdp", {"state_format": "linear8", "compensation": True}),
-        ("ddp", {"state_format": "spectral4"}),
+        pytest.param("ddp", {"state_format": "spectral4"}, marks=pytest.mark.long),
         ("ddp", {"state_format": "fp32", "compensation": True}),
     ],
 )

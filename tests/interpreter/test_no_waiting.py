@@ -10,7 +10,9 @@ from torch import nn
 from lowbit_muon import Muon
 
 
-@pytest.mark.parametrize("name", ["spectral4", "mulaw4", "linear8"])
+@pytest.mark.parametrize(
+    "name", ["spectral4", "mulaw4", pytest.param("linear8", marks=pytest.mark.long)]
+)
 def test_a_step_never_waits_for_the_device(name: str) -> None:
     weight = nn.Parameter(torch.randn(6, 140).bfloat16())
     optimizer = Muon(

@@ -29,7 +29,7 @@ from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.formats.codebook import CODE_BITS, CodeLayout
 from lowbit_muon.formats.presets import PRESETS
 
-COLUMNS = (1, 2, 63, 64, 65, 127, 129, 200, 515)
+COLUMNS = (1, 64, 65, 129, 515)
 BLOCKS = (0, 3, 64, 100)
 STATISTICS = ("rms", "absmax")
 
@@ -197,7 +197,7 @@ def test_update_codes(name: str) -> None:
         assert_same_update(codes, grad, (None, *GRAD_TYPES)[(index + len(name)) % 4])
 
 
-@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize("bits", [3, 4, *(pytest.param(b, marks=pytest.mark.long) for b in (2, 8))])
 def test_batches_are_their_rows(bits: int) -> None:
     """Gradients in any layout, and a result whose rows are not at even distances."""
     codes = random_codes(5, 129, bits, block_size=(0, 100)[bits % 2], batch=3)

@@ -202,6 +202,17 @@ def test_bytes_and_dtypes() -> None:
     assert not Compensation.applies_to(torch.zeros(1, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_experts_round_with_bits_of_their_own(stochastic: bool) -> None:
+    """Of one parameter with equal matrices and gradients."""
+    expert = torch.randn(16, 24).bfloat16()
+    experts = nn.Parameter(torch.stack([expert, expert]))
+    experts.grad = torch.randn(16, 24).bfloat16().expand(2, 16, 24).clone()
+    Muon([experts], lr=1e-4, batch_experts=True, stochastic_rounding=stochastic).step()
+    first, second = experts.detach()
+    assert torch.equal(first, second) == (not stochastic)
+
+
 def test_not_together_with_stochastic_rounding() -> None:
     weight = nn.Parameter(torch.randn(4, 6).bfloat16())
     with pytest.raises(ValueError, match="compensation: expected False with stochastic_rounding"):

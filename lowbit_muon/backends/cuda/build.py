@@ -37,7 +37,6 @@ LINK_FLAGS = ("-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL")
 EMULATION_FLAGS = (
     "-std=c++17",
     "-O1",
-    "-g",
     "-fPIC",
     "-Wall",
     "-Wextra",
