@@ -61,23 +61,43 @@ def test_terms_of_a_gradient_are_summed(with_group: bool, tmp_path: Path) -> Non
         torch.testing.assert_close(found, weight.detach(), rtol=0, atol=485 * 2.0**-22)
 
 
-def refused_memory() -> list[str]:
+_IN_MEMORY = (
+    lambda x: x.contiguous(memory_format=torch.channels_last),
+    lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).mT.contiguous().mT,
+)
+_KERNEL = (8, 3, 2, 2)
+
+
+def kernels_in_parts(layout: int, compensation: bool) -> Tensor:
+    dtype = torch.bfloat16 if compensation else torch.float32
     mesh = init_device_mesh("cpu", (2,))
-    messages = []
-    for local in (
-        start((4, 3, 2, 2), 0).contiguous(memory_format=torch.channels_last),
-        start((4, 2, 2, 3), 0).permute(0, 3, 1, 2),
-    ):
-        param = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match="viewed as a matrix") as caught:
-            Muon([param])
-        messages.append(str(caught.value))
-    return messages
+    rows = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    local = _IN_MEMORY[layout](start(_KERNEL, 0)[rows].to(dtype))
+    param = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
+    optimizer = Muon([param], lr=0.1, compensation=compensation)
+    for step in range(3):
+        param.grad = DTensor.from_local(start(_KERNEL, step)[rows].to(dtype), mesh, [Shard(0)])
+        optimizer.step()
+    assert param.to_local().stride() == local.stride()
+    return whole(param)
 
 
-def test_parts_that_are_no_matrix_in_memory_are_refused(tmp_path: Path) -> None:
-    for messages in run(2, refused_memory, tmp_path):
-        assert len(messages) == 2
+@pytest.mark.parametrize("compensation", [False, True])
+@pytest.mark.parametrize("layout", range(len(_IN_MEMORY)))
+def test_parts_that_lie_in_another_order_in_memory(
+    layout: int, compensation: bool, tmp_path: Path
+) -> None:
+    dtype = torch.bfloat16 if compensation else torch.float32
+    weight = nn.Parameter(start(_KERNEL, 0).to(dtype))
+    optimizer = Muon([weight], lr=0.1, compensation=compensation)
+    for step in range(3):
+        weight.grad = start(_KERNEL, step).to(dtype)
+        optimizer.step()
+    for found in run(2, kernels_in_parts, tmp_path, layout, compensation):
+        # The update is applied apart from the decay, rounded to float32 once more, or to bfloat16.
+        torch.testing.assert_close(
+            found, weight.detach(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+        )
 
 
 def sliced() -> Tensor:

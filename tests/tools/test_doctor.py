@@ -367,7 +367,7 @@ def damaged_codes() -> dict[str, Any]:
         (state_of(Muon, steps=0), "expected a momentum, got none: it was saved before the first"),
         (state_of(Muon), "found none called 'w' among 0 .*by --weights"),
         ({"optimizer": state_of(Muon), "model": {"v": torch.ones(3)}}, "none called 'w' among 1"),
-        ({"optimizer": state_of(Muon), "model": {"w": torch.ones(8, 9)}}, "parameter 0.*codes"),
+        ({"optimizer": state_of(Muon), "model": {"w": torch.ones(8, 9)}}, "parameter 0.*of 8 x 9"),
         ({"optimizer": state_of(Muon), "model": {"w": torch.ones(8)}}, "2 or more dimensions"),
         (without_names(), "expected param_names, by which shapes are found, got none"),
         (damaged_codes(), r"state of parameter 0 \(group 0, w\): .*codes: expected"),
