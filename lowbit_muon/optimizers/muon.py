@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -319,13 +320,22 @@ class Muon(Optimizer):
     def state_dict(self) -> StateDict:
         """As torch's, with our format version in each group; tensors and plain values only.
 
-        Missing states are made first, so that a state dict has the same keys before and after the
-        first step, and on all processes. Of parameters shared between processes the tensors are
-        DTensors, in shards: save them with torch.distributed.checkpoint, which loads them on any
-        number of processes.
+        Missing states are in it as zeros, so that it has the same keys before and after the first
+        step, and on all processes, as torch.distributed.checkpoint needs; the optimizer does not
+        keep them. Of parameters shared between processes the tensors are DTensors, in shards: save
+        them with torch.distributed.checkpoint, which loads them on any number of processes.
         """
         self._finish_copies()
-        self._prepare_states()
+        own = self.state
+        # A copy: frameworks that replace parameters ask for a state dict before they do.
+        self.state = defaultdict(dict, own)
+        try:
+            self._prepare_states()
+            return self._complete_state_dict()
+        finally:
+            self.state = own
+
+    def _complete_state_dict(self) -> StateDict:
         saved: dict[Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
             for part in self._shared(group):
@@ -383,8 +393,10 @@ class Muon(Optimizer):
     ) -> dict[str, Any]:
         entries, whole = whole_state(saved.entries), shape_only(param)
         state = convert_momentum(whole, group, dataclasses.replace(saved, entries=entries))
+        if not has_momentum(state) and not state.get("skipped"):
+            return {}  # there was no gradient so far: the first one makes the state
         shared = self._sharing.find(param)
-        if state and shared is not None:
+        if shared is not None:
             state = owned_state(state, param, group, *shared)
         if group["offload"]:
             keep_on_host(state, matrix_views(whole, group))
