@@ -191,9 +191,10 @@ def test_a_group_that_changes_is_refused_and_another_is_not(tmp_path: Path) -> N
 
 
 def small_groups() -> int:
-    groups = [{"params": [nn.Parameter(start((6, 6), i))]} for i in range(6)]
+    params = [nn.Parameter(start((6, 6), i)) for i in range(6)]
+    groups = [{"params": [param]} for param in params]
     optimizer = Muon(groups, process_group=dist.group.WORLD, state_format="fp32")
-    optimizer.state_dict()
+    train(params, optimizer, lambda grad: grad, range(1))
     return optimizer.state_bytes()
 
 
