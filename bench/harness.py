@@ -22,11 +22,11 @@ from lowbit_muon.tools.benchmark.cases import Prepared
 from lowbit_muon.tools.benchmark.measure import Result
 from lowbit_muon.tools.benchmark.report import label, machine, significant, write_results
 from lowbit_muon.tools.benchmark.report import write_document as write_json
-from lowbit_muon.tools.benchmark.timing import interleaved, medians, ratios
+from lowbit_muon.tools.benchmark.timing import interleaved, medians
 
 __all__ = [
     "Record", "Run", "add_options", "interleaved", "machine", "medians", "product_operations",
-    "ratios", "read_results", "results_table", "runs", "symmetric_operations", "with_work",
+    "read_results", "results_table", "runs", "symmetric_operations", "with_work",
     "write_json",
 ]  # fmt: skip
 

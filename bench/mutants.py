@@ -62,8 +62,11 @@ FAULTS = (
     Fault("state/codecs/coded.py", "scales >= SMALLEST_SCALE,", "scales > -1,", CODEC),
     Fault("state/codecs/spectral.py", 'blank("noise").zero_()', 'blank("noise")', CODEC),
     Fault("state/codecs/coded.py", "norm >= SMALLEST_NORM, norm", "norm >= 0, norm", CODEC),
-    Fault("state/codecs/coded.py", "codes.scales.clone(), self", "codes.scales, self", CODEC),
-    Fault("state/codecs/low_rank.py", "start / start.norm(dim=0, keepdim=True)", "start", CODEC),
+    Fault("state/codecs/coded.py", "codes.scales.clone(), self", "codes.scales, self", STEP),
+    Fault(
+        "state/codecs/low_rank.py", "products if self.is_wide else products[::-1]", "products",
+        CODEC,
+    ),
     Fault("backends/packing.py", "remaining -= count", "remaining -= 0", CODEC),
     # ---- Several processes ----
     Fault(

@@ -21,6 +21,7 @@ from bench.scaling.report import is_exact
 from bench.training.methods import METHODS
 from bench.training.report import bits_of, cells
 from bench.training.report import rows as training_rows
+from bench.versions import TESTS
 from lowbit_muon.tools.benchmark.report import significant
 
 ROOT = Path(__file__).parents[1]
@@ -322,6 +323,34 @@ def memory_limits() -> str:
     return table(headings, lines)
 
 
+def versions() -> str:
+    """Tests with other releases of torch and Triton, and the kernels that spill registers there."""
+    lines, notes = [], []
+    for row in results("versions"):
+        counts = [str(row[name]) for name in ("passed", "failed", "skipped")]
+        spills = ", ".join(f"`{name}` {count}" for name, count in row["spills"].items())
+        checkpoint = row["checkpoint"] or "yes"
+        lines.append([row["torch"], row["triton"], checkpoint, *counts, spills or "none"])
+        pair = f"- torch {row['torch']}, Triton {row['triton']}:"
+        left_out = [f"`{path}`" for path in TESTS if path not in row["tests"]]
+        if left_out:
+            notes.append(f"{pair} without {', '.join(left_out)}\n")
+        by_reason: dict[str, list[str]] = {}
+        for test, why in row["failures"].items():
+            by_reason.setdefault(why, []).append(test)
+        notes += [
+            f"{pair} failed: `{tests[0]}`"
+            + (f" and {len(tests) - 1} more" if tests[1:] else "")
+            + f": {why}\n"
+            for why, tests in by_reason.items()
+        ]
+    headings = (
+        "torch", "Triton", "import, step, checkpoint", "tests passed", "failed", "skipped",
+        "spills",
+    )  # fmt: skip
+    return table(headings, lines) + "".join(["\n", *notes] if notes else [])
+
+
 SCALING_PROCESSES = (8, 64, 512)
 
 
@@ -415,6 +444,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "paper": paper,
     "scaling": scaling,
     "scaling_more": scaling_more,
+    "versions": versions,
 }
 
 

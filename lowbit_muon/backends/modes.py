@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -79,3 +80,21 @@ def plain_modes() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method at which a region of torch.compile ends, to go on behind it.
+
+    Kernels are called by pointer, which the compiler cannot follow. `torch.compiler.disable` itself
+    imports the compiler, and Triton with it, so it waits for the first call.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def disabled() -> Callable[..., Any]:
+        return torch.compiler.disable(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled()(*args, **kwargs)
+
+    return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lowbit_muon.backends import get_backend
-from lowbit_muon.backends.modes import plain_modes
+from lowbit_muon.backends.modes import outside_compiled_regions, plain_modes
 from lowbit_muon.backends.tensors import error_context
 from lowbit_muon.checkpoint import dicts as checkpoint
 from lowbit_muon.checkpoint.momentum import (
@@ -39,21 +40,19 @@ from lowbit_muon.distributed.state_dicts import (
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import FORMAT_VERSION, StateFormat
 from lowbit_muon.linalg.coefficients import Coefficients
-from lowbit_muon.state.diagnosis import Diagnosis, diagnose_matrix
+from lowbit_muon.state.diagnosis import Diagnosis, diagnose_parameter
 from lowbit_muon.state.format_choice import revise_format
-from lowbit_muon.state.gradients import NonFiniteGradientError, describe, is_usable
+from lowbit_muon.state.gradients import NonFiniteGradientError, describe
 from lowbit_muon.state.offload import finish_copies
 from lowbit_muon.state.parameter import (
     ParameterStep,
     check_parameter,
     check_parameter_step,
-    flatten,
     keep_on_host,
     matrix_views,
     momentum_format,
     parameter_names,
     prepare_state,
-    read_matrix,
     resolve_group_format,
     stored_keys,
 )
@@ -77,24 +76,6 @@ from lowbit_muon.step.update import MuonRule, check_ns_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method at which a region of torch.compile ends, to go on behind it.
-
-    Kernels are called by pointer, which the compiler cannot follow. `torch.compiler.disable` itself
-    imports the compiler, and Triton with it, so it waits for the first call.
-    """
-
-    @functools.lru_cache(maxsize=1)
-    def disabled() -> Callable[..., Any]:
-        return torch.compiler.disable(method)
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled()(*args, **kwargs)
-
-    return call
 
 
 def _any_dtensor(params: Sequence[Tensor]) -> bool:
@@ -329,41 +310,32 @@ class Muon(Optimizer):
     def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
         rule = MuonRule.from_group(group)
         for name, param in zip(parameter_names(group), group["params"], strict=True):
-            state = host_counters(self.state[param]) if param in self.state else {}
-            if not has_momentum(state):
-                continue
-            whole = param.grad is not None and not is_dtensor(param)
-            grad = flatten(param.grad, group) if whole else None
-            if grad is not None and not bool(is_usable(grad)):
-                grad = None
-            views = matrix_views(shape_only(param), group)
-            for index, view in enumerate(views):
-                if not stored_keys(state, [view]):
-                    continue
-                yield diagnose_matrix(
-                    read_matrix(
-                        state, view, momentum_format(group, state), local_part(param).device
-                    ),
-                    None if grad is None else grad[view.rows],
-                    name=name if len(views) == 1 else f"{name}[{index}]",
-                    steps=int(state["step"]),
-                    skipped=int(state["skipped"]),
-                    momentum=rule.momentum,
-                    coefficients=tuple(rule.coefficients),
-                    backend=group["backend"],
+            state = host_counters(self.state.get(param, {}))
+            if has_momentum(state):
+                yield from diagnose_parameter(
+                    param, state, group, name, rule.momentum, rule.coefficients
                 )
 
     @plain_modes()
     def state_dict(self) -> StateDict:
         """As torch's, with our format version in each group; tensors and plain values only.
 
-        Missing states are made first, so that a state dict has the same keys before and after the
-        first step, and on all processes. Of parameters shared between processes the tensors are
-        DTensors, in shards: save them with torch.distributed.checkpoint, which loads them on any
-        number of processes.
+        Missing states are in it as zeros, so that it has the same keys before and after the first
+        step, and on all processes, as torch.distributed.checkpoint needs; the optimizer does not
+        keep them. Of parameters shared between processes the tensors are DTensors, in shards: save
+        them with torch.distributed.checkpoint, which loads them on any number of processes.
         """
         self._finish_copies()
-        self._prepare_states()
+        own = self.state
+        # A copy: frameworks that replace parameters ask for a state dict before they do.
+        self.state = defaultdict(dict, own)
+        try:
+            self._prepare_states()
+            return self._complete_state_dict()
+        finally:
+            self.state = own
+
+    def _complete_state_dict(self) -> StateDict:
         saved: dict[Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
             for part in self._shared(group):
@@ -421,8 +393,10 @@ class Muon(Optimizer):
     ) -> dict[str, Any]:
         entries, whole = whole_state(saved.entries), shape_only(param)
         state = convert_momentum(whole, group, dataclasses.replace(saved, entries=entries))
+        if not has_momentum(state) and not state.get("skipped"):
+            return {}  # there was no gradient so far: the first one makes the state
         shared = self._sharing.find(param)
-        if state and shared is not None:
+        if shared is not None:
             state = owned_state(state, param, group, *shared)
         if group["offload"]:
             keep_on_host(state, matrix_views(whole, group))

@@ -252,7 +252,10 @@ class MuonWithAuxAdam(Muon):
             return super()._convert_state(param, group, saved)
         entries, whole = whole_state(saved.entries), shape_only(param)
         saved = dataclasses.replace(saved, entries=entries)
-        return shard_like(param, convert_adam(whole, saved, self._fresh_state(whole, group)))
+        state = convert_adam(whole, saved, self._fresh_state(whole, group))
+        if state and not int(state["step"]) and not state["skipped"]:
+            return {}  # as of Muon's
+        return shard_like(param, state)
 
     def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
         aux = [option.name for option in AUX_OPTIONS if option.load == "saved"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,15 @@ from torch import Tensor
 
 from lowbit_muon.backends.packing import unpack
 from lowbit_muon.linalg.coefficients import Triple
+from lowbit_muon.state.gradients import is_usable
+from lowbit_muon.state.parameter import (
+    flatten,
+    matrix_views,
+    momentum_format,
+    read_matrix,
+    stored_keys,
+)
+from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.state.stored import QuantizedMatrix
 from lowbit_muon.state.update_error import UpdateError, next_momentum, rotated_sample
 
@@ -55,6 +65,34 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON and loggers."""
         return {**dataclasses.asdict(self), "shape": list(self.shape)}
+
+
+def diagnose_parameter(
+    param: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    name: str,
+    momentum: float,
+    coefficients: tuple[Triple, ...],
+) -> Iterator[Diagnosis]:
+    """The diagnoses of a parameter's matrices, of those that have a momentum."""
+    grad = None
+    if param.grad is not None and not is_dtensor(param) and bool(is_usable(param.grad)):
+        grad = flatten(param.grad, group)
+    views = matrix_views(shape_only(param), group)
+    for index, view in enumerate(views):
+        if stored_keys(state, [view]):
+            device = local_part(param).device
+            yield diagnose_matrix(
+                read_matrix(state, view, momentum_format(group, state), device),
+                None if grad is None else grad[view.rows],
+                name=name if len(views) == 1 else f"{name}[{index}]",
+                steps=int(state["step"]),
+                skipped=int(state["skipped"]),
+                momentum=momentum,
+                coefficients=coefficients,
+                backend=group["backend"],
+            )
 
 
 def diagnose_matrix(

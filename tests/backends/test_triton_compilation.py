@@ -39,6 +39,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
 from lowbit_muon.backends.codes import PackedCodes, Terms  # noqa: E402
+from lowbit_muon.backends.memory import Checks  # noqa: E402
 from lowbit_muon.backends.triton import (  # noqa: E402
     dense_products,
     device,
@@ -90,7 +91,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         kind = device.nvidia_target((TARGETS[target].arch // 10, TARGETS[target].arch % 10))
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(device.CHECKS, "device_types", ("cpu",)),
+        mock.patch.object(TritonBackend, "checks", Checks("cpu")),
         mock.patch.object(integer_products, "target", return_value=kind),
         mock.patch.object(dense_products, "target", return_value=kind),
     ):

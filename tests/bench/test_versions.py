@@ -23,7 +23,7 @@ REPORT = """<testsuites><testsuite>
 
 
 def test_a_report_is_counted() -> None:
-    row = versions.Row("2.9.1", "3.6.0")
+    row = versions.Row("2.9.1", "3.6.0", ["tests"])
     versions.read_report(row, ElementTree.fromstring(REPORT))
     assert (row.passed, row.failed, row.skipped) == (2, 3, 1)
     assert row.failures["tests.a::test_bad"] == "wrong: 1"

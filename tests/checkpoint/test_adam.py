@@ -177,7 +177,7 @@ AUX_CORRUPTIONS: dict[str, tuple[str, Change, str]] = {
     ),
     "moment nan": ("adamw", lambda s: s[3]["exp_avg"].fill_(torch.nan), "exp_avg: .*finite"),
     "second moment negative": (
-        "adamw", lambda s: s[3]["exp_avg_sq"].fill_(-1), "exp_avg_sq: expected .*>= 0"
+        "adamw", lambda s: s[3]["exp_avg_sq"].view(-1)[:1].fill_(-1), "exp_avg_sq: expected .*>= 0"
     ),
     "step negative": ("adamw", lambda s: s[3]["step"].fill_(-1), "step: expected"),
     "step missing": ("adamw", lambda s: s[3].pop("step"), "expected entries"),

@@ -22,7 +22,8 @@ from torch.distributed.tensor import (
 )
 
 from lowbit_muon import Muon, NonFiniteGradientError, attach_gradient_release
-from lowbit_muon.distributed.agreement import ExchangeError
+from lowbit_muon.distributed.agreement import ExchangeError, usable_gradients
+from lowbit_muon.state.gradients import LARGEST_NORM
 
 # --- disagreements and faults ---
 
@@ -71,6 +72,20 @@ def test_or_raises_on_all_before_anything_changes(kind: str, tmp_path: Path) -> 
     for found in run(2, bad_gradient, tmp_path, kind, "raise"):
         assert found["changed"] == [False, False, False]
         assert "'1'" in found["error"]
+
+
+def usable_parts(share: float) -> list[bool | None]:
+    """Of a gradient in two equal parts, each of which has this share of the largest norm."""
+    part = torch.full((8, 8), share * LARGEST_NORM / 8)
+    return usable_gradients([part], ["w"], torch.device("cpu"), dist.group.WORLD)
+
+
+@pytest.mark.parametrize(("share", "usable"), [(0.8, False), (0.6, True)])
+def test_parts_that_are_too_large_together_are_not_usable(
+    share: float, usable: bool, tmp_path: Path
+) -> None:
+    """0.8 sqrt(2) > 1 > 0.6 sqrt(2)."""
+    assert run(2, usable_parts, tmp_path, share) == [[usable]] * 2
 
 
 def disagreeing(what: str) -> str:

@@ -71,5 +71,5 @@ def test_trainers_own_groups_are_refused_with_the_remedy(tmp_path: Path) -> None
     trainer = make_trainer(
         tmp_path, lambda _: {"optimizer_cls_and_kwargs": (MuonWithAuxAdam, dict(OPTIONS))}
     )
-    with pytest.raises(ValueError, match=r"use_muon True or False \(muon_param_groups makes them"):
+    with pytest.raises(ValueError, match=r"use_muon True or False, as muon_param_groups"):
         trainer.create_optimizer()

@@ -33,6 +33,23 @@ def test_round_trip_keeps_shape_and_stays_finite(name: str, shape: tuple[int, in
         assert relative_error(decoded, x) < 0.9
 
 
+@pytest.mark.parametrize("statistic", ["rms", "absmax"])
+@pytest.mark.parametrize("size", [1e-40, 1e-44])
+def test_a_scale_below_the_smallest_normal_number_is_zero(statistic: str, size: float) -> None:
+    """Its inverse would be infinite."""
+    one_scale = StateFormat("x", 4, granularity="tensor", statistic=statistic)
+    q = quantize(size * torch.randn(8, 20), one_scale, backend="reference")
+    assert not q.tensors["scales"].any()
+    assert not q.dequantize().any()
+
+
+def test_a_norm_that_is_too_small_is_zero() -> None:
+    for name in [name for name in PRESETS if PRESETS[name].stores_norm]:
+        q = quantize(1e-34 * torch.randn(8, 20), name, backend="reference")
+        assert not q.tensors["norm"].any(), name
+        assert not q.dequantize().any(), name
+
+
 # Mean squared error of a unit Gaussian (presets.py), and of the spectral formats three times that
 # at most: s = y^3 multiplies a relative error of y by up to 3, added in squares over entries.
 @pytest.mark.parametrize(

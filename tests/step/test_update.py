@@ -82,11 +82,15 @@ def stored_step(
     return stored, param.detach() - before, expected
 
 
+# The scale is replaced before the last rows are decoded.
+ONE_SCALE = StateFormat("one scale", 8, codebook="linear", granularity="tensor", snap_levels=False)
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40)], ids=str)
-@pytest.mark.parametrize("name", BY_PANELS)
+@pytest.mark.parametrize("name", [*BY_PANELS, ONE_SCALE], ids=str)
 def test_panels_change_nothing(
-    name: str, shape: tuple[int, int], nesterov: bool, request: pytest.FixtureRequest
+    name: str | StateFormat, shape: tuple[int, int], nesterov: bool, request: pytest.FixtureRequest
 ) -> None:
     options = {"state_format": name, "nesterov": nesterov}
     whole = run(shape, **options)

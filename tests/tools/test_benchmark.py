@@ -108,8 +108,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> str:
     else:
         step_parameters = muon_module.Muon._step_parameters
 
-        def without_lookahead(self: Any, group: dict[str, Any], indices: Any) -> None:
-            step_parameters(self, {**group, "nesterov": False}, indices)
+        def without_lookahead(self: Any, group: dict[str, Any], *arguments: Any) -> None:
+            step_parameters(self, {**group, "nesterov": False}, *arguments)
 
         # (not `step`: torch wraps it for every class that is made, and keeps that)
         monkeypatch.setattr(muon_module.Muon, "_step_parameters", without_lookahead)

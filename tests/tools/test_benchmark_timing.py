@@ -10,7 +10,7 @@ import torch
 
 from bench import harness
 from lowbit_muon.tools.benchmark import timing
-from lowbit_muon.tools.benchmark.timing import interleaved, medians, ratios, spread
+from lowbit_muon.tools.benchmark.timing import interleaved, medians, spread
 
 
 def test_rounds_alternate_and_the_warmup_does_not_count() -> None:
@@ -93,10 +93,9 @@ def test_cuda_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Event.now == 0.25 * (1 + 2 * 4)
 
 
-def test_medians_ratios_and_spread() -> None:
+def test_medians_and_spread() -> None:
     seconds = {"a": [1.0, 9.0, 2.0], "b": [4.0, 4.0, 4.0]}
     assert medians(seconds) == {"a": 2.0, "b": 4.0}
-    assert ratios(seconds, "a") == {"a": 1.0, "b": 2.0}
     assert spread([4.0]) is None
     assert spread([2.0, 2.0]) == 0.0
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)

@@ -73,5 +73,6 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
             HAS_ADDEND=p.addend is not None,
             HAS_ACTIVE=active is not None,
             PRECISION=offered.float_precision,
+            enable_fp_fusion=True,  # Triton 3.9 warns of a default, which 3.10 turns round
             **options,
         )

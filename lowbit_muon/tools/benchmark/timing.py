@@ -78,12 +78,6 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def ratios(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str, float]:
-    """Median time of each case divided by the median time of the case `baseline`."""
-    middle = medians(seconds)
-    return {name: value / middle[baseline] for name, value in middle.items()}
-
-
 def spread(values: Sequence[float]) -> float | None:
     """Interquartile range divided by the median; None for a single value."""
     if len(values) < 2:

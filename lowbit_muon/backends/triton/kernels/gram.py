@@ -21,8 +21,8 @@ CHUNK_COLUMNS = {2: 256, 3: 512, 4: 128}
 # registers of each of 256 threads, and a decoded operand serves 128 rows. Elsewhere fragments of
 # both operands take registers too, and 128 x 128 spilled on sm_80 (58 spills, none with 64 x 64
 # and 166 registers). Three stages of packed codes hide the way to memory.
-GRAM_LARGE = {"BLOCK": 128, "num_warps": 8, "num_stages": 3}
-GRAM_SMALL = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+GRAM_LARGE = {"BLOCK": 128, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+GRAM_SMALL = {"BLOCK": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 # Scales by blocks keep float32 sums beside the integers, so tiles are smaller.
 SEGMENT_BLOCK = 64
 SEGMENT_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}

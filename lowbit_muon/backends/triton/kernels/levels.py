@@ -11,7 +11,7 @@ from lowbit_muon.backends.triton.kernels.codes import load_codes
 # What is left of rows is short, so a tile spans several; a row ends in a whole pair of 64 columns,
 # which is what products take.
 BLOCK_M, BLOCK_N = 8, 128
-OPTIONS = {"num_warps": 4}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
