@@ -85,6 +85,8 @@ bench: venv
 		--methods 'fp32;spectral4' --seeds 6 $(ARGS)
 	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_shifts.json \
 		--methods 'spectral4, c = 0.01;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)
+	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_shifts.json \
+		--methods 'spectral4, c = 0.01;spectral4, c = 0.1' --seeds 6 $(ARGS)
 	$(BIN)/python -m bench.predictors bench/data/gpt64.safetensors build/gpt128.safetensors \
 		build/gpt256.safetensors --json $(RESULTS)/predictors.json
 	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.svg
