@@ -74,11 +74,21 @@ bench: venv
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI $(BIN)/python -m bench.step --layers 2 --repeats 3 \
 		--no-peers --json $(RESULTS)/step_without_bf16.json
 	$(BIN)/python -m bench.memory_limits --json $(RESULTS)/memory_limits.json
-	$(BIN)/python -m bench.fidelity --json $(RESULTS)/fidelity.json --plot $(RESULTS)/fidelity.svg
+	for width in 128 256; do \
+		$(BIN)/python -m bench.capture --width $$width --out build/gpt$$width.safetensors || exit 1; \
+	done
+	$(BIN)/python -m bench.fidelity --data build/gpt256.safetensors --json $(RESULTS)/fidelity.json \
+		--plot $(RESULTS)/fidelity.svg
 	$(BIN)/python -m bench.fidelity_training --steps 12 --json $(RESULTS)/fidelity_training.json
 	$(BIN)/python -m bench.training --json $(RESULTS)/training.json $(ARGS)
 	$(BIN)/python -m bench.training --json $(RESULTS)/training.json --plot $(RESULTS)/training.svg \
 		--methods 'fp32;spectral4' --seeds 6 $(ARGS)
+	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_shifts.json \
+		--methods 'spectral4, c = 0.01;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)
+	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_shifts.json \
+		--methods 'spectral4, c = 0.01;spectral4, c = 0.1' --seeds 6 $(ARGS)
+	$(BIN)/python -m bench.predictors bench/data/gpt64.safetensors build/gpt128.safetensors \
+		build/gpt256.safetensors --json $(RESULTS)/predictors.json
 	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.svg
 	$(BIN)/python -m bench.report
 

@@ -1,72 +1,73 @@
-"""Momentum matrices of a real training run, for `bench.fidelity`.
+"""Gradients of a training run, step by step, for `bench.fidelity` and `bench.predictors`.
 
-    python -m bench.capture [--steps 24] [--layers 14] [--out FILE]
+    python -m bench.capture [--width 64] [--skip 100] [--steps 80] [--out FILE]
 
-Fine-tunes SmolLM2-135M with full-precision Muon, as `lowbit-muon finetune` does, and keeps the
-momentum of some layers' matrices: float16, divided by the Frobenius norm, which no figure of
-fidelity depends on. The set in the repository is what the defaults make.
+Trains `bench.training`'s byte-level GPT, of any width, with full-precision Muon at the rate and
+schedule found best there, and keeps two matrices' gradients in bfloat16 from step `skip` on. The
+recording in the repository is what the defaults make; 256 wide is sixteen times its size and takes
+a minute or two.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowbit_muon.tools.finetune.settings import FinetuneSettings
-from lowbit_muon.tools.finetune.training import FinetuneRun
+from bench.training.methods import BASELINE, METHODS, make_optimizer
+from bench.training.models import CONTEXT, make_model
+from bench.training.run import SEQUENCES, factor, set_learning_rates
+from bench.training.text import corpus
+from lowbit_muon.state.stored import orient
 
-SHIPPED = Path(__file__).with_name("data") / "smollm2_momentum.safetensors"
-# One of each kind of shape: key projection, output projection, gate.
-KINDS = ("self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj")
+SHIPPED = Path(__file__).with_name("data") / "gpt64.safetensors"
+# A square matrix and a wide one, in the middle of the network.
+MATRICES = ("blocks.2.query.weight", "blocks.2.up.weight")
+# The plan of `bench.training` for fp32 Muon.
+RATE, STEPS, SEED, HELD_OUT_BYTES = 1e-2, 500, 0, 65536
 
 
-def capture(steps: int, layers: list[int], console: Console) -> dict[str, Tensor]:
-    """name -> momentum [rows, columns], float16, of Frobenius norm sqrt(rows * columns)."""
-    settings = FinetuneSettings(
-        format="fp32", steps=steps, eval_before=False, sample_tokens=0, save_every=0
-    )
-    wanted = {f"layers.{layer}.{kind}.weight" for layer in layers for kind in KINDS}
-    with tempfile.TemporaryDirectory() as folder:
-        run = FinetuneRun(settings, Path(folder), console)
-        for index in range(steps):
-            console.print(f"step {index + 1} of {steps}: loss {run.step():.3f}")
-        found = {}
-        for name, parameter in run.model.named_parameters():
-            name = name.removeprefix("model.")
-            if name in wanted:
-                momentum = run.optimizer.state[parameter]["dense"]
-                if parameter.shape[0] > parameter.shape[1]:
-                    momentum = momentum.mT
-                scale = momentum.numel() ** 0.5 / momentum.norm()
-                # entries of about one: float16 then rounds them by 2**-12
-                found[name] = (momentum * scale).half().contiguous()
-    if missing := wanted - set(found):
-        raise SystemExit(f"--layers: expected layers of the model, got none for {sorted(missing)}")
-    return found
+def record(width: int, skip: int, steps: int, console: Console) -> dict[str, Tensor]:
+    """name -> gradients [steps, short side, long side], bfloat16."""
+    text, _ = corpus(HELD_OUT_BYTES, CONTEXT)
+    model = make_model("gpt", SEED, width)
+    optimizer = make_optimizer(model, METHODS[BASELINE], RATE, SEED)
+    parameters = {name: model.get_parameter(name) for name in MATRICES}
+    kept: dict[str, list[Tensor]] = {name: [] for name in MATRICES}
+    for step in track(range(skip + steps), f"{width} wide", console=console, transient=True):
+        set_learning_rates(optimizer, RATE, factor(step, STEPS))
+        model.loss(text.batch(step, SEQUENCES, SEED)).backward()
+        if step >= skip:
+            for name, parameter in parameters.items():
+                assert parameter.grad is not None
+                kept[name].append(orient(parameter.grad).to(torch.bfloat16, copy=True))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: torch.stack(grads) for name, grads in kept.items()}
 
 
 def load(path: Path = SHIPPED) -> dict[str, Tensor]:
-    """The captured matrices as float32 of Frobenius norm one."""
-    matrices = {name: value.float() for name, value in load_file(path).items()}
-    return {name: value / value.norm() for name, value in matrices.items()}
+    """A recording as float32."""
+    return {name: grads.float() for name, grads in load_file(path).items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="capture momentum of the SmolLM2 fine-tune")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--layers", default="14")
+    parser = argparse.ArgumentParser(description="record gradients of a small GPT's training")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--skip", type=int, default=100, help="steps before the first recorded one")
+    parser.add_argument("--steps", type=int, default=80, help="recorded steps")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     options = parser.parse_args(arguments)
-    layers = [int(layer) for layer in options.layers.split(",")]
-    found = capture(options.steps, layers, Console())
+    found = record(options.width, options.skip, options.steps, Console())
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(found, options.out, metadata={"steps": str(options.steps), "model": "SmolLM2-135M"})
+    about = {"model": "bench.training's gpt", "width": options.width, "skip": options.skip}
+    save_file(found, options.out, metadata={key: str(value) for key, value in about.items()})
 
 
 if __name__ == "__main__":

@@ -1,45 +1,44 @@
 """How far each way of storing a momentum turns the update, against the bits it takes.
 
-    python -m bench.fidelity [--quick] [--json FILE] [--plot FILE]
+    python -m bench.fidelity [--quick] [--data FILE] [--json FILE] [--plot FILE]
 
-On matrices captured from a real fine-tune (`bench.capture`; a small set is in the repository), each
-quantised once. All errors are relative, in the Frobenius norm, averaged over the matrices:
+On recorded gradients of a training run (`bench.capture`; a small recording is in the repository).
+All errors are relative to full-precision momentum, in the Frobenius norm, means over the matrices:
 
-    momentum   of the matrix itself
-    update     after five Newton-Schulz steps (float32)
-    polar      of the exact polar factor (float64), which all directions share alike
-    angle      largest principal angle between the leading right singular subspaces, of dimension
-               min(m, n)/16, exact and decoded, in degrees
+    momentum   of the matrix itself, before the last step, stored once
+    once       of the last update, after five Newton-Schulz steps (float32), if the momentum was
+               stored in the step before and never before that
+    closed     of the same update with the momentum stored in every step, so that errors add up
+    mean       the same over the last quarter of the recording, at most 20 steps
 
-Quantised once says what one step loses; `bench.fidelity_training` says what remains when errors add
-up in a training run.
+`muonq4` normalises gradients and momentum, so it is compared with full precision under that rule;
+every other method has torch's momentum and Nesterov.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from bench.capture import SHIPPED, load
+from bench.closed_loop import MEMORY, MUONQ, TORCH, Rule, Sequence, relative_error, relative_errors
 from bench.harness import write_json
-from bench.peer_formats import grasp
-from lowbit_muon import PRESETS, StateFormat, orthogonalize, quantize
-from lowbit_muon.state.stored import orient
+from bench.peer_formats import MUONQ_TORCH_MOMENTUM, grasp
+from lowbit_muon import PRESETS, StateFormat, quantize
 
 # OCP Microscaling v1.0, E2M1, without its second zero.
 _FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
-FAMILIES = ("spectral", "low rank", "8-bit Muon", "blocks", "linear", "mu-law", "GRASP")
+FAMILIES = ("spectral", "low rank", "8-bit Muon", "blocks", "linear", "mu-law", "GRASP", "dense")
+FIGURES = ("momentum", "once", "closed", "mean")
 Method = Callable[[Tensor], tuple[Tensor, float]]
 
 
@@ -58,11 +57,13 @@ def state_formats() -> dict[str, tuple[str, StateFormat]]:
         **{f"spectral{bits}": ("spectral", PRESETS[f"spectral{bits}"]) for bits in (8, 4, 3, 2)},
         "mulaw4": ("low rank", PRESETS["mulaw4"]),
         "muonq4": ("low rank", PRESETS["muonq4"]),
+        MUONQ_TORCH_MOMENTUM.name: ("low rank", MUONQ_TORCH_MOMENTUM),
         "linear8": ("8-bit Muon", PRESETS["linear8"]),
         "nf4": ("blocks", PRESETS["nf4"]),
         "fp4": ("blocks", fp4),
         "mulaw8": ("mu-law", PRESETS["mulaw8"]),
         **{f"linear{bits}, rows": ("linear", _linear(bits)) for bits in (8, 4, 3, 2)},
+        "bf16": ("dense", PRESETS["bf16"]),
     }
 
 
@@ -80,47 +81,37 @@ def methods() -> dict[str, tuple[str, Method]]:
     return {**made, "GRASP": ("GRASP", grasp)}
 
 
-def polar_factor(matrix: Tensor) -> Tensor:
-    """U V^T of U S V^T, float64."""
-    u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return u @ vt
+def rule_of(name: str) -> Rule:
+    """The update rule that a method belongs to."""
+    return MUONQ if name == "muonq4" else TORCH
 
 
-def leading_directions(matrix: Tensor) -> Tensor:
-    """The leading right singular vectors, float64 [n, min(m, n)/16]."""
-    _, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return vt[: max(1, min(matrix.shape) // 16)].mT
+def figures(sequence: Sequence, method: Method) -> dict[str, float]:
+    """Bits an element, and the errors of one matrix."""
+
+    def store(momentum: Tensor) -> Tensor:
+        return method(momentum)[0]
+
+    decoded, bits = method(sequence.momenta[-1])
+    closed = relative_errors(sequence.closed(store), sequence.updates)
+    return {
+        "bits": bits,
+        "momentum": relative_error(decoded, sequence.momenta[-1]),
+        "once": relative_error(sequence.once(store), sequence.updates[-1]),
+        "closed": float(closed[-1]),
+        "mean": float(closed.mean()),
+    }
 
 
-def largest_angle(a: Tensor, b: Tensor) -> float:
-    """Largest principal angle of two subspaces with orthonormal bases [n, k], in degrees."""
-    cosine = torch.linalg.svdvals(a.mT @ b).amin().clamp(max=1)
-    return math.degrees(math.acos(float(cosine)))
-
-
-def relative_error(approximation: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference relative to the exact matrix."""
-    return float((approximation - exact).norm() / exact.norm())
-
-
-def measure(matrices: dict[str, Tensor], console: Console) -> dict[str, dict[str, Any]]:
-    """name -> family, bits and the mean of each figure."""
+def measure(recording: dict[str, Tensor], console: Console) -> dict[str, dict[str, Any]]:
+    """name -> family, bits and the mean of each figure over the matrices."""
     collected: dict[str, list[dict[str, float]]] = {name: [] for name in methods()}
-    for matrix in track(list(matrices.values()), "matrices", console=console, transient=True):
-        exact = orient(matrix)
-        update, polar = orthogonalize(exact), polar_factor(exact)
-        directions = leading_directions(exact)
-        for name, (_, method) in methods().items():
-            decoded, bits = method(exact)
-            collected[name].append(
-                {
-                    "bits": bits,
-                    "momentum": relative_error(decoded, exact),
-                    "update": relative_error(orthogonalize(decoded), update),
-                    "polar": relative_error(polar_factor(decoded), polar),
-                    "angle": largest_angle(leading_directions(decoded), directions),
-                }
-            )
+    for grads in recording.values():
+        steps = len(grads)
+        measured = range(steps - max(1, min(MEMORY, steps // 4)), steps)
+        exact = {rule: Sequence.of(grads, measured, rule) for rule in (TORCH, MUONQ)}
+        for name, (_, method) in track(methods().items(), console=console, transient=True):
+            collected[name].append(figures(exact[rule_of(name)], method))
     return {
         name: {
             "family": methods()[name][0],
@@ -131,13 +122,13 @@ def measure(matrices: dict[str, Tensor], console: Console) -> dict[str, dict[str
 
 
 def pareto_front(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Names that no other beats in bits and in the update's error at once, fewest bits first.
+    """Names that no other beats in bits and in the loop's mean error at once, fewest bits first.
 
     A hundredth of a bit counts for nothing: spectral formats keep 16 bytes a matrix more.
     """
 
     def point(name: str) -> tuple[float, float]:
-        return round(results[name]["bits"], 2), results[name]["update"]
+        return round(results[name]["bits"], 2), results[name]["mean"]
 
     return sorted(
         (
@@ -153,46 +144,56 @@ def pareto_front(results: dict[str, dict[str, Any]]) -> list[str]:
     )
 
 
-def show(results: dict[str, dict[str, Any]], console: Console) -> None:
+def show(results: dict[str, dict[str, Any]], title: str, console: Console) -> None:
     """The results as a table; the Pareto front is marked."""
     front = pareto_front(results)
-    table = Table(title="momentum of the SmolLM2-135M fine-tune, quantised once")
-    for heading in ("format", "bits", "momentum", "update", "polar", "angle, degrees", "front"):
+    table = Table(title=title)
+    for heading in ("format", "bits", *FIGURES, "front"):
         table.add_column(heading, justify="left" if heading == "format" else "right")
     for name, row in results.items():
-        figures = [f"{row[key]:.3f}" for key in ("momentum", "update", "polar")]
-        mark = "*" if name in front else ""
-        table.add_row(name, f"{row['bits']:.2f}", *figures, f"{row['angle']:.1f}", mark)
+        errors = [f"{row[figure]:.3f}" for figure in FIGURES]
+        table.add_row(name, f"{row['bits']:.2f}", *errors, "*" if name in front else "")
     console.print(table)
 
 
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Bits against the error of the update, one marker for each family, and the Pareto front."""
+def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
+    """Bits against the error of the update, a marker for each family, and the Pareto front.
+
+    Full markers are means in closed loop; a line leads down to the error of storing once. Dense
+    storage is left out.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    results = {name: row for name, row in results.items() if row["family"] != "dense"}
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for family, marker in zip(FAMILIES, "osD^vPX", strict=True):
-        names = [name for name, row in results.items() if row["family"] == family]
-        axes.scatter(
-            [results[name]["bits"] for name in names],
-            [results[name]["update"] for name in names],
-            marker=marker, label=family, zorder=3,
-        )  # fmt: skip
-        for name in names:
-            position = (results[name]["bits"], results[name]["update"])
-            axes.annotate(name, position, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    for family, marker in zip(FAMILIES[:-1], "osD^vPX", strict=True):
+        rows = [row for row in results.values() if row["family"] == family]
+        bits = [row["bits"] for row in rows]
+        loop, once = ([row[figure] for row in rows] for figure in ("mean", "once"))
+        full = axes.scatter(bits, loop, marker=marker, label=family, zorder=3)
+        color = full.get_facecolor()
+        axes.scatter(bits, once, marker=marker, facecolor="none", edgecolor=color, s=16)
+        axes.vlines(bits, once, loop, color=color, linewidth=0.5)
+    for name, row in results.items():
+        side: dict[str, Any] = {"xytext": (5, 4)}
+        if row["family"] in ("linear", "spectral"):  # to the left, where there is room
+            side = {"xytext": (-5, -3), "ha": "right"}
+        position = (row["bits"], row["mean"])
+        axes.annotate(name, position, textcoords="offset points", fontsize=7, **side)
     front = pareto_front(results)
     axes.plot(
-        [results[name]["bits"] for name in front], [results[name]["update"] for name in front],
+        [results[name]["bits"] for name in front], [results[name]["mean"] for name in front],
         color="0.6", linewidth=1, label="Pareto front",
     )  # fmt: skip
+    axes.set_title(f"{title}: in closed loop (full), stored once (hollow)", fontsize=9)
     axes.set(
         xlabel="bits an element, scales and factors included",
         ylabel="error of the update after Newton-Schulz",
-        yscale="log",
+        xlim=(1.2, 9),
+        ylim=(0, None),
     )
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -200,24 +201,24 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="bits against direction error, real momentum")
-    parser.add_argument("--quick", action="store_true", help="the smallest matrix only")
+    parser = argparse.ArgumentParser(description="bits against error of the update, real gradients")
+    parser.add_argument("--quick", action="store_true", help="the smallest matrix, fewer steps")
     parser.add_argument("--data", type=Path, default=SHIPPED, help="what bench.capture wrote")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="write a plot here (.svg or .png)")
     options = parser.parse_args(arguments)
-    matrices = load(options.data)
+    recording = load(options.data)
     if options.quick:
-        name = min(matrices, key=lambda name: matrices[name].numel())
-        matrices = {name: matrices[name]}
+        name = min(recording, key=lambda name: recording[name].numel())
+        recording = {name: recording[name][-12:]}
     console = Console()
-    results = measure(matrices, console)
-    show(results, console)
+    results = measure(recording, console)
+    show(results, options.data.stem, console)
     if options.json:
-        shapes = {name: list(matrix.shape) for name, matrix in matrices.items()}
-        write_json(options.json, {"matrices": shapes, "formats": results})
+        shapes = {name: list(grads.shape) for name, grads in recording.items()}
+        write_json(options.json, {"recording": shapes, "formats": results})
     if options.plot:
-        plot(results, options.plot)
+        plot(results, options.data.stem, options.plot)
 
 
 if __name__ == "__main__":

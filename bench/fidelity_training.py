@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.fidelity import relative_error
+from bench.closed_loop import relative_error
 from bench.harness import write_json
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize

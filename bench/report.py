@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.fidelity import pareto_front
+from bench.fidelity import FIGURES, pareto_front
 from bench.gpu.roofline import markdown as paper
+from bench.predictors import agreement
 from bench.scaling.report import is_exact
 from bench.training.methods import METHODS
 from bench.training.report import bits_of, cells
@@ -32,6 +34,7 @@ FILES = (
 )
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices
+WIDTHS = (64, 128, 256)  # of the recorded GPTs
 _BLOCK = re.compile(r"(<!-- report: (\w+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
 
 
@@ -47,19 +50,58 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fidelity() -> str:
-    """Real momentum, quantised once."""
+    """Recorded gradients: stored once, and in every step."""
     formats = results("fidelity")["formats"]
     front = pareto_front(formats)
     rows = [
         [
             f"**`{name}`**" if name in front else f"`{name}`",
             f"{row['bits']:.2f}",
-            *(f"{row[figure]:.3f}" for figure in ("momentum", "update", "polar")),
-            f"{row['angle']:.1f}",
+            *(f"{row[figure]:.3f}" for figure in FIGURES),
+            f"{row['mean'] / row['once']:.1f}",
         ]
-        for name, row in sorted(formats.items(), key=lambda item: item[1]["update"])
+        for name, row in sorted(formats.items(), key=lambda item: item[1]["mean"])
     ]
-    return table(("", "bits", "momentum", "update", "polar factor", "angle, degrees"), rows)
+    headings = ("momentum", "update, once", "in closed loop", "mean of 20 steps", "mean / once")
+    return table(("", "bits", *headings), rows)
+
+
+def predictors() -> str:
+    """How each measure of the error in closed loop agrees with training, by width."""
+    found = results("predictors")
+    agreed = {width: agreement(found[f"gpt{width}"]) for width in WIDTHS}
+    first = agreed[WIDTHS[0]]
+    rows = []
+    for measure, by_order in first.items():
+        cells = []
+        for what, (_, pairs) in by_order.items():
+            right = ", ".join(str(agreed[width][measure][what][0]) for width in WIDTHS)
+            cells.append(f"{right} of {pairs}")
+        rows.append([measure, *cells])
+    return table(("", *next(iter(first.values()))), rows)
+
+
+def predictor_values() -> str:
+    """The measures of each format at two widths, beside what training said."""
+    found = results("predictors")
+    one, other = (found[f"gpt{width}"] for width in WIDTHS[-2:])
+    runs = {**results("training"), **results("training_shifts")}
+    gaps = {row.method: row.gap for row in training_rows(runs, "gpt")}
+    earlier = {
+        name: statistics.fmean(values)
+        for name, values in results("training_shifts_3_layers")["losses"].items()
+    }
+    rows = []
+    for name, measures in one.items():
+        gap = gaps.get(name)
+        trained = (
+            "" if gap is None else f"{gap:+.4f}",
+            f"{earlier[name] - earlier['fp32']:+.4f}" if name in earlier else "",
+        )
+        cells = (f"{x:.3f} / {other[name][measure]:.3f}" for measure, x in measures.items())
+        rows.append([f"`{name}`", *trained, *cells])
+    headings = ("minus `fp32`", "3 layers", *next(iter(one.values())))
+    return table(("", *headings), rows)
 
 
 def fidelity_training() -> str:
@@ -389,6 +431,8 @@ def scaling_notes(found: dict[str, Any]) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "fidelity_training": fidelity_training,
+    "predictors": predictors,
+    "predictor_values": predictor_values,
     "step": step,
     "training": training,
     "memory_limits": memory_limits,

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.harness import write_json
-from bench.training.methods import BASELINE, GRIDS, METHODS
+from bench.training.methods import BASELINE, DEFAULT_METHODS, GRIDS, METHODS
 from bench.training.report import best_rates, final_loss, plot, table
 from bench.training.run import Plan, train
 
@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="held-out loss of each way to store the momentum")
     parser.add_argument("--quick", action="store_true", help="two methods, 60 steps, under 60 s")
     parser.add_argument("--models", type=names(MODELS), default=MODELS)
-    parser.add_argument("--methods", type=names(METHODS), default=tuple(METHODS))
+    parser.add_argument("--methods", type=names(METHODS), default=DEFAULT_METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--held-out-bytes", type=int, default=65536)

@@ -14,16 +14,16 @@ WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 128
 class Block(nn.Module):
     """Attention and a GELU MLP, each after a LayerNorm."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.query, self.key, self.value, self.out = (
-            nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
+            nn.Linear(width, width, bias=False) for _ in range(4)
         )
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, context, WIDTH] to the same."""
+        """[batch, context, width] to the same."""
         normed = self.norms[0](x)
         query, key, value = (
             layer(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -35,16 +35,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Learned positions, LayerNorm, GELU, an output head of its own; 0.85M parameters."""
+    """Learned positions, LayerNorm, GELU, an output head of its own; 128 wide: 0.85M parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.tokens, self.positions = (
-            nn.Embedding(VOCABULARY, WIDTH),
-            nn.Embedding(CONTEXT, WIDTH),
+            nn.Embedding(VOCABULARY, width),
+            nn.Embedding(CONTEXT, width),
         )
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(LAYERS)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean cross-entropy in nats; ids int64 [batch, tokens + 1], of CONTEXT tokens at most."""
@@ -53,18 +53,18 @@ class GPT(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def make_model(name: str, seed: int) -> GPT | Llama:
+def make_model(name: str, seed: int, width: int = WIDTH) -> GPT | Llama:
     """The model "gpt" or "llama", its matrices drawn with standard deviation 0.02 as GPT-2's."""
     torch.manual_seed(seed)
     if name == "gpt":
-        model: GPT | Llama = GPT()
+        model: GPT | Llama = GPT(width)
     elif name == "llama":
         # Rotary positions, RMSNorm, SwiGLU, two heads to a key, a tied head; 0.83M parameters.
         model = Llama(
             LlamaConfig(
                 vocabulary=VOCABULARY,
-                hidden=WIDTH,
-                intermediate=384,
+                hidden=width,
+                intermediate=3 * width,
                 layers=LAYERS,
                 heads=HEADS,
                 kv_heads=2,

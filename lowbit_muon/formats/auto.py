@@ -22,8 +22,8 @@ class AutoFormat:
     Attributes:
         target_error: largest error of the update after Newton-Schulz, relative, in the Frobenius
             norm, if the momentum is stored once (`Diagnosis.direction_error`); above 0. Of momentum
-            of SmolLM2-135M `spectral4` has 0.14, `spectral3` 0.26 (`python -m bench.fidelity`). Of
-            a parameter of several matrices the worst counts.
+            of SmolLM2-135M `spectral4` has 0.145, `spectral3` 0.27 (`python -m
+            bench.fidelity_training`). Of a parameter of several matrices the worst counts.
         candidates: preset names or formats, from the smallest to the largest. The last is taken
             where none is good enough. Formats that differ in rank are candidates like any other.
         recheck_every: steps between two measurements of a parameter. It is measured in its first
