@@ -429,6 +429,10 @@ def checked_step(optimizer: Muon, kinds: tuple[str, str]) -> None:
         if raises or kind == "none":
             same_bits(param, weight)
             assert_same(dict(now), state)
+        elif kind == "zero" and not state and not float(group["lr"]) and not int(now["step"]):
+            # A first step of zeros at a rate of zero only makes states, as torch's checkpoints ask.
+            same_bits(param, weight)
+            assert now["skipped"] == 0
         elif kind in ("inf", "nan") or int(now["step"]) == int(state.get("step", 0)):
             # AdamW squares "mixed" ones, up to 1e4, in float16 if the parameter is
             squared = not group.get("use_muon", True) and param.dtype == torch.float16
