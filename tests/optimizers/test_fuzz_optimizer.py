@@ -393,7 +393,9 @@ def through_a_file(optimizer: Muon) -> Muon:
     other.state.clear()
     other.load_state_dict(through_file(optimizer.state_dict()))
     assert_same(other.state_dict(), optimizer.state_dict())
-    assert other.state_bytes() == optimizer.state_bytes()
+    # what only zeros were made for is made again by the first gradient
+    if all(int(state["step"]) or state["skipped"] for state in optimizer.state.values() if state):
+        assert other.state_bytes() == optimizer.state_bytes()
     return other
 
 
@@ -409,6 +411,13 @@ def checked_step(optimizer: Muon, kinds: tuple[str, str]) -> None:
     grads = [None if p.grad is None else p.grad.clone() for _, p in params]
     weights = [param.detach().clone() for _, param in params]
     states = [copy.deepcopy(optimizer.state.get(param, {})) for _, param in params]
+    # A first step of zeros at a rate of zero, as torch.distributed.checkpoint makes it.
+    only_makes_states = (
+        not any(states)
+        and not any(float(group["lr"]) for group in optimizer.param_groups)
+        and any(grad is not None for grad in grads)
+        and not any(bool(grad.any()) for grad in grads if grad is not None)
+    )
     # float16 has no values beyond what the momentum can be
     beyond = {p: ("inf", "nan") if p.dtype == torch.float16 else ("inf", "nan", "huge")
               for _, p in params}  # fmt: skip
@@ -426,13 +435,12 @@ def checked_step(optimizer: Muon, kinds: tuple[str, str]) -> None:
     for (group, param), grad, weight, state in zip(params, grads, weights, states, strict=True):
         same_bits(param.grad, grad)
         kind, now = kind_of[param], optimizer.state.get(param, {})
-        if raises or kind == "none":
+        if raises or (kind == "none" and not only_makes_states):
             same_bits(param, weight)
             assert_same(dict(now), state)
-        elif kind == "zero" and not state and not float(group["lr"]) and not int(now["step"]):
-            # A first step of zeros at a rate of zero only makes states, as torch's checkpoints ask.
+        elif only_makes_states:
             same_bits(param, weight)
-            assert now["skipped"] == 0
+            assert (int(now["step"]), now["skipped"]) == (0, 0)
         elif kind in ("inf", "nan") or int(now["step"]) == int(state.get("step", 0)):
             # AdamW squares "mixed" ones, up to 1e4, in float16 if the parameter is
             squared = not group.get("use_muon", True) and param.dtype == torch.float16
@@ -474,6 +482,8 @@ def check_state(optimizer: Muon) -> None:
             if not state or not group.get("use_muon", True):
                 continue
             expected = 0
+            if state.get("state_format", {}) is None:  # of auto, not chosen yet
+                continue
             state_format = momentum_format(group, state)
             for view in matrix_views(param, group):
                 stored = read_matrix(state, view, state_format)
