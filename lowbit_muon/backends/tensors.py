@@ -30,12 +30,15 @@ def holds_values(value: object) -> TypeGuard[Tensor]:
 
 
 @contextmanager
-def error_context(what: str) -> Iterator[None]:
-    """Put the name of what is being looked at before the message of an error."""
+def error_context(what: str, raised: type[Exception] | None = None) -> Iterator[None]:
+    """Put the name of what is being looked at before the message of an error.
+
+    raised: the type that a TypeError or ValueError becomes; None for its own.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{what}: {error}") from error
+        raise (raised or type(error))(f"{what}: {error}") from error
 
 
 def check_memory(tensor: Tensor) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lowbit_muon.backends.tensors import accumulation_dtype, holds_values
+from lowbit_muon.backends.tensors import accumulation_dtype, error_context, holds_values
 from lowbit_muon.formats.state_format import FORMAT_VERSION
 from lowbit_muon.step.options import AUX_OPTIONS, OPTIONS, SCHEDULER_KEYS
 
@@ -113,7 +113,7 @@ def convert_state_dict(
     new_states: dict[Tensor, State] = {}
     unused = set(saved_states)
     for index, (group, match) in enumerate(zip(groups, matches, strict=True)):
-        with error_context(f"parameter group {index}"):
+        with error_context(f"parameter group {index}", ValueError):
             new_group = _merged_group(group, match)
             optimizer._check_group(new_group)
         new_groups.append(new_group)
@@ -129,7 +129,9 @@ def convert_state_dict(
                 if not (isinstance(value, Mapping) and not value)
             }
             if entries:
-                with error_context(f"state of parameter {key!r} (group {index}, {name})"):
+                with error_context(
+                    f"state of parameter {key!r} (group {index}, {name})", ValueError
+                ):
                     saved = SavedState(entries, saved_group, _convention(saved_group))
                     new_states[param] = optimizer._convert_state(param, new_group, saved)
     if unused:
@@ -176,15 +178,6 @@ def whole_number(name: str, value: object) -> int:
             f"{name}: expected a whole number >= 0, at most {_LARGEST_COUNT}, got {value!r}"
         )
     return int(number)
-
-
-@contextmanager
-def error_context(what: str) -> Iterator[None]:
-    """Put the name of what was being read before the message of an error."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 def _parts(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[Group]]:

@@ -12,12 +12,16 @@ from torch import Tensor
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.backends.packing import unpack
-from lowbit_muon.backends.tensors import accumulation_dtype, check_tensor, holds_values
+from lowbit_muon.backends.tensors import (
+    accumulation_dtype,
+    check_tensor,
+    error_context,
+    holds_values,
+)
 from lowbit_muon.checkpoint.dicts import (
     Group,
     SavedState,
     State,
-    error_context,
     own_copy,
     whole_number,
 )

@@ -94,7 +94,10 @@ def test_parts_that_lie_in_another_order_in_memory(
         weight.grad = start(_KERNEL, step).to(dtype)
         optimizer.step()
     for found in run(2, kernels_in_parts, tmp_path, layout, compensation):
-        # The update is applied apart from the decay, rounded to float32 once more, or to bfloat16.
+        # A shard subtracts the update after the decay, where a whole one does both in one product:
+        # one rounding more of the weight, 2 eps of it for either side. Of updates of at most
+        # 0.1 * sqrt(12/8) = 0.12 in each of three steps float32 rounds away 3 * 0.12 * eps / 2
+        # = 2e-8, which Newton-Schulz lifts by its first factors (3.4^3 = 41): 1e-6.
         torch.testing.assert_close(
             found, weight.detach(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
         )
