@@ -153,7 +153,8 @@ def export(optimizer: Checkpointed) -> StateDict:
         options |= {name: group[name] for name in ("initial_lr", "param_names") if name in group}
         groups.append({**options, "params": keys})
         for key, param in zip(keys, group["params"], strict=True):
-            if optimizer.state.get(param):
+            state = optimizer.state.get(param)
+            if state and state.get("state_format", {}) is not None:  # of auto, not chosen yet
                 states[key] = optimizer._export_state(param, group)
     return {"state": states, "param_groups": groups}
 

@@ -276,3 +276,11 @@ def test_the_size_of_an_automatic_state_does_not_depend_on_the_choice() -> None:
         optimizer.step()
         sizes.add(optimizer.state_dict()["state"][0]["state_format"].shape)
     assert len(sizes) == 1
+
+
+def test_an_automatic_state_without_a_format_is_exported_as_none() -> None:
+    param = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([param], lr=0.0, state_format="auto")
+    param.grad = torch.zeros(4, 6)
+    optimizer.step()  # as torch.distributed.checkpoint makes states
+    assert optimizer.export_full_precision()["state"] == {}
