@@ -26,6 +26,16 @@ each result's norm. A matrix that has left the range a correct result can have, 
 orthogonalised again in the standard form; the kernels of all others return at once (`active`), so
 that nobody has to ask the device which they are.
 
+On CPUs with products of bfloat16 the Gram form takes them in part (`rounded_products`). R stays in
+float32, and so do its updates R H and H R H, because an error of R in directions where X has next
+to nothing would be lifted as they are. Rounded are the factors of
+
+    R R, but for the third- and second-last step; H Q; and for n >= 2 m also X X^T and Q X
+
+whose diagonals stay apart in float32: a I + Z and Q have the multiple of I there that would take
+the bits of the rest. tests/linalg/test_rounded_iteration.py holds the error to that of
+torch.optim.Muon, on steep, flat, graded and rank-deficient matrices.
+
 `python -m bench.half_precision` emulates the products on a CPU. Five of Muon's steps, 128 x 192,
 error against float64 relative to the result, float16 (bfloat16): 5e-3 (4e-2) for singular values
 falling as 1/i and 1.1e-2 for equal ones, where the standard form in the same dtype has 3e-3
@@ -37,6 +47,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +67,13 @@ from lowbit_muon.linalg.coefficients import (
 METHODS = ("auto", "newton_schulz", "gram")
 # Beyond what rounding does to a norm (a few percent), far below what a divergent iteration does.
 _GUARD_MARGIN = 1.25
+# Where products of bfloat16 keep the error below that of torch.optim.Muon's iteration, to which
+# tests/linalg/test_rounded_iteration.py holds them. Muon's five steps lift by 485, with 3.44 each;
+# six steps, and Polar Express, whose first factor is 8.3, were worse than that. With fewer rows
+# rounding averages out less, and there is less to save.
+_ROUNDED_LIFT = 500.0
+_ROUNDED_FACTOR = 3.5
+ROUNDED_ROWS = 256
 
 
 def takes_gram_form(
@@ -75,8 +93,31 @@ def takes_gram_form(
     return triangles or columns > 1.5 * rows
 
 
-def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend) -> Tensor:
+class Rounded(NamedTuple):
+    """Which products take bfloat16: those of m x m matrices; X X^T and Q X."""
+
+    operator: bool = False
+    large: bool = False
+
+
+def rounded_products(
+    shape: Sequence[int], coefficients: Sequence[Triple], backend: Backend
+) -> Rounded:
+    """What bfloat16 is precise enough for, and faster, in the Gram form of matrices [.., m, n]."""
+    rows, columns = sorted(shape[-2:])
+    if rows < ROUNDED_ROWS or not backend.rounds:
+        return Rounded()
+    lifts = [a for a, _, _ in coefficients]
+    precise = math.prod(lifts) <= _ROUNDED_LIFT and max(lifts) <= _ROUNDED_FACTOR
+    return Rounded(operator=precise, large=precise and columns >= 2 * rows)
+
+
+def gram_operator(
+    gram: Tensor, coefficients: Sequence[Triple], backend: Backend, *, rounded: bool = False
+) -> Tensor:
     """Q [.., m, m] with orthogonalize(X) = Q X_0, from R = X_0 X_0^T [.., m, m] by products only.
+
+    rounded: products in bfloat16 where that is precise enough (see the module's docstring).
 
     Takes four m x m buffers, R, which is overwritten, and the result among them. In m^3
     multiply-adds: 2 for each of T symmetric products H, T-1 of Q, 2T-2 of R, times the 56 to 100%
@@ -90,7 +131,10 @@ def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend
         )
     r, q, h, spare = gram, None, torch.empty_like(gram), torch.empty_like(gram)
     for step, (a, b, c) in enumerate(coefficients):
-        backend.symmetric_product(r, r, addend=r, beta=b, alpha=c, out=h)
+        left = len(coefficients) - step
+        backend.symmetric_product(
+            r, r, addend=r, beta=b, alpha=c, out=h, rounded=rounded and left not in (2, 3)
+        )
         h.diagonal(dim1=-2, dim2=-1).add_(a)
         if step + 1 < len(coefficients):
             backend.symmetric_product(h, r, out=spare)
@@ -98,7 +142,7 @@ def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend
         if q is None:
             q, h = h, torch.empty_like(r)
         else:
-            backend.symmetric_product(h, q, out=spare)
+            backend.symmetric_product(h, q, out=spare, rounded=rounded)
             q, spare = spare, q
     assert q is not None
     return q
