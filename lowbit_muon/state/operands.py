@@ -86,6 +86,8 @@ class Dense(Operand):
         """See `Operand.gram`."""
         if self._gram is not None:
             return self._gram
+        # (whoever asks next may need it exactly)
+        rounded = rounded and not self.keep_gram
         gram = self.backend.symmetric_product(self.matrix, rounded=rounded)
         if self.keep_gram:
             self._gram = gram.clone()
