@@ -22,11 +22,10 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.linalg.coefficients import Triple, cached_coefficients, resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import (
-    ROUNDED_ROWS,
-    Rounded,
+    gram_form_rounds,
     gram_operator,
     orthogonalize_half,
-    rounded_products,
+    rounds_products,
     standard_form,
     takes_gram_form,
 )
@@ -374,16 +373,16 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
     backend, coefficients = x.backend, rule.coefficients
     factor = inverse.float()
     if not backend.asynchronous:
-        if not takes_gram_form(x.shape, coefficients, torch.float32, backend):
+        rounded = rule.ns_dtype != "float32" and rounds_products(x.shape[1], backend)
+        if not takes_gram_form(x.shape, coefficients, torch.float32, backend, rounded=rounded):
             matrix = x.dense().mul_(factor.view(-1, 1, 1))
-            return _Direction(backend, standard_form(matrix, coefficients, backend))
-        rounded = Rounded()
-        if rule.ns_dtype != "float32" and x.shape[1] >= ROUNDED_ROWS:
-            rounded = rounded_products(x.shape, coefficients, backend)
-        r = x.gram(rounded=rounded.large)
+            update = standard_form(matrix, coefficients, backend, rounded=rounded)
+            return _Direction(backend, update)
+        rounded = rounded and gram_form_rounds(coefficients)
+        r = x.gram(rounded=rounded)
         r.mul_(factor.view(-1, 1, 1)).mul_(factor.view(-1, 1, 1))
-        operator = gram_operator(r, coefficients, backend, rounded=rounded.operator)
-        return _Direction(backend, None, x, operator, inverse, rounded.large)
+        operator = gram_operator(r, coefficients, backend, rounded=rounded)
+        return _Direction(backend, None, x, operator, inverse, rounded)
     matrix = x.dense()
     if rule.ns_dtype == "float32":
         backend.scaled(matrix, factor, out=matrix)
