@@ -112,7 +112,7 @@ def iterate_root(
     a matrix scaled to Frobenius norm one has; rounding may take them down to
     -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets its memory be used.
     rounded: products may round to bfloat16 where that is precise enough.
-    Takes up to nine matrices of R's size.
+    Takes up to six matrices of R's size beside it.
     Raises ValueError for another shape, dtype or a shift below the smallest tabulated one.
     """
     if gram_matrix.ndim not in (2, 3) or gram_matrix.shape[-1] != gram_matrix.shape[-2]:
@@ -127,53 +127,67 @@ def iterate_root(
     p = gram_matrix if overwrite else gram_matrix.clone()
     p.mul_((program.shift / shift) ** 3)
     p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
-    w = None
+    # New memory costs a host about as much as a product, so results go where nothing is read again.
+    spare: list[Tensor] = []
+
+    def empty() -> Tensor:
+        return spare.pop() if spare else torch.empty_like(p)
+
+    w = torch.mul(p, program.shift * program.chain[0][1], out=empty())
+    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * program.chain[0][0])
     for stage, (a, b) in enumerate(program.chain):  # H = aI + bP
         low = rounded and stage >= program.exact_stages
-        if w is None:
-            w = p * (program.shift * b)
-            w.diagonal(dim1=-2, dim2=-1).add_(program.shift * a)
-        else:
-            w = backend.symmetric_product(w, p, addend=w, beta=a, alpha=b, rounded=low)
+        if stage > 0:
+            old, w = w, empty()
+            backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
+            spare.append(old)
         # U = P H
-        raised = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, rounded=low)
+        u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=empty(), rounded=low)
         # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
-        torch.add(raised, p, alpha=a, out=p)
-        p = backend.symmetric_product(raised, p, addend=raised, beta=a * a, alpha=b, rounded=low)
-        del raised
-    assert w is not None
-    terms = [p, w]
-    for left, right in program.forms:
-        # (operands have no names, so that they are gone when the next are made)
-        terms.append(
-            backend.symmetric_product(
-                _combine(left, terms),
-                _combine(right, terms),
-                alpha=left[0] * right[0],
-                rounded=rounded,
-            )
+        h2 = torch.add(u, p, alpha=a, out=p)
+        p = backend.symmetric_product(
+            u, h2, addend=u, beta=a * a, alpha=b, out=empty(), rounded=low
         )
+        spare += [u, h2]
     constant, *linear = program.output
+    terms = [p, w]
+    for index, (left, right) in enumerate(program.forms):
+        factors = [_combine(row, terms, empty()) for row in (left, right)]
+        scale, addend = left[0] * right[0], None
+        if index + 1 == len(program.forms):
+            # The last form is the output's last term: all others, in the place of P, are added to
+            # it, with the output's first coefficient for a unit.
+            *others, last = linear
+            addend = _combine(others, terms, p)
+            spare += terms[2:]
+            scale *= last / linear[0]
+        form = backend.symmetric_product(
+            *factors, addend=addend, alpha=scale, out=empty(), rounded=rounded
+        )
+        spare += factors
+        terms.append(form)
     return backend.symmetric_product(
         w,
-        _combine(linear, terms),
+        terms[-1],
         addend=w,
         beta=constant / shift,
         alpha=linear[0] / shift,
+        out=empty(),
         rounded=rounded,
     )
 
 
-def _combine(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
-    """Sum of coefficient * term as a new tensor, divided by the first coefficient.
+def _combine(coefficients: Sequence[float], terms: Sequence[Tensor], out: Tensor) -> Tensor:
+    """out <- the sum of coefficient * term, divided by the first coefficient.
 
     That leaves one pass over the matrices for a further term; a product's factor makes up for it.
+    `out` may be the first term.
     """
     first = coefficients[0]
-    result = torch.add(terms[0], terms[1], alpha=coefficients[1] / first)
+    torch.add(terms[0], terms[1], alpha=coefficients[1] / first, out=out)
     for coefficient, term in zip(coefficients[2:], terms[2:], strict=True):
-        result.add_(term, alpha=coefficient / first)
-    return result
+        out.add_(term, alpha=coefficient / first)
+    return out
 
 
 # Printed by `python -m bench.root_coefficients`, largest shift first. The defect is the largest

@@ -1,7 +1,7 @@
 """Newton-Schulz with products of bfloat16 on CPUs: never a larger error than torch.optim.Muon's.
 
 The error is against the polynomial in float64, relative to its norm. torch's iteration runs in
-bfloat16 throughout; what ours rounds is chosen by `rounded_products`.
+bfloat16 throughout; ours rounds every product of the standard form and some of the Gram form.
 """
 
 from __future__ import annotations
@@ -11,34 +11,25 @@ from collections.abc import Callable
 import pytest
 import torch
 from orthogonalization import matrix_with
+from rounding_backends import BACKENDS, RoundingReference, needs_bfloat16
 from torch import Tensor
 
 from lowbit_muon import Muon
-from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.linalg.coefficients import Triple, resolve_coefficients
-from lowbit_muon.linalg.newton_schulz import Rounded, gram_operator, rounded_products
+from lowbit_muon.linalg.newton_schulz import (
+    gram_form_rounds,
+    gram_operator,
+    rounds_products,
+    standard_form,
+    takes_gram_form,
+)
 from lowbit_muon.state import operands
 from lowbit_muon.state.operands import Dense
 
 MUON = resolve_coefficients("muon", 5)
 CUBIC = ((1.5, -0.5, 0.0),) * 5
 TAYLOR = ((1.875, -1.25, 0.375),) * 5
-
-
-class RoundingReference(Backend):
-    """The reference, asked for what the kernels of a processor with bfloat16 are asked for."""
-
-    rounds = True
-
-
-BACKENDS = {"reference": RoundingReference, "cpu": lambda: get_backend("cpu", torch.device("cpu"))}
-
-
-def needs_bfloat16(backend: Backend) -> Backend:
-    if not backend.rounds:
-        pytest.skip("this processor has no products of bfloat16")
-    return backend
 
 
 def power(exponent: float) -> Callable[[int, int], Tensor]:
@@ -99,11 +90,14 @@ def exact(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
 def ours(x: Tensor, coefficients: tuple[Triple, ...], backend: Backend) -> Tensor:
     """As a step of the optimizer does it."""
     operand, norm = Dense(x.unsqueeze(0), backend), x.double().norm().view(1)
-    rounded = rounded_products(x.shape, coefficients, backend)
-    r = operand.gram(rounded=rounded.large).div_(float(norm) ** 2)
-    q = gram_operator(r, coefficients, backend, rounded=rounded.operator)
+    if not takes_gram_form(x.shape, coefficients, torch.float32, backend, rounded=True):
+        scaled = (x / float(norm)).unsqueeze(0)
+        return standard_form(scaled, coefficients, backend, rounded=True)[0]
+    rounded = gram_form_rounds(coefficients)
+    r = operand.gram(rounded=rounded).div_(float(norm) ** 2)
+    q = gram_operator(r, coefficients, backend, rounded=rounded)
     out = torch.empty(1, *x.shape)
-    operand.multiply(q, out, alpha=1 / norm, diagonal=0 if rounded.large else None)
+    operand.multiply(q, out, alpha=1 / norm, diagonal=0 if rounded else None)
     return out[0]
 
 
@@ -137,7 +131,7 @@ def assert_not_worse(x: Tensor, backend: Backend, coefficients: tuple[Triple, ..
 @pytest.mark.parametrize("shape", [(256, 256), (576, 576), (256, 512), (577, 1537)], ids=str)
 def test_error_is_not_larger_than_torchs(shape: tuple[int, int], spectrum: str) -> None:
     backend = needs_bfloat16(BACKENDS["cpu"]())
-    assert rounded_products(shape, MUON, backend).operator
+    assert rounds_products(shape[0], backend)
     assert_not_worse(GATE[spectrum](*shape), backend)
 
 
@@ -145,7 +139,7 @@ def test_error_is_not_larger_than_torchs(shape: tuple[int, int], spectrum: str) 
 @pytest.mark.parametrize("shape", [(256, 260), (259, 600)], ids=str)
 def test_the_same_without_such_a_processor(shape: tuple[int, int], spectrum: str) -> None:
     backend = BACKENDS["reference"]()
-    assert rounded_products(shape, MUON, backend).operator
+    assert rounds_products(shape[0], backend)
     assert_not_worse(GATE[spectrum](*shape), backend)
 
 
@@ -165,25 +159,50 @@ def test_more_shapes(shape: tuple[int, int], spectrum: str) -> None:
 def test_other_steps_and_coefficients(spectrum: str, coefficients: tuple[Triple, ...]) -> None:
     backend = needs_bfloat16(BACKENDS["cpu"]())
     for shape in ((256, 256), (256, 512)):
-        assert rounded_products(shape, coefficients, backend).operator
+        assert rounds_products(shape[0], backend)
         assert_not_worse(GATE[spectrum](*shape), backend, coefficients)
 
 
+@pytest.mark.parametrize("name", ["muon", "polar_express"])
+@pytest.mark.parametrize("steps", [5, 6, 8])
+@pytest.mark.parametrize("spectrum", ["gaussian", "1/i", "1/i^2", "rank m/4", "half large"])
+def test_the_standard_form_takes_any_coefficients(spectrum: str, steps: int, name: str) -> None:
+    x = GATE[spectrum](256, 300)
+    coefficients = resolve_coefficients(name, steps)
+    expected = exact(x, coefficients)
+    found = ours(x, coefficients, needs_bfloat16(BACKENDS["cpu"]()))
+    emulated = x.to(torch.bfloat16) / x.norm().to(torch.bfloat16)
+    for a, b, c in coefficients:  # torch.optim.Muon's arithmetic; it has one triple for all steps
+        gram = emulated @ emulated.mT
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        emulated = torch.addmm(emulated, polynomial, emulated, beta=a)
+    assert error(found, expected) <= error(emulated.float(), expected)
+
+
 @pytest.mark.parametrize(
-    ("shape", "name", "steps", "expected"),
+    ("shape", "name", "steps", "gram", "rounded"),
     [
-        ((576, 576), "muon", 5, Rounded(operator=True, large=False)),
-        ((1536, 576), "muon", 5, Rounded(operator=True, large=True)),
-        ((3, 256, 512), "muon", 5, Rounded(operator=True, large=True)),
-        ((255, 5000), "muon", 5, Rounded()),
-        ((576, 576), "muon", 6, Rounded()),
-        ((576, 576), "polar_express", 5, Rounded()),
+        ((576, 576), "muon", 5, False, True),
+        ((1151, 576), "muon", 5, False, True),
+        ((1152, 576), "muon", 5, True, True),
+        ((3, 256, 512), "muon", 5, True, True),
+        ((1152, 576), "muon", 6, True, False),
+        ((576, 1536), "polar_express", 5, True, False),
+        ((576, 1536), "polar_express", 8, False, True),
     ],
 )
-def test_what_is_rounded(shape: tuple[int, ...], name: str, steps: int, expected: Rounded) -> None:
-    coefficients = resolve_coefficients(name, steps)
-    assert rounded_products(shape, coefficients, RoundingReference()) == expected
-    assert rounded_products(shape, coefficients, Backend()) == Rounded()
+def test_which_form_is_rounded(
+    shape: tuple[int, ...], name: str, steps: int, gram: bool, rounded: bool
+) -> None:
+    coefficients, backend = resolve_coefficients(name, steps), RoundingReference()
+    assert takes_gram_form(shape, coefficients, torch.float32, backend, rounded=True) == gram
+    assert not gram or gram_form_rounds(coefficients) == rounded
+
+
+def test_few_rows_and_other_processors_are_not_rounded() -> None:
+    assert rounds_products(256, RoundingReference())
+    assert not rounds_products(255, RoundingReference())
+    assert not rounds_products(256, Backend())
 
 
 @pytest.mark.parametrize("shape", [(256, 600), (600, 256), (256, 264)], ids=str)

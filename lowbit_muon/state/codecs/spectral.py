@@ -70,8 +70,10 @@ class Spectral(Coded):
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
             rounded = dtype != torch.float32 and rounds_products(self.m, backend)
-            # The root changes little where singular values below c^(3/2) move by 2^-9.
-            gram = x.gram(rounded=rounded and shift**1.5 > 2**-9).div_(size).div_(size)
+            # It moves singular values by up to 2^-9: little to the root, which is flat below
+            # c^(3/2), if that is not smaller.
+            rounded = rounded and shift**1.5 > 2**-9
+            gram = x.gram(rounded=rounded).div_(size).div_(size)
             operator = iterate_root(gram, shift, backend, overwrite=True, rounded=rounded)
             operator.div_(size)
 
