@@ -141,14 +141,17 @@ inline void store_words(void* to, I32x16 x) {
 inline I32x16 operator+(I32x16 a, I32x16 b) {
     return {_mm512_add_epi32(a.v, b.v)};
 }
-// sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
-inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
-    const __m512i word = _mm512_set1_epi32(static_cast<int>(a));
+// sum + a0 * b0 + a1 * b1 of two int16 in each word.
+inline I32x16 add_dot_2(I32x16 sum, I32x16 a, I32x16 b) {
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpwssd_epi32(sum.v, b.v, word)};
+    return {_mm512_dpwssd_epi32(sum.v, b.v, a.v)};
 #else
-    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(b.v, word))};
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(b.v, a.v))};
 #endif
+}
+// With one word for all lanes.
+inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
+    return add_dot_2(sum, I32x16{_mm512_set1_epi32(static_cast<int>(a))}, b);
 }
 #if defined(__AVX512VNNI__)
 // sum + a0 * (b0 + 128) + ... of four int8 in each word: the instruction takes one factor unsigned,
@@ -156,8 +159,11 @@ inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
 inline I32x16 load_unsigned(const void* from) {
     return {_mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128))};
 }
+inline I32x16 add_dot_4(I32x16 sum, I32x16 a, I32x16 b) {
+    return {_mm512_dpbusd_epi32(sum.v, b.v, a.v)};
+}
 inline I32x16 add_dot_4(I32x16 sum, uint32_t a, I32x16 b) {
-    return {_mm512_dpbusd_epi32(sum.v, b.v, _mm512_set1_epi32(static_cast<int>(a)))};
+    return add_dot_4(sum, I32x16{_mm512_set1_epi32(static_cast<int>(a))}, b);
 }
 #define LOWBIT_HAS_DOT_4 1
 #endif
