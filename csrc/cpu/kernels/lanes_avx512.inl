@@ -165,15 +165,31 @@ inline I32x16 add_dot_4(I32x16 sum, I32x16 a, I32x16 b) {
 inline I32x16 add_dot_4(I32x16 sum, uint32_t a, I32x16 b) {
     return add_dot_4(sum, I32x16{_mm512_set1_epi32(static_cast<int>(a))}, b);
 }
+// Words of one byte of each of four rows, 64 columns: strips of sixteen words, `stride` apart.
+inline void interleave_bytes(const int8_t* rows, size_t row_stride, uint32_t* to, size_t stride) {
+    // The columns of a 128-bit lane, four at a time, where unpacking leaves them in order.
+    const __m512i order =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const auto row = [&](size_t i) {
+        return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(rows + i * row_stride));
+    };
+    const __m512i a = row(0), b = row(1), c = row(2), d = row(3);
+    const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(ab_low, cd_low));
+    _mm512_storeu_si512(to + stride, _mm512_unpackhi_epi16(ab_low, cd_low));
+    _mm512_storeu_si512(to + 2 * stride, _mm512_unpacklo_epi16(ab_high, cd_high));
+    _mm512_storeu_si512(to + 3 * stride, _mm512_unpackhi_epi16(ab_high, cd_high));
+}
 #define LOWBIT_HAS_DOT_4 1
 #endif
 
 // Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.
 inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    const __m512i levels =
-        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), _mm512_loadu_si512(codes));
-    _mm512_storeu_si512(to, levels);
+    // (without the mask gcc 12 sees an uninitialised register)
+    const __m512i lanes = _mm512_maskz_broadcast_i32x4(0xffff, entries);
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(lanes, _mm512_loadu_si512(codes)));
 }
 
 // Sums that stay in registers: 8 x 48 takes 24 of 32, and 3 more hold columns.

@@ -63,26 +63,38 @@ void pack_floats(const PackFloatsArgs& args) {
     }
 }
 
-// Levels of the codes of a panel of one row.
-template <int BITS>
-inline void decode_levels(const PackCodesArgs& args, size_t row, int8_t* to) {
+// Levels of the codes of a panel of one row. Loops over a WHOLE one are unrolled.
+template <int BITS, bool WHOLE>
+inline void decode_panel(const PackCodesArgs& args, size_t row, int8_t* to) {
+    const size_t count = WHOLE ? kPanelColumns : args.count;
     PanelCodes codes;
-    unpack<BITS>(args.packed + row * args.row_bytes, args.panel, args.count, args.columns, codes);
+    unpack<BITS>(args.packed + row * args.row_bytes, args.panel, count, args.columns, codes);
     if constexpr (BITS <= 4) {
-        for (size_t c = 0; c < args.count; c += 64) {
-            lookup_bytes(args.levels, codes.code + c, to + c);
+        int8_t table[16];  // which `to` does not alias
+        memcpy(table, args.levels, sizeof table);
+        for (size_t c = 0; c < count; c += 64) {
+            lookup_bytes(table, codes.code + c, to + c);
         }
     } else if (args.shifted) {
         const uint8_t first = static_cast<uint8_t>(args.levels[0]);
         const uint8_t last = args.last_code;
-        for (size_t c = 0; c < args.count; ++c) {
+        for (size_t c = 0; c < count; ++c) {
             const uint8_t code = codes.code[c] < last ? codes.code[c] : last;
             to[c] = static_cast<int8_t>(static_cast<uint8_t>(code + first));
         }
     } else {
-        for (size_t c = 0; c < args.count; ++c) {
+        for (size_t c = 0; c < count; ++c) {
             to[c] = args.levels[codes.code[c]];
         }
+    }
+}
+
+template <int BITS>
+inline void decode_levels(const PackCodesArgs& args, size_t row, int8_t* to) {
+    if (args.count == kPanelColumns) {
+        decode_panel<BITS, true>(args, row, to);
+    } else {
+        decode_panel<BITS, false>(args, row, to);
     }
 }
 
@@ -161,7 +173,14 @@ void pack_code_columns(const PackCodesArgs& args, size_t step) {
             memset(levels[j], 0, sizeof levels[j]);
         }
     }
-    for (size_t c = 0; c < args.count; c += kStrip) {
+    size_t c = 0;
+#if defined(LOWBIT_HAS_DOT_4)
+    for (; c + 64 <= args.count; c += 64) {
+        interleave_bytes(levels[0] + c, sizeof levels[0],
+                         args.to + (c / kStrip * steps + step) * kStrip, steps * kStrip);
+    }
+#endif
+    for (; c < args.count; c += kStrip) {
         uint32_t* const to = args.to + (c / kStrip * steps + step) * kStrip;
         for (size_t i = 0; i < kStrip; ++i) {
             // In arithmetic of words: bytes stored one at a time were six times slower.
