@@ -42,7 +42,7 @@ inline size_t code_steps(WordType type, size_t codes) {
 }
 
 // Up to so many rows `code_product` decodes codes where it multiplies them.
-constexpr size_t kNarrowRows = 16;
+constexpr size_t kNarrowRows = 12;
 
 // `code_product` for few rows, with the same bits.
 void narrow_code_product(size_t batch, size_t out_rows, const PackCodesArgs& codes,
