@@ -1,7 +1,8 @@
 // The products of `product.hpp` that sum in integers.
+#include "integer_product.hpp"
+
 #include <algorithm>
 
-#include "code_operand.hpp"
 #include "isa.hpp"
 #include "product.hpp"
 #include "workspace.hpp"

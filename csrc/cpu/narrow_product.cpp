@@ -1,7 +1,7 @@
 // Products of codes with a few rows or columns (kernels/narrow.inl).
 #include <algorithm>
 
-#include "code_operand.hpp"
+#include "integer_product.hpp"
 #include "isa.hpp"
 #include "product.hpp"
 
@@ -64,8 +64,7 @@ class Limbs {
     void join(size_t worker, size_t row, const int32_t* high, const int32_t* low, float beta,
               size_t count, float* out) const {
         const uint32_t offset = kernels_.offset ? 128 : 0;
-        kernels_.join_limbs(high, low,
-                            offset * static_cast<uint32_t>(high_sums_.get(worker)[row]),
+        kernels_.join_limbs(high, low, offset * static_cast<uint32_t>(high_sums_.get(worker)[row]),
                             offset * static_cast<uint32_t>(low_sums_.get(worker)[row]),
                             scales_.get(worker)[row], beta, count, out);
     }
@@ -91,7 +90,7 @@ size_t whole_strips(size_t count) {
 void narrow_code_product(size_t batch, size_t out_rows, const PackCodesArgs& codes,
                          const float* scales, const Matrices& a, float* results, float beta,
                          int threads) {
-    constexpr size_t block = 32;  // as `add_code_columns` wants them
+    constexpr size_t block = 32;  // rows that `add_code_columns` decodes at once
     const ProductKernels& kernels = product_kernels();
     const auto [a_data, a_batch_stride, a_row_stride, a_column_stride] = a;
     const float* const rows_of_a = pointer<const float>(a_data, "a");

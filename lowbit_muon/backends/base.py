@@ -277,7 +277,9 @@ class Backend(Kernels):
         codes = self.checks.integer_codes(codes, blocks=False)
         *leading, rows, _ = codes.packed.shape
         out_columns = self.checks.tensor(v, "v", None, torch.float32, codes.packed)[-1]
-        self.checks.tensor(v, "v", (*leading, codes.columns, out_columns), torch.float32, codes.packed)
+        self.checks.tensor(
+            v, "v", (*leading, codes.columns, out_columns), torch.float32, codes.packed
+        )
         new = torch.empty if codes.columns else torch.zeros
         out = new((*leading, rows, out_columns), dtype=torch.float32, device=v.device)
         if codes.columns and out.numel():

@@ -36,7 +36,7 @@ from lowbit_muon.linalg.spectral import decoding_operator
 from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.codecs.low_rank import LowRank
 from lowbit_muon.state.codecs.spectral import Spectral
-from lowbit_muon.state.operands import Dense, Operand, Panels
+from lowbit_muon.state.operands import Dense, Panels
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient
 
 Panel = Literal["auto", "f32", "s8", "f16", "bf16"]
@@ -183,7 +183,7 @@ def _expect_integer_codes(q: QuantizedMatrix, *, blocks: bool) -> None:
 
 def _operand(
     q: QuantizedMatrix, addend: Tensor | None, alpha: float, gamma: float, backend: Backend
-) -> Operand:
+) -> Dense | Panels:
     """X in float32."""
     if addend is not None:
         addend = addend.float() if addend.dtype == torch.float64 else addend

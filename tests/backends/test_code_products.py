@@ -163,9 +163,7 @@ def test_times_bit_for_bit(bits: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(131, 513, 9), (1100, 1030, 2), (70, 9000, 12)], ids=str)
-def test_threads_change_nothing_in_narrow_products(
-    level: str, shape: tuple[int, int, int]
-) -> None:
+def test_threads_change_nothing_in_narrow_products(level: str, shape: tuple[int, int, int]) -> None:
     """Shapes with more work than one thread takes, in parts that are no whole blocks of rows."""
     rows, columns, narrow = shape
     assert rows * columns * narrow >= 2**19
@@ -506,5 +504,5 @@ def test_wrong_tensors_raise(
     ],
 )
 def test_wrong_columns_raise(error: type[Exception], v: Any) -> None:
-    with pytest.raises(error, match="^v: expected .* got "):
+    with pytest.raises(error, match=r"^v: expected .* got "):
         CPU.code_times(random_codes(3, 70, 4), v)

@@ -216,7 +216,7 @@ struct ProductKernels {
     void (*pack_code_columns)(const PackCodesArgs& args, size_t step);    // all strips
     void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);      // one strip
     void (*round_limbs)(const RoundLimbsArgs& args);
-    // rows of limbs times rows [begin, end) of X, added to the sums; begin is a multiple of 32
+    // rows of limbs times rows [begin, end) of X, added to the sums; begin is a multiple of 4
     void (*add_code_columns)(const NarrowArgs& args, size_t begin, size_t end);
     // rows [begin, end) of X times rows of limbs
     void (*dot_code_rows)(const NarrowArgs& args, size_t begin, size_t end);

@@ -168,8 +168,7 @@ inline I32x16 add_dot_4(I32x16 sum, uint32_t a, I32x16 b) {
 // Words of one byte of each of four rows, 64 columns: strips of sixteen words, `stride` apart.
 inline void interleave_bytes(const int8_t* rows, size_t row_stride, uint32_t* to, size_t stride) {
     // The columns of a 128-bit lane, four at a time, where unpacking leaves them in order.
-    const __m512i order =
-        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const auto row = [&](size_t i) {
         return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(rows + i * row_stride));
     };

@@ -166,10 +166,10 @@ inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
 
 // The same with a word for each lane.
 inline I32x16 add_dot_2(I32x16 sum, I32x16 a, I32x16 b) {
-    LOWBIT_EACH(I32x16, sum.v[q] +
-                            ((I32x4)((U32x4)b.v[q] << 16) >> 16) *
-                                ((I32x4)((U32x4)a.v[q] << 16) >> 16) +
-                            (b.v[q] >> 16) * (a.v[q] >> 16));
+    LOWBIT_EACH(I32x16,
+                sum.v[q] +
+                    ((I32x4)((U32x4)b.v[q] << 16) >> 16) * ((I32x4)((U32x4)a.v[q] << 16) >> 16) +
+                    (b.v[q] >> 16) * (a.v[q] >> 16));
 }
 
 // Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.

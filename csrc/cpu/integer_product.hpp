@@ -1,4 +1,4 @@
-// What products of codes have in common: their operand, and the words it is multiplied in.
+// What integer_product.cpp and narrow_product.cpp share.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace lowbit {
 
 // Codes [batch, rows, row_bytes] that are packed; checks what they have in common.
 inline PackCodesArgs code_operand(size_t rows, size_t columns, int bits, uintptr_t levels,
-                           uintptr_t packed, size_t row_bytes) {
+                                  uintptr_t packed, size_t row_bytes) {
     expect_bits(bits);
     PackCodesArgs args = {};
     args.packed = pointer<const uint8_t>(packed, "packed");
@@ -41,7 +41,8 @@ inline size_t code_steps(WordType type, size_t codes) {
     return ceil_divide(ceil_divide(codes, codes_per_word(type)), 4) * 4;
 }
 
-// Up to so many rows `code_product` decodes codes where it multiplies them.
+// Up to so many rows `code_product` decodes codes where it multiplies them: with more, packing them
+// first is as fast or faster (AVX-512 VNNI; on AVX2 only beyond 64).
 constexpr size_t kNarrowRows = 12;
 
 // `code_product` for few rows, with the same bits.
