@@ -52,7 +52,7 @@ from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 SHAPES = ((576, 1536), (1024, 1024), (1024, 4096), (2048, 2048))
 BITS = (2, 3, 4, 8)
 NARROW = (1, 8)  # k: rows of A, columns of V
-NARROW_PANELS: tuple[tuple[Panel, int], ...] = (("f32", 4), ("s8", 2), ("s8", 3), ("s8", 4))
+NARROW_BITS = (2, 3, 4)
 BACKEND = get_backend("auto", torch.device("cpu"))
 INT4_GROUP = 32  # the smallest, and most precise, of what torch's product takes
 INT4_MULTIPLE = 16  # of its output's columns
@@ -103,18 +103,14 @@ class Operands:
         """A call whose result is one of the exact ones."""
         return Prepared(call, expect_close(name, call(), self.exact[name], allowed))
 
-    def narrow(self, count: int, bits: int, panel: Panel, *, right: bool) -> Prepared:
-        """lut_matmul of so many rows, or lut_times of so many columns."""
+    def narrow(self, count: int, bits: int, *, right: bool) -> Prepared:
+        """lut_matmul of so many rows, or lut_times of so many columns, in two limbs."""
         q, x = self.stored[bits], self.stored[bits].dequantize().double()
         given = self.decoded[:count].mT if right else self.a[:count]
         exact = x @ given.double() if right else given.double() @ x
-        allowed = LIMBS_ERROR if panel == "s8" else FLOAT32_ERROR
-
-        def call() -> Tensor:
-            multiply = partial(lut_times, q, given) if right else partial(lut_matmul, given, q)
-            return multiply(panel=panel)
-
-        return Prepared(call, expect_close("narrow", call(), exact, allowed))
+        multiply = partial(lut_times, q, given) if right else partial(lut_matmul, given, q)
+        call = partial(multiply, panel="s8")
+        return Prepared(call, expect_close("narrow", call(), exact, LIMBS_ERROR))
 
     def gram(self, panel: Panel, bits: int) -> Prepared:
         """lut_gram."""
@@ -229,12 +225,9 @@ def cases(x: Operands, isa: str) -> list[Case]:
         wide = (x.decoded, x.decoded[:count].mT) if right else (x.a[:count], x.decoded)
         work = product_operations(count, x.m, x.n)
         add(f"{name}: torch.mm", plain(partial(torch.mm, *wide)), work, float_peer, peer=True)
-        for panel, bits in NARROW_PANELS:
-            prepare = partial(x.narrow, count, bits, panel, right=right)
-            shown = "f32" if panel == "f32" else f"two limbs, {bits} bits"
-            limbs_of = 1 if panel == "f32" else 2
-            roof = float_ours if panel == "f32" else ours
-            add(f"{name}: {shown}", prepare, limbs_of * work, roof)
+        for bits in NARROW_BITS:
+            prepare = partial(x.narrow, count, bits, right=right)
+            add(f"{name}: two limbs, {bits} bits", prepare, 2 * work, ours)
     add(
         "A A: torch.mm", plain(lambda: torch.mm(x.a, x.a, out=x.square)), square, float_peer,
         peer=True,
