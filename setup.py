@@ -51,6 +51,8 @@ X86_LEVELS = {
     "avx512": AVX512_FLAGS,
     "avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
 }
+# By itself, since gcc 9 does not know it.
+BF16_LEVEL = {"avx512bf16": [*X86_LEVELS["avx512vnni"], "-mavx512bf16"]}
 X86_PROBE = "#ifndef __x86_64__\n#error not x86-64\n#endif\n#include <immintrin.h>\n"
 OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
 
@@ -121,6 +123,9 @@ class BuildKernels(build_ext):
         if self._compiles(X86_PROBE, X86_LEVELS["avx512vnni"]):
             levels |= X86_LEVELS
             extension.define_macros = [("LOWBIT_X86_LEVELS", None)]
+        if self._compiles(X86_PROBE, BF16_LEVEL["avx512bf16"]):
+            levels |= BF16_LEVEL
+            extension.define_macros.append(("LOWBIT_BF16_LEVEL", None))
         for level, level_flags in levels.items():
             extension.extra_objects += self.compiler.compile(
                 [str(SOURCES / "kernels" / f"{level}.cpp")],

@@ -22,15 +22,15 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "bench/csrc/peaks.cpp"
 KERNELS = ROOT / "csrc/cpu/kernels"
 LIBRARIES = ROOT / "build/bench"
-WORDS = ("float32", "int16", "int8")  # in the order of WordType in interface.hpp
+WORDS = ("float32", "int16", "int8", "bfloat16")  # in the order of WordType in interface.hpp
 MOST_ITERATIONS = 2**24  # beyond, sums of floats would no longer grow
 
 
 def multiply_adds(isa: str, word: str, iterations: int) -> int:
     """Multiplies and adds on as many threads as torch uses; how many products it was.
 
-    isa: a level that this machine supports; word: "float32", "int16" or "int8", the last only where
-    the level multiplies codes as bytes; iterations: rounds, at most MOST_ITERATIONS. Raises
+    isa: a level that this machine supports; word: "float32", "int16", or, only where the level has
+    products of them, "int8" or "bfloat16"; iterations: rounds, at most MOST_ITERATIONS. Raises
     ValueError naming the argument, and RuntimeError where there is no compiler.
     """
     if word not in WORDS:
@@ -41,7 +41,9 @@ def multiply_adds(isa: str, word: str, iterations: int) -> int:
         _library(isa).multiply_adds(WORDS.index(word), iterations, torch.get_num_threads())
     )
     if not products:
-        raise ValueError(f"word: expected 'int16', as level {isa!r} has no products of bytes")
+        raise ValueError(
+            f"word: expected 'float32' or 'int16', as level {isa!r} has no products of {word}"
+        )
     return products
 
 
@@ -60,13 +62,14 @@ def _library(isa: str) -> ctypes.CDLL:
 
 def _compile(isa: str, path: Path) -> None:
     rules = _build_rules()
-    lanes = isa.removesuffix("vnni") if isa in rules.X86_LEVELS else "generic"
+    levels = {**rules.X86_LEVELS, **rules.BF16_LEVEL}
+    lanes = isa.removesuffix("vnni").removesuffix("bf16") if isa in levels else "generic"
     temporary = path.with_suffix(f".{os.getpid()}")
     command = [
         *_compiler(),
         *rules.FLAGS,
         rules.OPENMP_FLAG,
-        *rules.X86_LEVELS.get(isa, []),
+        *levels.get(isa, []),
         f'-DLOWBIT_LANES_FILE="lanes_{lanes}.inl"',
         f"-I{KERNELS}",
         "-fPIC",

@@ -32,7 +32,7 @@ FILES = (
     RESULTS / "README.md",
     ROOT / "lowbit_muon" / "guides" / "fit_a_finetune.md",
 )
-ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices
 WIDTHS = (64, 128, 256)  # of the recorded GPTs
 _BLOCK = re.compile(r"(<!-- report: (\w+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)

@@ -246,7 +246,7 @@ def _tensors(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
 def peak_bytes(step: Callable[[], object]) -> int:
     """Largest total of allocations that are alive at once during a call."""
     take_most_workspace()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         step()
     # Events come in order of time; each allocation and release is one of its own.
     live = peak = 0

@@ -149,7 +149,7 @@ def peak(optimizer: str) -> int:
     """
     take_most_workspace = _workspace_counter()
     take_most_workspace()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         run(optimizer)
     live = most = 0
     for event in profile.profiler.kineto_results.events():

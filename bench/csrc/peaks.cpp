@@ -32,6 +32,10 @@ struct Ones<WordType::int16> {
     static constexpr uint32_t left = 0x00010001, right = 0x00010001;
 };
 template <>
+struct Ones<WordType::bfloat16> {
+    static constexpr uint32_t left = 0x3f803f80, right = 0x3f803f80;
+};
+template <>
 struct Ones<WordType::int8> {
     static constexpr uint32_t left = 0x01010101, right = 0x81818181;  // strips have 128 added
 };
@@ -78,7 +82,7 @@ double run_chains(size_t iterations) {
     for (uint32_t& word : words) {
         word = Ones<TYPE>::right;
     }
-    typename W::Lanes right = W::load_strip(words);
+    typename W::Strip right = W::load_strip(words);
     typename W::Lanes sums[kChains];
 #pragma GCC unroll 32
     for (int c = 0; c < kChains; ++c) {
@@ -108,6 +112,12 @@ double run_thread(WordType type, size_t iterations) {
         case WordType::int8:
 #if defined(LOWBIT_HAS_DOT_4)
             return run_chains<WordType::int8>(iterations);
+#else
+            break;
+#endif
+        case WordType::bfloat16:
+#if defined(LOWBIT_HAS_BF16)
+            return run_chains<WordType::bfloat16>(iterations);
 #else
             break;
 #endif

@@ -142,7 +142,8 @@ class PaperBackend(Backend):
 
     def product(
         self, a: Tensor, b: Tensor, *, out: Tensor | None = None, alpha: float | Tensor = 1.0,
-        beta: float = 0.0, active: Tensor | None = None,
+        beta: float = 0.0, active: Tensor | None = None, rounded: bool = False,
+        diagonal: int | None = None,
     ) -> Tensor:  # fmt: skip
         shape = (*a.shape[:-1], b.shape[-1])
         if out is None:
@@ -158,7 +159,7 @@ class PaperBackend(Backend):
     def symmetric_product(
         self, a: Tensor, b: Tensor | None = None, *, addend: Tensor | None = None,
         alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None,
-        active: Tensor | None = None,
+        active: Tensor | None = None, rounded: bool = False,
     ) -> Tensor:  # fmt: skip
         shape = (*a.shape[:-1], a.shape[-2])
         if out is None:

@@ -30,10 +30,11 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("product", &lowbit::product, release_gil(), py::kw_only(), arg("batch"), arg("rows"),
           arg("columns"), arg("depth"), arg("a"), arg("b"), arg("c"), arg("alphas"), arg("alpha"),
-          arg("beta"), arg("threads"));
+          arg("beta"), arg("rounded") = false, arg("a_diagonal") = std::nullopt,
+          arg("b_diagonal") = std::nullopt, arg("threads"));
     m.def("symmetric_product", &lowbit::symmetric_product, release_gil(), py::kw_only(),
           arg("batch"), arg("size"), arg("depth"), arg("a"), arg("b"), arg("addend"), arg("out"),
-          arg("alpha"), arg("beta"), arg("threads"));
+          arg("alpha"), arg("beta"), arg("rounded") = false, arg("threads"));
     m.def("code_gram", &lowbit::code_gram, release_gil(), py::kw_only(), arg("batch"), arg("rows"),
           arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
           arg("scales"), arg("block_size"), arg("out"), arg("threads"));
@@ -46,6 +47,7 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("take_most_workspace", &lowbit::take_most_workspace);
 
+    m.def("has_rounded_products", &lowbit::has_rounded_products);
     m.def("isa", &lowbit::current_isa);
     m.def("supported_isas", &lowbit::supported_isas);
     m.def("set_isa", &lowbit::set_isa, arg("name"));

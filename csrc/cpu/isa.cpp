@@ -31,6 +31,13 @@ extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
 }  // namespace avx512vnni
 #endif
+#if defined(LOWBIT_BF16_LEVEL)
+namespace avx512bf16 {
+extern const CodecKernels codec_kernels;
+extern const RotationKernel rotation_kernel;
+extern const ProductKernels product_kernels;
+}  // namespace avx512bf16
+#endif
 
 namespace {
 
@@ -43,10 +50,18 @@ struct Level {
 };
 
 #if defined(LOWBIT_X86_LEVELS)
-// Not every compiler knows "f16c" in __builtin_cpu_supports.
+// Not every compiler knows these two in __builtin_cpu_supports.
 bool has_f16c() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+#if defined(LOWBIT_BF16_LEVEL)
+// Leaf 7, subleaf 1, bit 5 of EAX. (That the system keeps the registers, AVX-512 says already.)
+bool has_bf16() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && eax >= 1 &&
+           __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 5)) != 0;
 }
 #endif
 
@@ -69,6 +84,10 @@ const std::vector<Level>& levels() {
                          &avx512::product_kernels});
         found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels,
                          avx512vnni::rotation_kernel, &avx512vnni::product_kernels});
+#if defined(LOWBIT_BF16_LEVEL)
+        found.push_back({"avx512bf16", vnni && has_bf16(), &avx512bf16::codec_kernels,
+                         avx512bf16::rotation_kernel, &avx512bf16::product_kernels});
+#endif
 #endif
         return found;
     }();

@@ -4,10 +4,14 @@
 // them all in turn. Pointers arrive as integers, and the caller vouches for the memory behind them.
 // Results depend neither on the batch that a matrix is in nor on the number of threads. Throws
 // std::invalid_argument.
+//
+// `rounded`: the factors are rounded to bfloat16 and summed in float32, on levels that have
+// products of bfloat16; where a factor's diagonal is named, its elements are kept in float32.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "arguments.hpp"
 
@@ -16,13 +20,19 @@ namespace lowbit {
 // The most bytes that the functions below have held at once since the last call.
 size_t take_most_workspace();
 
+// Whether the level in use takes `rounded`.
+bool has_rounded_products();
+
 // c <- alpha * a b + beta * c; c is not read if beta is 0.
 void product(size_t batch, size_t rows, size_t columns, size_t depth,
              const Matrices& a,  // float32 [batch, rows, depth]
              const Matrices& b,  // [batch, depth, columns]
              const Matrices& c,  // [batch, rows, columns], rows contiguous
              uintptr_t alphas,   // float32 [batch], or 0: alpha for all
-             float alpha, float beta, int threads);
+             float alpha, float beta, bool rounded,
+             std::optional<ptrdiff_t> a_diagonal,  // where rounded: of the elements (k + this, k)
+             std::optional<ptrdiff_t> b_diagonal,  // of (k, k + this); at most one of the two
+             int threads);
 
 // out <- alpha * a b + beta * addend, where the caller knows a b to be symmetric: half is computed.
 void symmetric_product(size_t batch, size_t size, size_t depth,
@@ -31,7 +41,9 @@ void symmetric_product(size_t batch, size_t size, size_t depth,
                        const Matrices& addend,  // [batch, size, size], rows contiguous; may be out;
                                                 // not read if beta is 0
                        const Matrices& out,     // [batch, size, size], rows contiguous
-                       float alpha, float beta, int threads);
+                       float alpha, float beta,
+                       bool rounded,  // with b given and depth = size both diagonals are kept
+                       int threads);
 
 // out <- X X^T of X = levels[code] * scale of its block of columns, summed in exact integers.
 void code_gram(size_t batch, size_t rows, size_t columns, int bits,

@@ -24,6 +24,7 @@ from lowbit_muon.backends.memory import (
     Checks,
     check_apart,
     check_book,
+    check_rounded,
     has_even_rows,
     rows_in_place,
 )
@@ -37,8 +38,8 @@ class Backend(Kernels):
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
-    in their dense products of a step. product_dtypes: of its dense products. checks: of tensors on
-    its devices.
+    in their dense products of a step. product_dtypes: of its dense products. rounds: whether its
+    products with `rounded` are faster than those without. checks: of tensors on its devices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -48,6 +49,11 @@ class Backend(Kernels):
     asynchronous: ClassVar[bool] = False
     product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     checks: Checks = Checks()
+
+    @property
+    def rounds(self) -> bool:
+        """See above; here they are as slow."""
+        return False
 
     def quantize(
         self,
@@ -175,6 +181,8 @@ class Backend(Kernels):
         alpha: float | Tensor = 1.0,  # a tensor: float32 [b], one for each matrix
         beta: float = 0.0,
         active: Tensor | None = None,  # bool [b]; matrices where it is False are left as they are
+        rounded: bool = False,
+        diagonal: int | None = None,
     ) -> Tensor:
         """out <- alpha * a b + beta * out; out overlaps no factor.
 
@@ -182,6 +190,9 @@ class Backend(Kernels):
         summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
         factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
         single matrix alpha and `active` have one element.
+
+        rounded: float32 factors are rounded to bfloat16 before they are multiplied (subnormal
+        numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
         """
         *batch, rows, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
         columns = b.shape[-1] if isinstance(b, Tensor) and b.ndim else 0
@@ -194,7 +205,11 @@ class Backend(Kernels):
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
         addend = None if beta == 0 else out
-        return self._multiply(Product(shape, a, b, out, addend, alpha, beta, active, False))
+        if rounded or diagonal is not None:
+            check_rounded(rounded, a, diagonal)
+        return self._multiply(
+            Product(shape, a, b, out, addend, alpha, beta, active, False, rounded, diagonal)
+        )
 
     def symmetric_product(
         self,
@@ -206,11 +221,13 @@ class Backend(Kernels):
         beta: float = 1.0,
         out: Tensor | None = None,  # [.., m, m]
         active: Tensor | None = None,
+        rounded: bool = False,
     ) -> Tensor:
         """out <- alpha * a b + beta * addend where the caller knows a b to be symmetric.
 
         Only one triangle need be computed; what is returned is exactly symmetric. `out` overlaps
-        no factor. Dtypes and `active` as for `product`.
+        no factor. Dtypes and `active` as for `product`. rounded: as there; the diagonals of both
+        factors are kept where they are square and b is given.
         """
         *batch, size, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
         if b is not None:
@@ -222,7 +239,12 @@ class Backend(Kernels):
             self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
-        return self._multiply(Product(shape, a, b, out, addend, alpha, beta, active, True))
+        if rounded:
+            check_rounded(rounded, a, None)
+        diagonal = 0 if rounded and b is not None and size == depth else None
+        return self._multiply(
+            Product(shape, a, b, out, addend, alpha, beta, active, True, rounded, diagonal)
+        )
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

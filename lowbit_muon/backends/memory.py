@@ -132,6 +132,14 @@ def check_book(bits: int, levels: int) -> None:
         raise ValueError(f"codebook: expected at most {2**bits} levels, got {levels}")
 
 
+def check_rounded(rounded: bool, a: Tensor, diagonal: int | None) -> None:
+    """Raise unless factors like `a` can be rounded, or need not be."""
+    if rounded and a.dtype != torch.float32:
+        raise TypeError(f"a: expected float32 with rounded=True, got {a.dtype}")
+    if diagonal is not None and not rounded:
+        raise ValueError(f"diagonal: expected None without rounded=True, got {diagonal}")
+
+
 def check_apart(written: Tensor, name: str, read: Tensor, other: str) -> None:
     """Raise for the overlap that is easy to make: results in the place of what is read again."""
     if written.numel() and written.data_ptr() == read.data_ptr():

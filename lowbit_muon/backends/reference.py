@@ -122,8 +122,9 @@ def rotate(x: Tensor, *, inverse: bool) -> None:
 
 def multiply(p: Product) -> Tensor:
     """`Backend.product` and `Backend.symmetric_product`."""
+    a, b = _wide(p.a), _wide(p.a.mT if p.b is None else p.b)
     with float32_products():
-        result = _wide(p.a) @ _wide(p.a.mT if p.b is None else p.b)
+        result = _rounded_product(a, b, p.diagonal, p.symmetric) if p.rounded else a @ b
     result.mul_(by_matrix(p.alpha, p.a.ndim) if isinstance(p.alpha, Tensor) else p.alpha)
     if p.addend is not None:
         result.add_(p.addend, alpha=p.beta)
@@ -134,6 +135,32 @@ def multiply(p: Product) -> Tensor:
     if p.active is not None:
         result = torch.where(by_matrix(p.active, p.a.ndim), result.to(p.out.dtype), p.out)
     return p.out.copy_(result)
+
+
+def _rounded_product(a: Tensor, b: Tensor, diagonal: int | None, symmetric: bool) -> Tensor:
+    """The product of bfloat16, but for what the diagonals multiply."""
+    if diagonal is None:
+        return _to_bfloat16(a) @ _to_bfloat16(b)
+    kept = _only_diagonal(a, diagonal)
+    # (one term for each element: exact but for its rounding)
+    result = kept @ b
+    a = a - kept
+    if symmetric:
+        kept = _only_diagonal(b, 0)
+        result += a @ kept
+        b = b - kept
+    return result.add_(_to_bfloat16(a) @ _to_bfloat16(b))
+
+
+def _only_diagonal(x: Tensor, diagonal: int) -> Tensor:
+    """Zeros, but for the elements (k + diagonal, k)."""
+    result = torch.zeros_like(x)
+    result.diagonal(-diagonal, -2, -1).copy_(x.diagonal(-diagonal, -2, -1))
+    return result
+
+
+def _to_bfloat16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def by_matrix(values: Tensor, dimensions: int) -> Tensor:

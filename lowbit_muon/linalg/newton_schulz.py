@@ -26,6 +26,16 @@ each result's norm. A matrix that has left the range a correct result can have, 
 orthogonalised again in the standard form; the kernels of all others return at once (`active`), so
 that nobody has to ask the device which they are.
 
+On CPUs with products of bfloat16 (`rounds_products`) matrices below twice as wide as high take the
+standard form, with all factors rounded and everything else in float32: the diagonal of b A + c A^2
++ a I, which would take the bits of the rest, stays apart. Wider ones take the Gram form, in part:
+R stays in float32, and so do its updates R H and H R H, because an error of R in directions where X
+has next to nothing would be lifted as they are. Rounded are the factors of X X^T, Q X, H Q and R R,
+but for the third- and second-last R R; the diagonals of H and Q stay apart.
+tests/linalg/test_rounded_iteration.py holds the error to that of torch.optim.Muon, on steep, flat,
+graded and rank-deficient matrices. Where the Gram form is rounded it is several times as large for
+columns that differ in size by factors of a hundred and more (3e-2, where torch has 6e-3).
+
 `python -m bench.half_precision` emulates the products on a CPU. Five of Muon's steps, 128 x 192,
 error against float64 relative to the result, float16 (bfloat16): 5e-3 (4e-2) for singular values
 falling as 1/i and 1.1e-2 for equal ones, where the standard form in the same dtype has 3e-3
@@ -56,27 +66,57 @@ from lowbit_muon.linalg.coefficients import (
 METHODS = ("auto", "newton_schulz", "gram")
 # Beyond what rounding does to a norm (a few percent), far below what a divergent iteration does.
 _GUARD_MARGIN = 1.25
+# Where the Gram form with products of bfloat16 keeps its error below that of torch.optim.Muon's
+# iteration, to which tests/linalg/test_rounded_iteration.py holds it. Muon's five steps lift by
+# 485, with 3.44 each; six steps, and Polar Express, whose first factor is 8.3, were worse.
+_ROUNDED_LIFT = 500.0
+_ROUNDED_FACTOR = 3.5
+# With fewer rows rounding averages out less, and there is less to save.
+_ROUNDED_ROWS = 256
+
+
+def rounds_products(rows: int, backend: Backend) -> bool:
+    """Whether bfloat16 is precise enough, and faster, for matrices of so many rows (short side)."""
+    return backend.rounds and rows >= _ROUNDED_ROWS
 
 
 def takes_gram_form(
-    shape: Sequence[int], coefficients: Sequence[Triple], dtype: torch.dtype, backend: Backend
+    shape: Sequence[int],
+    coefficients: Sequence[Triple],
+    dtype: torch.dtype,
+    backend: Backend,
+    *,
+    rounded: bool = False,
 ) -> bool:
     """Whether the Gram form is precise, and the faster, for matrices of this shape, [.., m, n].
 
     It saves products once n > 1.5 m, for any number of steps: 4T-3 of m^3 and two of m^2 n against
     T of m^3 and 2T of m^2 n. All but the last are symmetric, and the CPU kernels compute a
     triangle: for them it is 5 to 15% behind for square matrices and ahead for others
-    (bench/results/orthogonalize.json), with half the memory.
+    (bench/results/orthogonalize.json), with half the memory. rounded: the products may take
+    bfloat16, which all of the standard form's do and few of the Gram form's.
     """
     if not gram_is_precise(coefficients, dtype):
         return False
     rows, columns = sorted(shape[-2:])
+    if rounded:
+        return columns >= 2 * rows
     triangles = not backend.asynchronous and dtype == torch.float32
     return triangles or columns > 1.5 * rows
 
 
-def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend) -> Tensor:
+def gram_form_rounds(coefficients: Sequence[Triple]) -> bool:
+    """Whether bfloat16 is precise enough for the Gram form's products."""
+    lifts = [a for a, _, _ in coefficients]
+    return math.prod(lifts) <= _ROUNDED_LIFT and max(lifts) <= _ROUNDED_FACTOR
+
+
+def gram_operator(
+    gram: Tensor, coefficients: Sequence[Triple], backend: Backend, *, rounded: bool = False
+) -> Tensor:
     """Q [.., m, m] with orthogonalize(X) = Q X_0, from R = X_0 X_0^T [.., m, m] by products only.
+
+    rounded: products in bfloat16 where that is precise enough (see the module's docstring).
 
     Takes four m x m buffers, R, which is overwritten, and the result among them. In m^3
     multiply-adds: 2 for each of T symmetric products H, T-1 of Q, 2T-2 of R, times the 56 to 100%
@@ -90,7 +130,10 @@ def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend
         )
     r, q, h, spare = gram, None, torch.empty_like(gram), torch.empty_like(gram)
     for step, (a, b, c) in enumerate(coefficients):
-        backend.symmetric_product(r, r, addend=r, beta=b, alpha=c, out=h)
+        left = len(coefficients) - step
+        backend.symmetric_product(
+            r, r, addend=r, beta=b, alpha=c, out=h, rounded=rounded and left not in (2, 3)
+        )
         h.diagonal(dim1=-2, dim2=-1).add_(a)
         if step + 1 < len(coefficients):
             backend.symmetric_product(h, r, out=spare)
@@ -98,7 +141,7 @@ def gram_operator(gram: Tensor, coefficients: Sequence[Triple], backend: Backend
         if q is None:
             q, h = h, torch.empty_like(r)
         else:
-            backend.symmetric_product(h, q, out=spare)
+            backend.symmetric_product(h, q, out=spare, rounded=rounded)
             q, spare = spare, q
     assert q is not None
     return q
@@ -112,12 +155,15 @@ def standard_form(
     unit: float = 1.0,
     out: Tensor | None = None,
     active: Tensor | None = None,
+    rounded: bool = False,
 ) -> Tensor:
     """X <- (a I + b A + c A^2) X, A = X X^T, from unit * x [.., m, n], m <= n, of norm one.
 
     out: where the result goes, of x's shape, for the matrices that are active (bool [b]); x is then
-    kept. Without it x is used as a buffer.
+    kept. Without it x is used as a buffer. rounded: the products' factors, but for the diagonals of
+    m x m ones, to bfloat16.
     """
+    diagonal = 0 if rounded else None
     spare = torch.empty_like(x) if out is None or len(coefficients) > 1 else out
     # In turn, so that the last result lies in `out`, and no step reads what it writes.
     targets = [spare, x if out is None else out]
@@ -127,12 +173,20 @@ def standard_form(
     polynomial = torch.empty_like(gram)
     for step, (a, b, c) in enumerate(coefficients):
         scale = unit if step == 0 else 1.0
-        backend.symmetric_product(x, alpha=scale * scale, out=gram, active=active)
+        backend.symmetric_product(x, alpha=scale * scale, out=gram, active=active, rounded=rounded)
         backend.symmetric_product(
-            gram, gram, addend=gram, beta=b, alpha=c, out=polynomial, active=active
+            gram, gram, addend=gram, beta=b, alpha=c, out=polynomial, active=active, rounded=rounded
         )
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-        x = backend.product(polynomial, x, out=targets[step % 2], alpha=scale, active=active)
+        x = backend.product(
+            polynomial,
+            x,
+            out=targets[step % 2],
+            alpha=scale,
+            active=active,
+            rounded=rounded,
+            diagonal=diagonal,
+        )
     return x
 
 

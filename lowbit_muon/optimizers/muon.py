@@ -113,9 +113,11 @@ class Muon(Optimizer):
             are larger, which saves first Newton-Schulz steps: with the presets two of five up to 22
             rows on the short side, one up to 906. Formats with levels that are not whole numbers
             or with block scales are decoded instead.
-        ns_dtype: dtype of the Newton-Schulz products: "auto" is float32 on CPUs and wherever there
-            is no backend for the device, and float16 on GPUs (`linalg.newton_schulz`, which
-            is closer to float32 than torch's bfloat16).
+        ns_dtype: dtype of the Newton-Schulz products: "auto" is bfloat16 on CPUs that multiply it
+            (AVX512_BF16), float16 on GPUs, and float32 elsewhere, all closer to float32 than
+            torch's bfloat16 (`linalg.newton_schulz`). On CPUs "bfloat16" takes it only where that
+            is so: Muon's coefficients, five steps or fewer, 256 rows or more on the short side, and
+            there only for some products; "float32" is the same bits on every such processor.
         stochastic_rounding: round bfloat16 weights stochastically, with bits that depend on `seed`,
             the parameter's number and its step alone. Makes no difference to float32 weights.
         backend: "auto", or a backend by name, which then must be there.

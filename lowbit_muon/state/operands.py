@@ -46,16 +46,26 @@ class Operand(ABC):
         self.device = device
 
     @abstractmethod
-    def gram(self) -> Tensor:
-        """X X^T, [b, m, m], which the caller may overwrite."""
+    def gram(self, *, rounded: bool = False) -> Tensor:
+        """X X^T, [b, m, m], which the caller may overwrite.
+
+        rounded: X may be rounded to bfloat16 first.
+        """
 
     @abstractmethod
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
+        self,
+        a: Tensor,
+        out: Tensor,
+        *,
+        alpha: Tensor | None = None,
+        beta: float = 0.0,
+        diagonal: int | None = None,
     ) -> Tensor:
         """out <- alpha * a X + beta * out for a [b, k, m] and float32 out [b, k, n].
 
-        alpha: float64 [b], None for one.
+        alpha: float64 [b], None for one. diagonal: where given, a and X may be rounded to bfloat16
+        first, but for the elements (i + diagonal, i) of a.
         """
 
     @abstractmethod
@@ -72,21 +82,37 @@ class Dense(Operand):
         self.keep_gram = keep_gram
         self._gram: Tensor | None = None
 
-    def gram(self) -> Tensor:
+    def gram(self, *, rounded: bool = False) -> Tensor:
         """See `Operand.gram`."""
         if self._gram is not None:
             return self._gram
-        gram = self.backend.symmetric_product(self.matrix)
+        # (whoever asks next may need it exactly)
+        rounded = rounded and not self.keep_gram
+        gram = self.backend.symmetric_product(self.matrix, rounded=rounded)
         if self.keep_gram:
             self._gram = gram.clone()
         return gram
 
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
+        self,
+        a: Tensor,
+        out: Tensor,
+        *,
+        alpha: Tensor | None = None,
+        beta: float = 0.0,
+        diagonal: int | None = None,
     ) -> Tensor:
         """See `Operand.multiply`."""
         factor = 1.0 if alpha is None else float(alpha) if len(alpha) == 1 else alpha.float()
-        return self.backend.product(a, self.matrix, out=out, alpha=factor, beta=beta)
+        return self.backend.product(
+            a,
+            self.matrix,
+            out=out,
+            alpha=factor,
+            beta=beta,
+            rounded=diagonal is not None,
+            diagonal=diagonal,
+        )
 
     def dense(self) -> Tensor:
         """See `Operand.dense`; not held here any longer."""
@@ -177,7 +203,7 @@ class Panels(Operand):
             self._load(rows, panel)
             yield rows, panel if divisor is None else panel.div_(divisor.float().view(-1, 1, 1))
 
-    def gram(self) -> Tensor:
+    def gram(self, *, rounded: bool = False) -> Tensor:
         """See `Operand.gram`.
 
         The iteration that follows takes more than 4 m^2 floats, so 3 m^2 are free for panels here.
@@ -194,22 +220,38 @@ class Panels(Operand):
         for i, rows in enumerate(slices):
             panel = slots[0, : rows.stop - rows.start]
             self._load(rows, panel.unsqueeze(0))
-            self.backend.symmetric_product(panel, out=result[rows, rows])
+            self.backend.symmetric_product(panel, out=result[rows, rows], rounded=rounded)
             for below in slices[i + 1 :]:
                 other = slots[1, : below.stop - below.start]
                 self._load(below, other.unsqueeze(0))
                 block = result[below, rows]
-                self.backend.product(other, panel.mT, out=block)
+                self.backend.product(other, panel.mT, out=block, rounded=rounded)
                 result[rows, below] = block.mT
         return result.unsqueeze(0)
 
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
+        self,
+        a: Tensor,
+        out: Tensor,
+        *,
+        alpha: Tensor | None = None,
+        beta: float = 0.0,
+        diagonal: int | None = None,
     ) -> Tensor:
         """See `Operand.multiply`."""
         factor = 1.0 if alpha is None else float(alpha)
         for rows, panel in self.panels():
-            self.backend.product(a[..., rows], panel, out=out, alpha=factor, beta=beta)
+            # the diagonal of the panel's columns of a
+            place = None if diagonal is None else diagonal + rows.start
+            self.backend.product(
+                a[..., rows],
+                panel,
+                out=out,
+                alpha=factor,
+                beta=beta,
+                rounded=place is not None,
+                diagonal=place,
+            )
             beta = 1.0
         return out
 
@@ -256,12 +298,18 @@ class Companded(Operand):
         diagonal = self._gram.diagonal(dim1=1, dim2=2)
         return diagonal.to(accumulation_dtype(self.device)).sum(dim=1).sqrt()
 
-    def gram(self) -> Tensor:
+    def gram(self, *, rounded: bool = False) -> Tensor:
         """See `Operand.gram`; a rotation of the columns does not change it."""
         return self._gram
 
     def multiply(
-        self, a: Tensor, out: Tensor, *, alpha: Tensor | None = None, beta: float = 0.0
+        self,
+        a: Tensor,
+        out: Tensor,
+        *,
+        alpha: Tensor | None = None,
+        beta: float = 0.0,
+        diagonal: int | None = None,
     ) -> Tensor:
         """See `Operand.multiply`; by panels of the result, which are rotated back."""
         factor = 1.0 if alpha is None else alpha.float().view(-1, 1, 1)

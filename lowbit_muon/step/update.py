@@ -22,8 +22,10 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.linalg.coefficients import Triple, cached_coefficients, resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import (
+    gram_form_rounds,
     gram_operator,
     orthogonalize_half,
+    rounds_products,
     standard_form,
     takes_gram_form,
 )
@@ -83,10 +85,14 @@ def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
 
 def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
     """Raise ValueError unless a backend takes a group's `ns_dtype`."""
-    if not (group["ns_dtype"] in ("auto", "float32") or backend.asynchronous):
+    if backend.asynchronous:
+        return
+    taken = ("auto", "float32", "bfloat16") if backend.rounds else ("auto", "float32")
+    if group["ns_dtype"] not in taken:
+        names = ", ".join(map(repr, taken[:-1]))
         raise ValueError(
-            f"ns_dtype: expected 'auto' or 'float32' with backend '{backend.name}', which "
-            f"computes in float32, got {group['ns_dtype']!r}"
+            f"ns_dtype: expected {names} or {taken[-1]!r} with backend '{backend.name}' on this "
+            f"processor, which computes in no other dtype, got {group['ns_dtype']!r}"
         )
 
 
@@ -343,6 +349,7 @@ class _Direction:
     x: Operand | None = None
     operator: Tensor | None = None  # Q, float32 [b, m, m]
     inverse: Tensor | None = None  # float64 [b]
+    rounded: bool = False  # Q and X to bfloat16, before they are multiplied
 
     def rows(self, rows: slice) -> Tensor:
         """These rows of each matrix."""
@@ -354,7 +361,8 @@ class _Direction:
         a = self.operator[:, rows]
         shape = (*a.shape[:2], self.x.shape[2])
         out = torch.empty(shape, dtype=torch.float32, device=self.x.device)
-        return self.x.multiply(a, out, alpha=self.inverse)
+        diagonal = -(rows.start or 0) if self.rounded else None
+        return self.x.multiply(a, out, alpha=self.inverse, diagonal=diagonal)
 
 
 def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) -> _Direction:
@@ -365,12 +373,16 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
     backend, coefficients = x.backend, rule.coefficients
     factor = inverse.float()
     if not backend.asynchronous:
-        if not takes_gram_form(x.shape, coefficients, torch.float32, backend):
+        rounded = rule.ns_dtype != "float32" and rounds_products(x.shape[1], backend)
+        if not takes_gram_form(x.shape, coefficients, torch.float32, backend, rounded=rounded):
             matrix = x.dense().mul_(factor.view(-1, 1, 1))
-            return _Direction(backend, standard_form(matrix, coefficients, backend))
-        r = x.gram().mul_(factor.view(-1, 1, 1)).mul_(factor.view(-1, 1, 1))
-        operator = gram_operator(r, coefficients, backend)
-        return _Direction(backend, None, x, operator, inverse)
+            update = standard_form(matrix, coefficients, backend, rounded=rounded)
+            return _Direction(backend, update)
+        rounded = rounded and gram_form_rounds(coefficients)
+        r = x.gram(rounded=rounded)
+        r.mul_(factor.view(-1, 1, 1)).mul_(factor.view(-1, 1, 1))
+        operator = gram_operator(r, coefficients, backend, rounded=rounded)
+        return _Direction(backend, None, x, operator, inverse, rounded)
     matrix = x.dense()
     if rule.ns_dtype == "float32":
         backend.scaled(matrix, factor, out=matrix)
@@ -434,6 +446,7 @@ def _multiply_into(
     assert operator is not None
     assert inverse is not None
     out = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
-    x.multiply(operator, out, alpha=-step_size * inverse, beta=decay)
+    diagonal = 0 if direction.rounded else None
+    x.multiply(operator, out, alpha=-step_size * inverse, beta=decay, diagonal=diagonal)
     if len(weights) > 1:
         torch._foreach_copy_(weights, list(out.unbind()))

@@ -241,7 +241,7 @@ def test_what_only_one_process_sees_is_an_error_on_all(
 def refused_at_once() -> list[str]:
     messages = []
     param = nn.Parameter(start((8, 12), 0))
-    optimizer = Muon([param], process_group=dist.group.WORLD, ns_dtype="bfloat16")
+    optimizer = Muon([param], process_group=dist.group.WORLD, ns_dtype="float16")
     param.grad = start((8, 12), 1)
     with pytest.raises(ValueError, match="ns_dtype") as caught:
         optimizer.step()

@@ -424,7 +424,9 @@ def test_number_of_products(shape: tuple[int, ...], steps: int) -> None:
 
 def peak_floats(function: Callable[[], object], trace: Path) -> float:
     """The most float32 of tensor memory alive at once during a call, above what was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         function()
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]

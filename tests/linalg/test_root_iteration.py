@@ -324,9 +324,7 @@ def test_quantised_feedback_is_as_good_as_with_the_exact_encoder(
     right, _ = torch.linalg.qr(torch.randn(columns, 8))
     signal = (left * torch.logspace(0, -2, 8)) @ right.mT
     encoders = {
-        "exact": lambda gram, shift, backend, overwrite: exact_operator(gram[0], shift).unsqueeze(
-            0
-        ),
+        "exact": lambda gram, shift, backend, **others: exact_operator(gram[0], shift).unsqueeze(0),
         "iterated": iterate_root,
     }
     state_format = dataclasses.replace(PRESETS["spectral4"], spectral_shift=0.03)

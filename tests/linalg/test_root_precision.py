@@ -83,13 +83,15 @@ class Emulated(Backend):
         beta: float = 1.0,
         out: Tensor | None = None,
         active: Tensor | None = None,
+        rounded: bool = False,
     ) -> Tensor:
         """See `Backend.symmetric_product`."""
-        assert out is None
         assert active is None
+        assert not rounded
         result = self.arithmetic(a, a.mT if b is None else b) * alpha
         result = (result + result.mT) / 2
-        return result if addend is None else result + beta * addend
+        result = result if addend is None else result + beta * addend
+        return result if out is None else out.copy_(result)
 
 
 def encoder_error(x: Tensor, gram: Tensor, product: Product) -> float:

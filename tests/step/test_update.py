@@ -251,7 +251,9 @@ def test_huge_gradients_with_muonq4(dtype: torch.dtype) -> None:
 
 def peak_bytes(optimizer: Muon, trace: Path) -> float:
     """The most tensor memory alive at once during a step, above what was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         optimizer.step()
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]

@@ -102,10 +102,10 @@ using RotationKernel = void (*)(const RotateArgs& args, size_t begin, size_t end
 //
 // Operands are packed in strips of 16 rows (of the left operand) or columns (of the right one): for
 // each step of k the 16 words of a strip lie side by side. A word is 32 bits along k: one float,
-// two int16 or four int8.
+// two int16, four int8 or two bfloat16.
 constexpr size_t kStrip = 16;
 
-enum class WordType { float32, int16, int8 };
+enum class WordType { float32, int16, int8, bfloat16 };
 
 // Rows [0, rows) and k [0, depth) of a float matrix, element (i, k) at i * row_stride + k *
 // k_stride.
@@ -115,7 +115,7 @@ struct PackFloatsArgs {
     ptrdiff_t k_stride;
     size_t rows;  // 1..16; the rest of the strip is zero
     size_t depth;
-    float* to;  // [depth, 16]
+    uint32_t* to;  // [words of depth][16]
 };
 
 // Codes as whole levels. For the left operand and for a Gram matrix the strip is 16 rows of codes
@@ -212,6 +212,9 @@ struct ProductKernels {
     bool offset;           // int8 sums have 128 * (sum of the left row) too much
     size_t group_columns;  // columns that one pass over the rows takes
     void (*pack_floats)(const PackFloatsArgs& args);
+    // rounded to bfloat16, ties to even, subnormals to zero; null where the level has no products
+    // of them
+    void (*pack_bfloat16)(const PackFloatsArgs& args);
     void (*pack_code_rows)(const PackCodesArgs& args, size_t first_row);  // one strip
     void (*pack_code_columns)(const PackCodesArgs& args, size_t step);    // all strips
     void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);      // one strip
@@ -230,6 +233,9 @@ struct ProductKernels {
     // low_correction)
     void (*join_limbs)(const int32_t* high, const int32_t* low, uint32_t high_correction,
                        uint32_t low_correction, float scale, float beta, size_t count, float* out);
+    // to[i] += factor * factors[i] * x[i * x_stride]; factors are one where they are null
+    void (*add_scaled)(float* to, const float* x, ptrdiff_t x_stride, float factor,
+                       const float* factors, size_t count);
     // the part below the diagonal of rows [begin, end), from that above it
     void (*mirror)(float* matrix, size_t stride, size_t begin, size_t end);
 };

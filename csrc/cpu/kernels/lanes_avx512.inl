@@ -183,6 +183,25 @@ inline void interleave_bytes(const int8_t* rows, size_t row_stride, uint32_t* to
 #define LOWBIT_HAS_DOT_4 1
 #endif
 
+#if defined(__AVX512BF16__)
+// sum + a1 * b1 + a0 * b0 of two bfloat16 in each word.
+inline F32x16 add_dot_bf16(F32x16 sum, uint32_t a, I32x16 b) {
+    const __m512i word = _mm512_set1_epi32(static_cast<int>(a));
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)word, (__m512bh)b.v)};
+}
+// 32 floats in a row as 16 words.
+inline I32x16 row_to_bfloat16(F32x16 first, F32x16 second) {
+    return {(__m512i)_mm512_cvtne2ps_pbh(second.v, first.v)};
+}
+// A word of each lane of the two.
+inline I32x16 pairs_to_bfloat16(F32x16 first, F32x16 second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first.v));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second.v));
+    return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+}
+#define LOWBIT_HAS_BF16 1
+#endif
+
 // Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.
 inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));

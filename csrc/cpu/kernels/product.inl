@@ -1,5 +1,5 @@
-// Matrix products in registers: packing and the tile of sums, one source for floats, int16 and
-// int8, compiled once for each ISA level into namespace lowbit::LOWBIT_ISA (included after
+// Matrix products in registers: packing and the tile of sums, one source for floats, int16, int8
+// and bfloat16, compiled once for each ISA level into namespace lowbit::LOWBIT_ISA (included after
 // codec.inl).
 //
 // One word of the left operand is broadcast against strips of sixteen words of the right one. All
@@ -38,11 +38,11 @@ inline void interleave_rows(const uint32_t* rows, size_t row_stride, size_t coun
 }
 
 void pack_floats(const PackFloatsArgs& args) {
+    float* const to = reinterpret_cast<float*>(args.to);
     if (args.row_stride == 1) {
         for (size_t k = 0; k < args.depth; ++k) {
             const float* const from = args.from + static_cast<ptrdiff_t>(k) * args.k_stride;
-            store(args.to + k * kStrip,
-                  args.rows == kStrip ? load(from) : load_first(from, args.rows));
+            store(to + k * kStrip, args.rows == kStrip ? load(from) : load_first(from, args.rows));
         }
         return;
     }
@@ -53,15 +53,50 @@ void pack_floats(const PackFloatsArgs& args) {
     const size_t whole_rows = args.k_stride == 1 ? args.rows / 4 * 4 : 0;
     const size_t whole_steps = args.depth / 4 * 4;
     interleave_rows(reinterpret_cast<const uint32_t*>(args.from),
-                    static_cast<size_t>(args.row_stride), whole_rows, whole_steps,
-                    reinterpret_cast<uint32_t*>(args.to));
+                    static_cast<size_t>(args.row_stride), whole_rows, whole_steps, args.to);
     for (size_t i = 0; i < args.rows; ++i) {
         const float* const from = args.from + static_cast<ptrdiff_t>(i) * args.row_stride;
         for (size_t k = i < whole_rows ? whole_steps : 0; k < args.depth; ++k) {
-            args.to[k * kStrip + i] = from[static_cast<ptrdiff_t>(k) * args.k_stride];
+            to[k * kStrip + i] = from[static_cast<ptrdiff_t>(k) * args.k_stride];
         }
     }
 }
+
+#if defined(LOWBIT_HAS_BF16)
+// A strip's floats at one step of k.
+inline F32x16 gather_strip(const PackFloatsArgs& args, size_t k) {
+    const float* const from = args.from + static_cast<ptrdiff_t>(k) * args.k_stride;
+    if (args.row_stride == 1) {
+        return args.rows == kStrip ? load(from) : load_first(from, args.rows);
+    }
+    float lanes[kStrip] = {};
+    for (size_t i = 0; i < args.rows; ++i) {
+        lanes[i] = from[static_cast<ptrdiff_t>(i) * args.row_stride];
+    }
+    return load(lanes);
+}
+
+void pack_bfloat16(const PackFloatsArgs& args) {
+    constexpr size_t run = 64;  // floats of each row that are turned at a time
+    constexpr size_t stride = run / 2 + 4;
+    const size_t whole = args.k_stride == 1 && args.rows == kStrip ? args.depth / run * run : 0;
+    for (size_t k = 0; k < whole; k += run) {
+        alignas(64) uint32_t words[kStrip * stride];
+        for (size_t i = 0; i < kStrip; ++i) {
+            const float* const from = args.from + static_cast<ptrdiff_t>(i) * args.row_stride + k;
+            for (size_t c = 0; c < run; c += 2 * kStrip) {
+                store_words(words + i * stride + c / 2,
+                            row_to_bfloat16(load(from + c), load(from + c + kStrip)));
+            }
+        }
+        interleave_rows(words, stride, kStrip, run / 2, args.to + k / 2 * kStrip);
+    }
+    for (size_t k = whole; k < args.depth; k += 2) {
+        const F32x16 second = k + 1 < args.depth ? gather_strip(args, k + 1) : broadcast(0.0f);
+        store_words(args.to + k / 2 * kStrip, pairs_to_bfloat16(gather_strip(args, k), second));
+    }
+}
+#endif
 
 // Levels of the codes of a panel of one row. Loops over a WHOLE one are unrolled.
 template <int BITS, bool WHOLE>
@@ -337,7 +372,7 @@ inline void multiply_tile(const MultiplyArgs& args, size_t row, size_t column) {
         }
     }
     for (size_t k = 0; k < args.steps * kStrip; k += kStrip) {
-        typename W::Lanes strip[STRIPS];
+        typename W::Strip strip[STRIPS];
 #pragma GCC unroll 4
         for (int s = 0; s < STRIPS; ++s) {
             strip[s] = W::load_strip(b + static_cast<size_t>(s) * b_stride + k);
@@ -396,6 +431,12 @@ void multiply(const MultiplyArgs& args) {
 #else
             return;
 #endif
+        case WordType::bfloat16:
+#if defined(LOWBIT_HAS_BF16)
+            return multiply_columns<WordType::bfloat16>(args, 0);
+#else
+            return;
+#endif
     }
 }
 
@@ -420,6 +461,24 @@ void join_limbs(const int32_t* high, const int32_t* low, uint32_t high_correctio
         const float lower = corrected(low[i], low_correction);
         const float value = scale * (256.0f * upper + lower);
         out[i] = beta == 0.0f ? value : beta * out[i] + value;
+    }
+}
+
+void add_scaled(float* to, const float* x, ptrdiff_t x_stride, float factor, const float* factors,
+                size_t count) {
+    if (x_stride == 1 && factors == nullptr) {
+        for (size_t i = 0; i < count; ++i) {
+            to[i] += factor * x[i];
+        }
+    } else if (x_stride == 1) {
+        for (size_t i = 0; i < count; ++i) {
+            to[i] += factor * factors[i] * x[i];
+        }
+    } else {
+        for (size_t i = 0; i < count; ++i) {
+            const float scale = factors == nullptr ? factor : factor * factors[i];
+            to[i] += scale * x[static_cast<ptrdiff_t>(i) * x_stride];
+        }
     }
 }
 
@@ -456,6 +515,11 @@ const ProductKernels product_kernels = {kCodeType,
                                         kCodeType == WordType::int8,
                                         kRegisterStrips * kStrip,
                                         pack_floats,
+#if defined(LOWBIT_HAS_BF16)
+                                        pack_bfloat16,
+#else
+                                        nullptr,
+#endif
                                         pack_code_rows,
                                         pack_code_columns,
                                         pack_limbs,
@@ -465,6 +529,7 @@ const ProductKernels product_kernels = {kCodeType,
                                         multiply,
                                         scale_sums,
                                         join_limbs,
+                                        add_scaled,
                                         mirror};
 
 }  // namespace LOWBIT_ISA

@@ -1,7 +1,7 @@
 """C++ backend: passes tensors' memory to the kernels of `csrc/cpu`.
 
-The environment variable LOWBIT_MUON_ISA (baseline, avx2, avx512 or avx512vnni) overrides the choice
-of instruction set, which is otherwise the highest this processor supports.
+The environment variable LOWBIT_MUON_ISA (baseline, avx2, avx512, avx512vnni or avx512bf16)
+overrides the choice of instruction set, which is otherwise the highest this processor supports.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def take_most_workspace() -> int:
 class CpuBackend(Backend):
     """`Backend` in C++ with AVX2 or AVX-512, on as many threads as torch uses.
 
-    Results do not depend on how many. Products of other dtypes than float32, and of batches of
-    which only some matrices are active, are left to torch. Construction raises RuntimeError if the
+    Results do not depend on how many. Products of other dtypes than float32, of batches of which
+    only some matrices are active, and rounded ones where the processor has no products of bfloat16,
+    are left to torch. Construction raises RuntimeError if the
     extension is not there and ValueError if LOWBIT_MUON_ISA names a level that this machine does
     not support.
     """
@@ -90,6 +91,11 @@ class CpuBackend(Backend):
 
     def __init__(self) -> None:
         self._extension = _extension()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the instruction set in use multiplies bfloat16."""
+        return bool(self._extension.has_rounded_products())
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _, thresholds = tables(codes.codebook)
@@ -151,7 +157,7 @@ class CpuBackend(Backend):
         float32 = a.dtype is torch.float32
         float32 = float32 and (out is None or out.dtype is torch.float32)
         float32 = float32 and (p.addend is None or p.addend.dtype is torch.float32)
-        if p.active is not None or not float32:
+        if p.active is not None or not float32 or (p.rounded and not self.rounds):
             return super()._multiply(p)
         if out is None:
             out = torch.empty(p.shape, dtype=torch.float32, device="cpu")
@@ -171,13 +177,16 @@ class CpuBackend(Backend):
                 out=_memory(target),
                 alpha=p.alpha,
                 beta=0.0 if addend is None else p.beta,
+                rounded=p.rounded,
                 threads=torch.get_num_threads(),
             )
             return out
         target, b = out, a.mT if p.b is None else p.b
+        a_diagonal, b_diagonal = p.diagonal, None
         if not has_plain_rows(out):
             if has_plain_rows(out.mT):
                 a, b, target = b.mT, a.mT, out.mT
+                a_diagonal, b_diagonal = None, a_diagonal
             else:
                 target = out.contiguous()
         alphas = p.alpha.contiguous() if isinstance(p.alpha, Tensor) else None
@@ -192,6 +201,9 @@ class CpuBackend(Backend):
             alphas=0 if alphas is None else alphas.data_ptr(),
             alpha=p.alpha if alphas is None else 1.0,
             beta=0.0 if p.addend is None else p.beta,
+            rounded=p.rounded,
+            a_diagonal=a_diagonal,
+            b_diagonal=b_diagonal,
             threads=torch.get_num_threads(),
         )
         return out if target.data_ptr() == out.data_ptr() else out.copy_(target)

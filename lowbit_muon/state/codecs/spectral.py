@@ -12,6 +12,7 @@ from torch import Tensor
 from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.linalg.newton_schulz import rounds_products
 from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.linalg.spectral import decoding_operator
 from lowbit_muon.state.codec import Decoder, Stored
@@ -51,14 +52,15 @@ class Spectral(Coded):
         """See `Codec.encode`.
 
         On devices x is taken in half precision, times sqrt(m n), which makes its entries about one.
-        Its rounding is a thousandth of 4-bit noise after the operator has enlarged it.
+        Its rounding is a thousandth of 4-bit noise after the operator has enlarged it. On CPUs with
+        products of bfloat16 `dtype` other than float32 allows these.
         """
         backend = stored.backend
         assert isinstance(x, Dense)
         matrix = x.matrix
         shift, divisor = self.state_format.spectral_shift, self.divisor(stored, norm, scale)
         assert divisor is not None
-        unit = 1 / math.sqrt(self.m * self.n)
+        unit, rounded = 1 / math.sqrt(self.m * self.n), False
         if backend.asynchronous:
             half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
             matrix = backend.scaled(matrix, (1 / (divisor * unit)).float(), out=half)
@@ -67,8 +69,13 @@ class Spectral(Coded):
             operator = iterate_root(gram, shift, backend, overwrite=True).to(dtype)
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
-            gram = x.gram().div_(size).div_(size)
-            operator = iterate_root(gram, shift, backend, overwrite=True).div_(size)
+            rounded = dtype != torch.float32 and rounds_products(self.m, backend)
+            # It moves singular values by up to 2^-9: little to the root, which is flat below
+            # c^(3/2), if that is not smaller.
+            rounded = rounded and shift**1.5 > 2**-9
+            gram = x.gram(rounded=rounded).div_(size).div_(size)
+            operator = iterate_root(gram, shift, backend, overwrite=True, rounded=rounded)
+            operator.div_(size)
 
         def companded() -> Iterator[tuple[slice, Tensor]]:
             slices = row_slices(matrix.shape, backend)
@@ -76,7 +83,18 @@ class Spectral(Coded):
             scratch = torch.empty(shape, dtype=torch.float32, device=matrix.device)
             for rows in slices:
                 y = scratch[:, : rows.stop - rows.start]
-                yield rows, backend.product(operator[:, rows], matrix, out=y, alpha=unit)
+                diagonal = -rows.start if rounded else None
+                yield (
+                    rows,
+                    backend.product(
+                        operator[:, rows],
+                        matrix,
+                        out=y,
+                        alpha=unit,
+                        rounded=rounded,
+                        diagonal=diagonal,
+                    ),
+                )
 
         stored.blank("noise").zero_()
         self.write_codes(stored, companded)
