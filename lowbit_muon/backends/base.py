@@ -50,10 +50,7 @@ class Backend(Kernels):
     product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     checks: Checks = Checks()
 
-    @property
-    def rounds(self) -> bool:
-        """See above; here they are as slow."""
-        return False
+    rounds = False
 
     def quantize(
         self,
