@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := bench/results
 PROCESSES ?= 2
-ISAS ?= avx2 avx512 avx512vnni
+ISAS ?= avx2 avx512 avx512vnni avx512bf16
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc bench/csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -70,9 +70,11 @@ bench: venv
 	$(BIN)/python -m bench.step --json $(RESULTS)/step.json $(ARGS)
 	$(BIN)/python -m bench.sweep --json $(RESULTS)/sweep.json --plot $(RESULTS)/sweep.svg $(ARGS)
 	$(BIN)/python -m bench.step --shape 1024 4096 --repeats 7 --json $(RESULTS)/step_1024x4096.json
-	# As on a CPU without units for bfloat16.
-	ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI $(BIN)/python -m bench.step --layers 2 --repeats 3 \
-		--no-peers --json $(RESULTS)/step_without_bf16.json
+	# As on a CPU without units for bfloat16, and on one with AVX2 alone.
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI LOWBIT_MUON_ISA=avx512vnni $(BIN)/python -m bench.step \
+		--layers 2 --no-peers --json $(RESULTS)/step_without_bf16.json
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 LOWBIT_MUON_ISA=avx2 $(BIN)/python \
+		-m bench.step --layers 2 --no-peers --json $(RESULTS)/step_avx2.json
 	$(BIN)/python -m bench.memory_limits --json $(RESULTS)/memory_limits.json
 	for width in 128 256; do \
 		$(BIN)/python -m bench.capture --width $$width --out build/gpt$$width.safetensors || exit 1; \

@@ -18,6 +18,7 @@ from bench.fidelity import FIGURES, pareto_front
 from bench.gpu.roofline import markdown as paper
 from bench.predictors import agreement
 from bench.scaling.report import is_exact
+from bench.step import FULL
 from bench.training.methods import METHODS
 from bench.training.report import bits_of, cells
 from bench.training.report import rows as training_rows
@@ -120,8 +121,8 @@ def fidelity_training() -> str:
 
 def step() -> str:
     """One optimizer step, in ratios: ours first, then the others, quickest first."""
-    usual, wide, without_bf16 = (
-        step_rows(name) for name in ("step", "step_1024x4096", "step_without_bf16")
+    usual, wide, without_bf16, avx2 = (
+        step_rows(name) for name in ("step", "step_1024x4096", "step_without_bf16", "step_avx2")
     )
     largest = max(rows * columns for rows, columns in results("step")["shapes"])
     rows = [
@@ -129,7 +130,7 @@ def step() -> str:
             f"ours, {name}" if ours else name,
             ratio(row),
             ratio(wide.get((ours, name))),
-            ratio(without_bf16.get((ours, name))),
+            *(full_ratio(table, (ours, name)) for table in (without_bf16, avx2)),
             f"{row['state_bytes'] / 2**20:.1f}",
             f"{row['peak_bytes'] / (4 * largest):.1f}",
         ]
@@ -138,7 +139,8 @@ def step() -> str:
         )
     ]
     headings = (
-        "", "x torch.optim.Muon", "1024x4096", "without bf16 units", "state MiB", "peak",
+        "", "x torch.optim.Muon", "1024x4096", "x fp32, without bf16 units", "x fp32, AVX2 alone",
+        "state MiB", "peak",
     )  # fmt: skip
     return table(headings, rows) + "".join(step_notes())
 
@@ -152,6 +154,11 @@ def step_rows(name: str) -> dict[tuple[bool, str], dict[str, Any]]:
             ours = row["format"] is not None
             found[ours, f"`{row['format']}`{stored}" if ours else row["name"]] = row
     return found
+
+
+def full_ratio(rows: dict[tuple[bool, str], dict[str, Any]], key: tuple[bool, str]) -> str:
+    """To the time of the iteration in float32; "" for a row that is not there."""
+    return f"{rows[key]['median'] / rows[False, FULL]['median']:.2f}" if key in rows else ""
 
 
 def ratio(row: dict[str, Any] | None) -> str:
