@@ -34,13 +34,18 @@ from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
 
+# Of a sum of matrices, and such sums, that a kernel takes at once: a root iteration's
+# (`linalg.root_iteration`).
+MOST_TERMS, MOST_SUMS = 5, 2
+
+
 class Backend(Kernels):
     """The kernels, in torch operations.
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
     in their dense products of a step. product_dtypes: of its dense products. rounds: whether its
-    products with `rounded` are faster than those without. checks: of tensors on its devices.
+    products with `rounded` are faster than those without. checks: of tensors on its devices. combines: whether it has a kernel for sums of matrices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -50,11 +55,9 @@ class Backend(Kernels):
     asynchronous: ClassVar[bool] = False
     product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     checks: Checks = Checks()
+    combines: ClassVar[bool] = False
 
-    @property
-    def rounds(self) -> bool:
-        """See above; here they are as slow."""
-        return False
+    rounds = False
 
     def quantize(
         self,
@@ -253,15 +256,27 @@ class Backend(Kernels):
         diagonal = 0 if rounded and b is not None and size == depth else None
         return self._multiply(
             Product(
-                shape, a, b, out, addend, alpha, beta, active, True, rounded, diagonal,
-                other, gamma, identity,
+                shape,
+                a,
+                b,
+                out,
+                addend,
+                alpha,
+                beta,
+                active,
+                True,
+                rounded,
+                diagonal,
+                other,
+                gamma,
+                identity,
             )  # fmt: skip
         )
 
     def combined(
         self,
         coefficients: Sequence[Sequence[float]],  # a row for each result, a number for each term
-        terms: Sequence[Tensor],  # float32 or float64 [.., m, n], of one dtype
+        terms: Sequence[Tensor],  # float32 or float64 [.., m, n]
         *,
         out: Sequence[Tensor] | None = None,  # contiguous, see below
     ) -> list[Tensor]:
@@ -283,24 +298,22 @@ class Backend(Kernels):
                 )
         if len(results) != len(coefficients):
             raise ValueError(f"out: expected {len(coefficients)} tensors, got {len(results)}")
-        if first.numel():
+        if (
+            self.combines
+            and first.dtype == torch.float32
+            and first.numel()
+            and (len(terms) <= MOST_TERMS and len(results) <= MOST_SUMS)
+        ):
             self._combined(coefficients, [term.contiguous() for term in terms], results)
-        return results
-
-    def _combined(
-        self,
-        coefficients: Sequence[Sequence[float]],
-        terms: Sequence[Tensor],
-        out: Sequence[Tensor],
-    ) -> None:
-        """Of contiguous tensors. (Here, since it is what hosts step with, too.)"""
-        for row, result in zip(coefficients, out, strict=True):
+            return results
+        for row, result in zip(coefficients, results, strict=True):
             if len(row) == 1:
-                result.copy_(terms[0])
+                result.copy_(first)
                 continue
-            torch.add(terms[0], terms[1], alpha=row[1], out=result)
+            torch.add(first, terms[1], alpha=row[1], out=result)
             for number, term in zip(row[2:], terms[2:], strict=True):
                 result.add_(term, alpha=number)
+        return results
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

@@ -69,6 +69,11 @@ def supported_isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Use the level `name` in the whole process. Raises ValueError if it is not supported here."""
     _extension().set_isa(name)
+    _note_level()
+
+
+def _note_level() -> None:
+    CpuBackend.rounds = bool(_extension().has_rounded_products())
 
 
 def take_most_workspace() -> int:
@@ -91,11 +96,7 @@ class CpuBackend(Backend):
 
     def __init__(self) -> None:
         self._extension = _extension()
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the instruction set in use multiplies bfloat16."""
-        return bool(self._extension.has_rounded_products())
+        _note_level()
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _, thresholds = tables(codes.codebook)

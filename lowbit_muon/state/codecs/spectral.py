@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import rounds_products
+from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS
 from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.linalg.spectral import decoding_operator
 from lowbit_muon.state.codec import Decoder, Stored
@@ -69,7 +69,7 @@ class Spectral(Coded):
             operator = iterate_root(gram, shift, backend, overwrite=True).to(dtype)
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
-            rounded = dtype != torch.float32 and rounds_products(self.m, backend)
+            rounded = dtype != torch.float32 and backend.rounds and self.m >= ROUNDED_ROWS
             # It moves singular values by up to 2^-9: little to the root, which is flat below
             # c^(3/2), if that is not smaller.
             rounded = rounded and shift**1.5 > 2**-9
