@@ -33,7 +33,6 @@ from lowbit_muon.backends.reference import Kernels, row_squares
 from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
-
 # Of a sum of matrices, and such sums, that a kernel takes at once: a root iteration's
 # (`linalg.root_iteration`).
 MOST_TERMS, MOST_SUMS = 5, 2
@@ -191,8 +190,8 @@ class Backend(Kernels):
     ) -> Tensor:
         """out <- alpha * a b + beta * addend; out overlaps no factor.
 
-        The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors of one dtype,
-        summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
+        The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors
+        of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
         factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
         single matrix alpha and `active` have one element.
 
@@ -270,7 +269,7 @@ class Backend(Kernels):
                 other,
                 gamma,
                 identity,
-            )  # fmt: skip
+            )
         )
 
     def combined(
