@@ -44,7 +44,8 @@ class Backend(Kernels):
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
     in their dense products of a step. product_dtypes: of its dense products. rounds: whether its
-    products with `rounded` are faster than those without. checks: of tensors on its devices. combines: whether it has a kernel for sums of matrices.
+    products with `rounded` are faster than those without. checks: of tensors on
+    its devices. combines: whether it has a kernel for sums of matrices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -191,8 +192,8 @@ class Backend(Kernels):
         """out <- alpha * a b + beta * addend; out overlaps no factor.
 
         The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors
-        of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
-        factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
+        of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of
+        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
         single matrix alpha and `active` have one element.
 
         rounded: float32 factors are rounded to bfloat16 before they are multiplied (subnormal
