@@ -193,8 +193,8 @@ class Backend(Kernels):
 
         The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors
         of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of
-        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
-        single matrix alpha and `active` have one element.
+        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded
+        to its dtype. Of a single matrix alpha and `active` have one element.
 
         rounded: float32 factors are rounded to bfloat16 before they are multiplied (subnormal
         numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
