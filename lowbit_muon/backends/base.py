@@ -13,6 +13,7 @@ Matrices are [m, n], or [b, m, n] for a batch of them, each by itself.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,10 @@ from lowbit_muon.backends.reference import Kernels, row_squares
 from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
+# Of a sum of matrices, and such sums, that a kernel takes at once: a root iteration's
+# (`linalg.root_iteration`).
+MOST_TERMS, MOST_SUMS = 5, 2
+
 
 class Backend(Kernels):
     """The kernels, in torch operations.
@@ -39,7 +44,8 @@ class Backend(Kernels):
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
     in their dense products of a step. product_dtypes: of its dense products. rounds: whether its
-    products with `rounded` are faster than those without. checks: of tensors on its devices.
+    products with `rounded` are faster than those without. checks: of tensors on
+    its devices. combines: whether it has a kernel for sums of matrices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -49,6 +55,7 @@ class Backend(Kernels):
     asynchronous: ClassVar[bool] = False
     product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     checks: Checks = Checks()
+    combines: ClassVar[bool] = False
 
     rounds = False
 
@@ -175,18 +182,19 @@ class Backend(Kernels):
         b: Tensor,  # [.., k, n], any strides
         *,
         out: Tensor | None = None,  # [.., m, n]
+        addend: Tensor | None = None,  # [.., m, n], may be `out`; None: `out`
         alpha: float | Tensor = 1.0,  # a tensor: float32 [b], one for each matrix
         beta: float = 0.0,
         active: Tensor | None = None,  # bool [b]; matrices where it is False are left as they are
         rounded: bool = False,
         diagonal: int | None = None,
     ) -> Tensor:
-        """out <- alpha * a b + beta * out; out overlaps no factor.
+        """out <- alpha * a b + beta * addend; out overlaps no factor.
 
-        `out` is not read if beta is 0; without `out` there is nothing to add. Factors of one dtype,
-        summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
-        factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
-        single matrix alpha and `active` have one element.
+        The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors
+        of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of
+        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded
+        to its dtype. Of a single matrix alpha and `active` have one element.
 
         rounded: float32 factors are rounded to bfloat16 before they are multiplied (subnormal
         numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
@@ -201,7 +209,9 @@ class Backend(Kernels):
         shape = (*batch, rows, columns)
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
-        addend = None if beta == 0 else out
+        if addend is not None:
+            self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
+        addend = None if beta == 0 else out if addend is None else addend
         if rounded or diagonal is not None:
             check_rounded(rounded, a, diagonal)
         return self._multiply(
@@ -216,11 +226,14 @@ class Backend(Kernels):
         addend: Tensor | None = None,  # [.., m, m], symmetric, may be `out`
         alpha: float = 1.0,
         beta: float = 1.0,
+        other: Tensor | None = None,  # like the addend, but not `out`
+        gamma: float = 1.0,
+        identity: float = 0.0,
         out: Tensor | None = None,  # [.., m, m]
         active: Tensor | None = None,
         rounded: bool = False,
     ) -> Tensor:
-        """out <- alpha * a b + beta * addend where the caller knows a b to be symmetric.
+        """out <- alpha * a b + beta * addend + gamma * other + identity * I, a b being symmetric.
 
         Only one triangle need be computed; what is returned is exactly symmetric. `out` overlaps
         no factor. Dtypes and `active` as for `product`. rounded: as there; the diagonals of both
@@ -234,14 +247,73 @@ class Backend(Kernels):
         shape = (*batch, size, size)
         if addend is not None:
             self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
+        if other is not None:
+            self.checks.tensor(other, "other", shape, self.product_dtypes, a)
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
         if rounded:
             check_rounded(rounded, a, None)
         diagonal = 0 if rounded and b is not None and size == depth else None
         return self._multiply(
-            Product(shape, a, b, out, addend, alpha, beta, active, True, rounded, diagonal)
+            Product(
+                shape,
+                a,
+                b,
+                out,
+                addend,
+                alpha,
+                beta,
+                active,
+                True,
+                rounded,
+                diagonal,
+                other,
+                gamma,
+                identity,
+            )
         )
+
+    def combined(
+        self,
+        coefficients: Sequence[Sequence[float]],  # a row for each result, a number for each term
+        terms: Sequence[Tensor],  # float32 or float64 [.., m, n]
+        *,
+        out: Sequence[Tensor] | None = None,  # contiguous, see below
+    ) -> list[Tensor]:
+        """Sums of the terms, each times its number: all results in one pass.
+
+        The first term's number is one. The last result may lie in the place of the first term, a
+        lone one in that of the second, too.
+        """
+        first = terms[0]
+        shape = self.checks.tensor(first, "terms", None, (torch.float32, torch.float64))
+        for term in terms:
+            self.checks.tensor(term, "terms", shape, first.dtype, first)
+        outs: Sequence[Tensor | None] = [None] * len(coefficients) if out is None else out
+        results = [self.checks.output(x, "out", shape, first.dtype, first) for x in outs]
+        for row in coefficients:
+            if len(row) != len(terms) or row[0] != 1:
+                raise ValueError(
+                    f"coefficients: expected {len(terms)} numbers, the first of them one, got {row}"
+                )
+        if len(results) != len(coefficients):
+            raise ValueError(f"out: expected {len(coefficients)} tensors, got {len(results)}")
+        if (
+            self.combines
+            and first.dtype == torch.float32
+            and first.numel()
+            and (len(terms) <= MOST_TERMS and len(results) <= MOST_SUMS)
+        ):
+            self._combined(coefficients, [term.contiguous() for term in terms], results)
+            return results
+        for row, result in zip(coefficients, results, strict=True):
+            if len(row) == 1:
+                result.copy_(first)
+                continue
+            torch.add(first, terms[1], alpha=row[1], out=result)
+            for number, term in zip(row[2:], terms[2:], strict=True):
+                result.add_(term, alpha=number)
+        return results
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

@@ -127,9 +127,15 @@ def gram_operator(
     for step, (a, b, c) in enumerate(coefficients):
         left = len(coefficients) - step
         backend.symmetric_product(
-            r, r, addend=r, beta=b, alpha=c, out=h, rounded=rounded and left not in (2, 3)
+            r,
+            r,
+            addend=r,
+            beta=b,
+            alpha=c,
+            identity=a,
+            out=h,
+            rounded=rounded and left not in (2, 3),
         )
-        h.diagonal(dim1=-2, dim2=-1).add_(a)
         if step + 1 < len(coefficients):
             backend.symmetric_product(h, r, out=spare)
             backend.symmetric_product(spare, h, out=r)
@@ -170,9 +176,16 @@ def standard_form(
         scale = unit if step == 0 else 1.0
         backend.symmetric_product(x, alpha=scale * scale, out=gram, active=active, rounded=rounded)
         backend.symmetric_product(
-            gram, gram, addend=gram, beta=b, alpha=c, out=polynomial, active=active, rounded=rounded
+            gram,
+            gram,
+            addend=gram,
+            beta=b,
+            alpha=c,
+            identity=a,
+            out=polynomial,
+            active=active,
+            rounded=rounded,
         )
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         x = backend.product(
             polynomial,
             x,
@@ -205,10 +218,10 @@ def orthogonalize_half(
         start, scale = start + length, 1.0
     low, high = gain_bounds(tuple(coefficients))
     found = torch.linalg.vector_norm(result, dim=(1, 2), dtype=torch.float32)
-    # (comparisons with NaN are false)
-    good = found <= _GUARD_MARGIN * high * x.shape[1] ** 0.5
-    good &= found * _GUARD_MARGIN >= low * norm
-    standard_form(x, coefficients, backend, unit=unit, out=result, active=~good)
+    within = found.clamp_max(_GUARD_MARGIN * high * x.shape[1] ** 0.5)
+    within = torch.maximum(within, norm * (low / _GUARD_MARGIN))
+    # (NaN differs from itself)
+    standard_form(x, coefficients, backend, unit=unit, out=result, active=found != within)
     return result
 
 
@@ -222,16 +235,14 @@ def _run_of_steps(
         z = backend.symmetric_product(r, r, addend=r, beta=b, alpha=c)
         if step + 1 < len(coefficients):
             rz = backend.symmetric_product(r, z)
-            linear = torch.add(rz, r, alpha=a / 2)
-            r = backend.symmetric_product(rz, z, addend=linear, beta=2 * a)
+            r = backend.symmetric_product(rz, z, addend=rz, beta=2 * a, other=r, gamma=a * a)
         if step == 0:
             w, w_diagonal = z, a
         else:
-            linear = torch.add(w, z, alpha=w_diagonal / a)
-            w = backend.symmetric_product(z, w, addend=linear, beta=a)
+            w = backend.symmetric_product(z, w, addend=w, beta=a, other=z, gamma=w_diagonal)
             w_diagonal *= a
     # the factor of x is rounded with the sum, once
-    return backend.product(w, x, out=x.clone(), alpha=scale, beta=scale * w_diagonal)
+    return backend.product(w, x, addend=x, alpha=scale, beta=scale * w_diagonal)
 
 
 @torch.no_grad()

@@ -33,7 +33,6 @@ and 1.025 and 1.07 times with one exact stage less.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +124,8 @@ def iterate_root(
     # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
     # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
     p = gram_matrix if overwrite else gram_matrix.clone()
-    p.mul_((program.shift / shift) ** 3)
+    if program.shift != shift:
+        p.mul_((program.shift / shift) ** 3)
     p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
     # New memory costs a host about as much as a product, so results go where nothing is read again.
     # Most are held for the last form: W, the other forms and its two factors.
@@ -141,7 +141,7 @@ def iterate_root(
         # U = P H
         u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop(), rounded=low)
         # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
-        h2 = torch.add(u, p, alpha=a, out=p)
+        (h2,) = backend.combined([[1.0, a]], [u, p], out=[p])
         p = backend.symmetric_product(
             u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
         )
@@ -149,13 +149,16 @@ def iterate_root(
     constant, *linear = program.output
     terms = [p, w]
     for index, (left, right) in enumerate(program.forms):
-        factors = [_combine(row, terms, spare.pop()) for row in (left, right)]
+        # (divided by the first number: a pass less, and a product's factor makes up for it)
+        rows = [[c / row[0] for c in row] for row in (left, right)]
+        factors = backend.combined(rows, terms, out=[spare.pop(), spare.pop()])
         scale, addend = left[0] * right[0], None
         if index + 1 == len(program.forms):
             # The last form is the output's last term: all others, in the place of P, are added to
             # it, with the output's first coefficient for a unit.
             *others, last = linear
-            addend = _combine(others, terms, p)
+            rows = [[c / linear[0] for c in others]]
+            (addend,) = backend.combined(rows, terms, out=[p])
             spare += terms[2:]
             scale *= last / linear[0]
         form = backend.symmetric_product(
@@ -172,19 +175,6 @@ def iterate_root(
         out=spare.pop(),
         rounded=rounded,
     )
-
-
-def _combine(coefficients: Sequence[float], terms: Sequence[Tensor], out: Tensor) -> Tensor:
-    """out <- the sum of coefficient * term, divided by the first coefficient.
-
-    That leaves one pass over the matrices for a further term; a product's factor makes up for it.
-    `out` may be the first term.
-    """
-    first = coefficients[0]
-    torch.add(terms[0], terms[1], alpha=coefficients[1] / first, out=out)
-    for coefficient, term in zip(coefficients[2:], terms[2:], strict=True):
-        out.add_(term, alpha=coefficient / first)
-    return out
 
 
 # Printed by `python -m bench.root_coefficients`, largest shift first. The defect is the largest

@@ -23,6 +23,37 @@ def test_scaled(dtype: torch.dtype) -> None:
     TRITON.scaled(torch.empty(0, 3, 4), torch.empty(0), out=torch.empty(0, 3, 4))
 
 
+@pytest.mark.parametrize("terms", range(1, 7))
+@pytest.mark.parametrize("shape", [(1, 1), (2, 33, 33), (0, 4), (3, 1500)])
+def test_combined(terms: int, shape: tuple[int, ...]) -> None:
+    """One sum and two, of all numbers of terms, also into the first of them.
+
+    Torch may fuse a product with its sum: a rounding each of what has been added up so far.
+    """
+    given = [torch.randn(shape) for _ in range(terms)]
+    numbers = [[1.0, *torch.randn(terms - 1).tolist()] for _ in range(2)]
+    for rows in (numbers[:1], numbers):
+        expected = REFERENCE.combined(rows, given)
+        sizes = [sum(abs(c) * x.abs() for c, x in zip(row, given, strict=True)) for row in rows]
+        copies = [term.clone() for term in given]
+        out = [torch.empty(shape) for _ in rows[1:]] + copies[:1]
+        for results in (TRITON.combined(rows, given), TRITON.combined(rows, copies, out=out)):
+            for found, wanted, size in zip(results, expected, sizes, strict=True):
+                assert ((found - wanted).abs() <= 2 * terms * 2.0**-24 * size).all()
+
+
+def test_combined_refuses() -> None:
+    x = torch.ones(3, 4)
+    with pytest.raises(
+        ValueError, match=r"^coefficients: expected 1 numbers, the first of them on"
+    ):
+        TRITON.combined([[2.0]], [x])
+    with pytest.raises(ValueError, match=r"^terms: expected .* got "):
+        TRITON.combined([[1.0, 1.0]], [x, x.T])
+    with pytest.raises(ValueError, match=r"^out: expected 1 tensors, got 2"):
+        TRITON.combined([[1.0]], [x], out=[x, x.clone()])
+
+
 def element(value: float) -> Tensor:
     return torch.tensor([value])
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.base import MOST_TERMS, Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.reference import rotation_tensors
 from lowbit_muon.backends.triton.device import on_device, tables
@@ -18,7 +19,9 @@ from lowbit_muon.formats.codebook import CodeLayout
 
 
 class Elementwise(Backend):
-    """All but the products; results are the reference's bits."""
+    """All but the products; results are the reference's bits, but for sums of matrices."""
+
+    combines = True
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _update(Terms(grad=x), codes, statistic)
@@ -108,6 +111,33 @@ class Elementwise(Backend):
                 n,
                 BLOCK_M=weights.BLOCK_M,
                 BLOCK_N=weights.BLOCK_N,
+                **weights.OPTIONS,
+            )
+
+    def _combined(
+        self,
+        coefficients: Sequence[Sequence[float]],
+        terms: Sequence[Tensor],
+        out: Sequence[Tensor],
+    ) -> None:
+        padding = [terms[0]] * (MOST_TERMS - len(terms))
+        numbers = [
+            float(number)
+            for row in (coefficients[0], coefficients[-1])
+            for number in (*row[1:], *[0.0] * len(padding))
+        ]
+        size = terms[0].numel()
+        with on_device(terms[0]):
+            weights.combined_kernel[(triton.cdiv(size, weights.SUM_TILE),)](
+                *terms,
+                *padding,
+                out[0],
+                out[-1],
+                size,
+                *numbers,
+                TERMS=len(terms),
+                SUMS=len(out),
+                TILE=weights.SUM_TILE,
                 **weights.OPTIONS,
             )
 
