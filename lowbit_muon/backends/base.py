@@ -38,8 +38,9 @@ class Backend(Kernels):
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
-    in their dense products of a step. product_dtypes: of its dense products. rounds: whether its
-    products with `rounded` are faster than those without. checks: of tensors on its devices.
+    in their dense products of a step. product_dtypes: of its dense products. rounded_dtype: what
+    its products with `rounded` round to, None where that is no faster; they then round to bfloat16.
+    checks: of tensors on its devices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -51,9 +52,9 @@ class Backend(Kernels):
     checks: Checks = Checks()
 
     @property
-    def rounds(self) -> bool:
-        """See above; here they are as slow."""
-        return False
+    def rounded_dtype(self) -> torch.dtype | None:
+        """See above."""
+        return None
 
     def quantize(
         self,
@@ -191,8 +192,8 @@ class Backend(Kernels):
         factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
         single matrix alpha and `active` have one element.
 
-        rounded: float32 factors are rounded to bfloat16 before they are multiplied (subnormal
-        numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
+        rounded: float32 factors are rounded to `rounded_dtype` before they are multiplied
+        (subnormal numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
         """
         *batch, rows, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
         columns = b.shape[-1] if isinstance(b, Tensor) and b.ndim else 0
@@ -207,8 +208,9 @@ class Backend(Kernels):
         addend = None if beta == 0 else out
         if rounded or diagonal is not None:
             check_rounded(rounded, a, diagonal)
+        to = self._rounds_to(rounded)
         return self._multiply(
-            Product(shape, a, b, out, addend, alpha, beta, active, False, rounded, diagonal)
+            Product(shape, a, b, out, addend, alpha, beta, active, False, to, diagonal)
         )
 
     def symmetric_product(
@@ -242,9 +244,13 @@ class Backend(Kernels):
         if rounded:
             check_rounded(rounded, a, None)
         diagonal = 0 if rounded and b is not None and size == depth else None
+        to = self._rounds_to(rounded)
         return self._multiply(
-            Product(shape, a, b, out, addend, alpha, beta, active, True, rounded, diagonal)
+            Product(shape, a, b, out, addend, alpha, beta, active, True, to, diagonal)
         )
+
+    def _rounds_to(self, rounded: bool) -> torch.dtype | None:
+        return (self.rounded_dtype or torch.bfloat16) if rounded else None
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

@@ -76,8 +76,8 @@ _ROUNDED_ROWS = 256
 
 
 def rounds_products(rows: int, backend: Backend) -> bool:
-    """Whether bfloat16 is precise enough, and faster, for matrices of so many rows (short side)."""
-    return backend.rounds and rows >= _ROUNDED_ROWS
+    """Whether rounded products are precise enough, and faster, for so many rows (short side)."""
+    return backend.rounded_dtype is not None and rows >= _ROUNDED_ROWS
 
 
 def takes_gram_form(

@@ -87,7 +87,7 @@ def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
     """Raise ValueError unless a backend takes a group's `ns_dtype`."""
     if backend.asynchronous:
         return
-    taken = ("auto", "float32", "bfloat16") if backend.rounds else ("auto", "float32")
+    taken = ("auto", "float32", "bfloat16") if backend.rounded_dtype else ("auto", "float32")
     if group["ns_dtype"] not in taken:
         names = ", ".join(map(repr, taken[:-1]))
         raise ValueError(

@@ -93,9 +93,9 @@ class CpuBackend(Backend):
         self._extension = _extension()
 
     @property
-    def rounds(self) -> bool:
-        """Whether the instruction set in use multiplies bfloat16."""
-        return bool(self._extension.has_rounded_products())
+    def rounded_dtype(self) -> torch.dtype | None:
+        """bfloat16 where the instruction set in use multiplies it."""
+        return torch.bfloat16 if self._extension.has_rounded_products() else None
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _, thresholds = tables(codes.codebook)
@@ -157,7 +157,7 @@ class CpuBackend(Backend):
         float32 = a.dtype is torch.float32
         float32 = float32 and (out is None or out.dtype is torch.float32)
         float32 = float32 and (p.addend is None or p.addend.dtype is torch.float32)
-        if p.active is not None or not float32 or (p.rounded and not self.rounds):
+        if p.active is not None or not float32 or (p.rounded and self.rounded_dtype is None):
             return super()._multiply(p)
         if out is None:
             out = torch.empty(p.shape, dtype=torch.float32, device="cpu")
@@ -177,7 +177,7 @@ class CpuBackend(Backend):
                 out=_memory(target),
                 alpha=p.alpha,
                 beta=0.0 if addend is None else p.beta,
-                rounded=p.rounded,
+                rounded=p.rounded is not None,
                 threads=torch.get_num_threads(),
             )
             return out
@@ -201,7 +201,7 @@ class CpuBackend(Backend):
             alphas=0 if alphas is None else alphas.data_ptr(),
             alpha=p.alpha if alphas is None else 1.0,
             beta=0.0 if p.addend is None else p.beta,
-            rounded=p.rounded,
+            rounded=p.rounded is not None,
             a_diagonal=a_diagonal,
             b_diagonal=b_diagonal,
             threads=torch.get_num_threads(),

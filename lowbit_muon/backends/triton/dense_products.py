@@ -19,6 +19,7 @@ class DenseProducts(Backend):
     """`product` and `symmetric_product`."""
 
     product_dtypes = KERNEL_DTYPES
+    rounded_dtype = torch.float16
 
     def _multiply(self, p: Product) -> Tensor:
         """By the vendor's kernels where they can do it."""
@@ -30,7 +31,7 @@ class DenseProducts(Backend):
             out = a.new_empty(p.shape)
         if not out.numel():
             return out
-        if p.symmetric or p.active is not None or out.dtype != a.dtype:
+        if p.symmetric or p.active is not None or p.rounded or out.dtype != a.dtype:
             _launch(a, b, out, alpha, p)
             return out
         vendor = torch.addmm if a.ndim == 2 else torch.baddbmm
@@ -47,6 +48,7 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
     active = p.active
     offered = target(a.device)
     launches = dense.FLOAT_LAUNCH if a.dtype == torch.float32 else dense.HALF_LAUNCH
+    launches = dense.ROUNDED_LAUNCH if p.rounded else launches
     options = launches[offered.group_products]
     if p.symmetric:
         tiles = triangle_programs(m, options["BLOCK_M"])
@@ -69,9 +71,12 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
             depth,
             float(alpha),
             float(p.beta),
+            p.diagonal or 0,
             SYMMETRIC=p.symmetric,
             HAS_ADDEND=p.addend is not None,
             HAS_ACTIVE=active is not None,
+            ROUNDED=p.rounded is not None,
+            HAS_DIAGONAL=p.diagonal is not None,
             PRECISION=offered.float_precision,
             enable_fp_fusion=True,  # Triton 3.9 warns of a default, which 3.10 turns round
             **options,

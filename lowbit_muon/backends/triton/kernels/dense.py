@@ -21,6 +21,37 @@ FLOAT_LAUNCH = {
     True: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     False: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4},
 }
+# float32 in memory, halves in the units: what float32 takes of memory, and of the units what
+# halves do.
+ROUNDED_LAUNCH = {
+    True: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4},
+    False: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+}
+
+
+@triton.jit
+def diagonal_terms(
+    a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, row, column, rows, columns, depth,
+    diagonal, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
+    """What the elements that are not rounded multiply, float32, of a tile of the product.
+
+    Indices are clamped rather than loads masked, which takes fewer registers.
+    """
+    met = row - diagonal  # the row of b
+    kept_ptr = a_ptr + row.to(tl.int64) * stride_am + met.to(tl.int64) * stride_ak
+    kept = tl.load(kept_ptr, mask=(row < rows) & (met >= 0) & (met < depth), other=0.0)
+    met = tl.minimum(tl.maximum(met, 0), depth - 1).to(tl.int64)
+    last_column = tl.minimum(column, columns - 1).to(tl.int64)
+    total = kept[:, None] * tl.load(
+        b_ptr + met[:, None] * stride_bk + last_column[None, :] * stride_bn
+    )
+    if SYMMETRIC:
+        kept = tl.load(b_ptr + last_column * (stride_bk + stride_bn))
+        last_row = tl.minimum(row, rows - 1).to(tl.int64)
+        left = tl.load(a_ptr + last_row[:, None] * stride_am + last_column[None, :] * stride_ak)
+        total += tl.where(row[:, None] == column[None, :], 0.0, left * kept[None, :])
+    return total
 
 
 @triton.jit
@@ -48,9 +79,12 @@ def product_kernel(
     depth,
     alpha,
     beta,
+    diagonal,
     SYMMETRIC: tl.constexpr,  # one triangle of tiles, mirrored
     HAS_ADDEND: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
+    ROUNDED: tl.constexpr,  # float32 factors to float16
+    HAS_DIAGONAL: tl.constexpr,  # but for elements (k + diagonal, k) of a, and (k, k) of symmetric b
     PRECISION: tl.constexpr,  # of float32 factors, see tl.dot
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -77,10 +111,24 @@ def product_kernel(
     right_ptr = b_ptr + batch * stride_bb + column[None, :].to(tl.int64) * stride_bn
     right_ptr += k[:, None].to(tl.int64) * stride_bk
     left_inside, right_inside = row[:, None] < rows, column[None, :] < columns
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if HAS_DIAGONAL:
+        total = diagonal_terms(
+            a_ptr + batch * stride_ab, stride_am, stride_ak,
+            b_ptr + batch * stride_bb, stride_bk, stride_bn,
+            row, column, rows, columns, depth, diagonal, SYMMETRIC,
+        )  # fmt: skip
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, depth, BLOCK_K):
         left = tl.load(left_ptr, mask=left_inside & (k[None, :] < depth - first), other=0.0)
         right = tl.load(right_ptr, mask=right_inside & (k[:, None] < depth - first), other=0.0)
+        if ROUNDED:
+            if HAS_DIAGONAL:
+                kept = row[:, None] == k[None, :] + first + diagonal
+                left = tl.where(kept, 0.0, left)
+                if SYMMETRIC:
+                    right = tl.where(column[None, :] == k[:, None] + first, 0.0, right)
+            left, right = left.to(tl.float16), right.to(tl.float16)
         total = tl.dot(left, right, total, input_precision=PRECISION)
         left_ptr += tl.cast(stride_ak, tl.int64) * BLOCK_K
         right_ptr += tl.cast(stride_bk, tl.int64) * BLOCK_K
