@@ -111,7 +111,7 @@ def iterate_root(
     a matrix scaled to Frobenius norm one has; rounding may take them down to
     -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets its memory be used.
     rounded: products may round to the backend's `rounded_dtype` where that is precise enough.
-    Takes up to six matrices of R's size beside it.
+    Takes five or six matrices of R's size beside it.
     Raises ValueError for another shape, dtype or a shift below the smallest tabulated one.
     """
     if gram_matrix.ndim not in (2, 3) or gram_matrix.shape[-1] != gram_matrix.shape[-2]:
@@ -122,6 +122,7 @@ def iterate_root(
         raise ValueError(f"gram_matrix: expected float32 or float64, got {gram_matrix.dtype}")
     program = root_coefficients(shift)
     dtype = backend.rounded_dtype if rounded else None
+    rounded = dtype is not None
     exact = len(program.chain) if dtype is None else program.exact_stages(dtype)
     # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
     # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
@@ -129,31 +130,28 @@ def iterate_root(
     p.mul_((program.shift / shift) ** 3)
     p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
     # New memory costs a host about as much as a product, so results go where nothing is read again.
-    spare: list[Tensor] = []
-
-    def empty() -> Tensor:
-        return spare.pop() if spare else torch.empty_like(p)
-
-    w = torch.mul(p, program.shift * program.chain[0][1], out=empty())
+    # Most are held for the last form: W, the other forms and its two factors.
+    spare = [torch.empty_like(p) for _ in range(len(program.forms) + 2)]
+    w = torch.mul(p, program.shift * program.chain[0][1], out=spare.pop())
     w.diagonal(dim1=-2, dim2=-1).add_(program.shift * program.chain[0][0])
     for stage, (a, b) in enumerate(program.chain):  # H = aI + bP
         low = stage >= exact
         if stage > 0:
-            old, w = w, empty()
+            old, w = w, spare.pop()
             backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
             spare.append(old)
         # U = P H
-        u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=empty(), rounded=low)
+        u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop(), rounded=low)
         # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
         h2 = torch.add(u, p, alpha=a, out=p)
         p = backend.symmetric_product(
-            u, h2, addend=u, beta=a * a, alpha=b, out=empty(), rounded=low
+            u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
         )
         spare += [u, h2]
     constant, *linear = program.output
     terms = [p, w]
     for index, (left, right) in enumerate(program.forms):
-        factors = [_combine(row, terms, empty()) for row in (left, right)]
+        factors = [_combine(row, terms, spare.pop()) for row in (left, right)]
         scale, addend = left[0] * right[0], None
         if index + 1 == len(program.forms):
             # The last form is the output's last term: all others, in the place of P, are added to
@@ -163,7 +161,7 @@ def iterate_root(
             spare += terms[2:]
             scale *= last / linear[0]
         form = backend.symmetric_product(
-            *factors, addend=addend, alpha=scale, out=empty(), rounded=rounded
+            *factors, addend=addend, alpha=scale, out=spare.pop(), rounded=rounded
         )
         spare += factors
         terms.append(form)
@@ -173,7 +171,7 @@ def iterate_root(
         addend=w,
         beta=constant / shift,
         alpha=linear[0] / shift,
-        out=empty(),
+        out=spare.pop(),
         rounded=rounded,
     )
 

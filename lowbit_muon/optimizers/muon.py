@@ -115,9 +115,9 @@ class Muon(Optimizer):
             or with block scales are decoded instead.
         ns_dtype: dtype of the Newton-Schulz products: "auto" is bfloat16 on CPUs that multiply it
             (AVX512_BF16), float16 on GPUs, and float32 elsewhere, all closer to float32 than
-            torch's bfloat16 (`linalg.newton_schulz`). On CPUs "bfloat16" takes it only where that
-            is so: Muon's coefficients, five steps or fewer, 256 rows or more on the short side, and
-            there only for some products; "float32" is the same bits on every such processor.
+            torch's bfloat16 (`linalg.newton_schulz`). It goes for a spectral format's encoder, too.
+            CPUs take "bfloat16" only where that is so: with 256 rows or more on the short side,
+            and for some products in float32; "float32" is the same bits on every such processor.
         stochastic_rounding: round bfloat16 weights stochastically, with bits that depend on `seed`,
             the parameter's number and its step alone. Makes no difference to float32 weights.
         backend: "auto", or a backend by name, which then must be there.

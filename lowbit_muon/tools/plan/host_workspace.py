@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends import get_backend
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
-from lowbit_muon.linalg.newton_schulz import gram_operator
+from lowbit_muon.linalg.newton_schulz import gram_operator, rounds_products
 from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.state.operands import SCRATCH_FLOATS
 from lowbit_muon.step.batches import HOST_ELEMENTS
@@ -73,6 +74,9 @@ def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> tuple[
     kept = rank * (m + n)
     buffer = m * n if in_memory else 0
     phases = [buffer + kept + _operator_floats(m)]
+    if n < 2 * m and rounds_products(m, get_backend("auto", torch.device("cpu"))):
+        # the standard form: X, the next X, X X^T and its polynomial
+        phases.append(kept + 2 * m * n + 2 * m * m)
     if in_memory:
         packed = max(_packed_symmetric(m, m, 2), _packed_symmetric(m, n, 1))
     else:
