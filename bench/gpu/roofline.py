@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
@@ -141,8 +141,8 @@ class PaperBackend(Backend):
         return out
 
     def product(
-        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, alpha: float | Tensor = 1.0,
-        beta: float = 0.0, active: Tensor | None = None, rounded: bool = False,
+        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, addend: Tensor | None = None,
+        alpha: float | Tensor = 1.0, beta: float = 0.0, active: Tensor | None = None, rounded: bool = False,
         diagonal: int | None = None,
     ) -> Tensor:  # fmt: skip
         shape = (*a.shape[:-1], b.shape[-1])
@@ -152,14 +152,15 @@ class PaperBackend(Backend):
             self.ledger.add("inactive", "none", 0)
             return out
         operations = 2 * math.prod(shape) * a.shape[-1]
-        read = out if beta else None
+        read = (out if addend is None else addend) if beta else None
         self.ledger.add(f"product {_unit(a)}", _unit(a), operations, a, b, read, out)
         return out
 
     def symmetric_product(
         self, a: Tensor, b: Tensor | None = None, *, addend: Tensor | None = None,
-        alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None,
-        active: Tensor | None = None, rounded: bool = False,
+        alpha: float = 1.0, beta: float = 1.0, other: Tensor | None = None, gamma: float = 1.0,
+        identity: float = 0.0, out: Tensor | None = None, active: Tensor | None = None,
+        rounded: bool = False,
     ) -> Tensor:  # fmt: skip
         shape = (*a.shape[:-1], a.shape[-2])
         if out is None:
@@ -169,8 +170,16 @@ class PaperBackend(Backend):
             return out
         operations = math.prod(shape) * a.shape[-1]  # one triangle
         name = f"symmetric {_unit(a)}"
-        self.ledger.add(name, _unit(a), operations, a, b, addend, out)
+        self.ledger.add(name, _unit(a), operations, a, b, addend, other, out)
         return out
+
+    def combined(
+        self, coefficients: Sequence[Sequence[float]], terms: Sequence[Tensor], *,
+        out: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        results = [torch.empty_like(terms[0]) for _ in coefficients] if out is None else list(out)
+        self.ledger.add("combined", "none", 0, *terms, *results)
+        return results
 
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         self.ledger.add("scaled", "none", 0, x, out)

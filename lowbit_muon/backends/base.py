@@ -13,6 +13,7 @@ Matrices are [m, n], or [b, m, n] for a batch of them, each by itself.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -179,15 +180,16 @@ class Backend(Kernels):
         b: Tensor,  # [.., k, n], any strides
         *,
         out: Tensor | None = None,  # [.., m, n]
+        addend: Tensor | None = None,  # [.., m, n], may be `out`; None: `out`
         alpha: float | Tensor = 1.0,  # a tensor: float32 [b], one for each matrix
         beta: float = 0.0,
         active: Tensor | None = None,  # bool [b]; matrices where it is False are left as they are
         rounded: bool = False,
         diagonal: int | None = None,
     ) -> Tensor:
-        """out <- alpha * a b + beta * out; out overlaps no factor.
+        """out <- alpha * a b + beta * addend; out overlaps no factor.
 
-        `out` is not read if beta is 0; without `out` there is nothing to add. Factors of one dtype,
+        The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors of one dtype,
         summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
         factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
         single matrix alpha and `active` have one element.
@@ -205,7 +207,9 @@ class Backend(Kernels):
         shape = (*batch, rows, columns)
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
-        addend = None if beta == 0 else out
+        if addend is not None:
+            self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
+        addend = None if beta == 0 else out if addend is None else addend
         if rounded or diagonal is not None:
             check_rounded(rounded, a, diagonal)
         to = self._rounds_to(rounded)
@@ -221,11 +225,14 @@ class Backend(Kernels):
         addend: Tensor | None = None,  # [.., m, m], symmetric, may be `out`
         alpha: float = 1.0,
         beta: float = 1.0,
+        other: Tensor | None = None,  # like the addend, but not `out`
+        gamma: float = 1.0,
+        identity: float = 0.0,
         out: Tensor | None = None,  # [.., m, m]
         active: Tensor | None = None,
         rounded: bool = False,
     ) -> Tensor:
-        """out <- alpha * a b + beta * addend where the caller knows a b to be symmetric.
+        """out <- alpha * a b + beta * addend + gamma * other + identity * I, a b being symmetric.
 
         Only one triangle need be computed; what is returned is exactly symmetric. `out` overlaps
         no factor. Dtypes and `active` as for `product`. rounded: as there; the diagonals of both
@@ -239,6 +246,8 @@ class Backend(Kernels):
         shape = (*batch, size, size)
         if addend is not None:
             self.checks.tensor(addend, "addend", shape, self.product_dtypes, a)
+        if other is not None:
+            self.checks.tensor(other, "other", shape, self.product_dtypes, a)
         if out is not None:
             self.checks.tensor(out, "out", shape, self.product_dtypes, a, written=True)
         if rounded:
@@ -246,11 +255,42 @@ class Backend(Kernels):
         diagonal = 0 if rounded and b is not None and size == depth else None
         to = self._rounds_to(rounded)
         return self._multiply(
-            Product(shape, a, b, out, addend, alpha, beta, active, True, to, diagonal)
+            Product(
+                shape, a, b, out, addend, alpha, beta, active, True, to, diagonal,
+                other, gamma, identity,
+            )  # fmt: skip
         )
 
     def _rounds_to(self, rounded: bool) -> torch.dtype | None:
         return (self.rounded_dtype or torch.bfloat16) if rounded else None
+
+    def combined(
+        self,
+        coefficients: Sequence[Sequence[float]],  # a row for each result, a number for each term
+        terms: Sequence[Tensor],  # float32 or float64 [.., m, n], of one dtype
+        *,
+        out: Sequence[Tensor] | None = None,  # contiguous; the last may be the first term
+    ) -> list[Tensor]:
+        """Sums of the terms, each times its number: all results in one pass.
+
+        The first term's number is one. Results agree to the rounding of their sums.
+        """
+        first = terms[0]
+        shape = self.checks.tensor(first, "terms", None, (torch.float32, torch.float64))
+        for term in terms:
+            self.checks.tensor(term, "terms", shape, first.dtype, first)
+        outs: Sequence[Tensor | None] = [None] * len(coefficients) if out is None else out
+        results = [self.checks.output(x, "out", shape, first.dtype, first) for x in outs]
+        for row in coefficients:
+            if len(row) != len(terms) or row[0] != 1:
+                raise ValueError(
+                    f"coefficients: expected {len(terms)} numbers, the first of them one, got {row}"
+                )
+        if len(results) != len(coefficients):
+            raise ValueError(f"out: expected {len(coefficients)} tensors, got {len(results)}")
+        if first.numel():
+            self._combined(coefficients, [term.contiguous() for term in terms], results)
+        return results
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

@@ -76,10 +76,10 @@ class Terms:
 class Product(NamedTuple):
     """A checked `Backend.product` or `Backend.symmetric_product`, with their arguments.
 
-    shape: of the result, [.., m, n]. addend: `out`, or None, of a product that is not symmetric.
-    out: None for new memory of the factors' dtype. rounded: what the factors are rounded to, or
-    None. diagonal: see `Backend.product`; of a symmetric product 0 stands for the diagonals of
-    both. (A tuple, since every call makes one.)
+    shape: of the result, [.., m, n]. addend, other: None if there is nothing to add; other and
+    identity are a symmetric product's. out: None for new memory of the factors' dtype. rounded:
+    what the factors are rounded to, or None. diagonal: see `Backend.product`; of a symmetric
+    product 0 stands for the diagonals of both. (A tuple, since every call makes one.)
     """
 
     shape: tuple[int, ...]
@@ -94,6 +94,9 @@ class Product(NamedTuple):
     symmetric: bool
     rounded: torch.dtype | None = None
     diagonal: int | None = None
+    other: Tensor | None = None
+    gamma: float = 1.0
+    identity: float = 0.0
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -128,6 +129,10 @@ def multiply(p: Product) -> Tensor:
     result.mul_(by_matrix(p.alpha, p.a.ndim) if isinstance(p.alpha, Tensor) else p.alpha)
     if p.addend is not None:
         result.add_(p.addend, alpha=p.beta)
+    if p.other is not None:
+        result.add_(p.other, alpha=p.gamma)
+    if p.identity:
+        result.diagonal(dim1=-2, dim2=-1).add_(p.identity)
     if p.symmetric:
         result = (result + result.mT).mul_(0.5)
     if p.out is None:
@@ -306,6 +311,21 @@ class Kernels:
 
     def _multiply(self, p: Product) -> Tensor:
         return multiply(p)
+
+    def _combined(
+        self,
+        coefficients: Sequence[Sequence[float]],
+        terms: Sequence[Tensor],
+        out: Sequence[Tensor],
+    ) -> None:
+        """All are contiguous; the last result may be the first term."""
+        for row, result in zip(coefficients, out, strict=True):
+            if len(row) == 1:
+                result.copy_(terms[0])
+                continue
+            total = torch.add(terms[0], terms[1], alpha=row[1], out=result)
+            for number, term in zip(row[2:], terms[2:], strict=True):
+                total.add_(term, alpha=number)
 
     def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
         out.copy_(code_gram(codes))

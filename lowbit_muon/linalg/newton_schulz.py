@@ -132,9 +132,15 @@ def gram_operator(
     for step, (a, b, c) in enumerate(coefficients):
         left = len(coefficients) - step
         backend.symmetric_product(
-            r, r, addend=r, beta=b, alpha=c, out=h, rounded=rounded and left not in (2, 3)
+            r,
+            r,
+            addend=r,
+            beta=b,
+            alpha=c,
+            identity=a,
+            out=h,
+            rounded=rounded and left not in (2, 3),
         )
-        h.diagonal(dim1=-2, dim2=-1).add_(a)
         if step + 1 < len(coefficients):
             backend.symmetric_product(h, r, out=spare)
             backend.symmetric_product(spare, h, out=r)
@@ -175,9 +181,16 @@ def standard_form(
         scale = unit if step == 0 else 1.0
         backend.symmetric_product(x, alpha=scale * scale, out=gram, active=active, rounded=rounded)
         backend.symmetric_product(
-            gram, gram, addend=gram, beta=b, alpha=c, out=polynomial, active=active, rounded=rounded
+            gram,
+            gram,
+            addend=gram,
+            beta=b,
+            alpha=c,
+            identity=a,
+            out=polynomial,
+            active=active,
+            rounded=rounded,
         )
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         x = backend.product(
             polynomial,
             x,
@@ -227,16 +240,14 @@ def _run_of_steps(
         z = backend.symmetric_product(r, r, addend=r, beta=b, alpha=c)
         if step + 1 < len(coefficients):
             rz = backend.symmetric_product(r, z)
-            linear = torch.add(rz, r, alpha=a / 2)
-            r = backend.symmetric_product(rz, z, addend=linear, beta=2 * a)
+            r = backend.symmetric_product(rz, z, addend=rz, beta=2 * a, other=r, gamma=a * a)
         if step == 0:
             w, w_diagonal = z, a
         else:
-            linear = torch.add(w, z, alpha=w_diagonal / a)
-            w = backend.symmetric_product(z, w, addend=linear, beta=a)
+            w = backend.symmetric_product(z, w, addend=w, beta=a, other=z, gamma=w_diagonal)
             w_diagonal *= a
     # the factor of x is rounded with the sum, once
-    return backend.product(w, x, out=x.clone(), alpha=scale, beta=scale * w_diagonal)
+    return backend.product(w, x, addend=x, alpha=scale, beta=scale * w_diagonal)
 
 
 @torch.no_grad()

@@ -127,37 +127,46 @@ def iterate_root(
     # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
     # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
     p = gram_matrix if overwrite else gram_matrix.clone()
-    p.mul_((program.shift / shift) ** 3)
+    if program.shift != shift:
+        p.mul_((program.shift / shift) ** 3)
     p.diagonal(dim1=-2, dim2=-1).add_(program.offset)
     # New memory costs a host about as much as a product, so results go where nothing is read again.
     # Most are held for the last form: W, the other forms and its two factors.
     spare = [torch.empty_like(p) for _ in range(len(program.forms) + 2)]
-    w = torch.mul(p, program.shift * program.chain[0][1], out=spare.pop())
-    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * program.chain[0][0])
-    for stage, (a, b) in enumerate(program.chain):  # H = aI + bP
+    # The first stage. All others enlarge what it rounds, and S below is up to five times U = P H:
+    # here P H^3 = U H^2 with H^2 = a^2 I + b (aP + U).
+    a, b = program.chain[0]
+    w = torch.mul(p, program.shift * b, out=spare.pop())
+    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * a)
+    u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop())
+    old, p = torch.add(u, p, alpha=a, out=p), spare.pop()
+    backend.symmetric_product(u, old, addend=u, beta=a * a, alpha=b, out=p)
+    spare += [u, old]
+    for stage, (a, b) in enumerate(program.chain[1:], start=1):  # H = aI + bP
         low = stage >= exact
-        if stage > 0:
-            old, w = w, spare.pop()
-            backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
-            spare.append(old)
-        # U = P H
-        u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop(), rounded=low)
-        # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
-        h2 = torch.add(u, p, alpha=a, out=p)
-        p = backend.symmetric_product(
-            u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
+        old, w = w, spare.pop()
+        backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
+        spare.append(old)
+        # P H^3 = b S^2 + 3/4 a^2 S - a^3/8 P with S = b P^2 + 3/2 a P
+        s = backend.symmetric_product(
+            p, p, addend=p, beta=1.5 * a, alpha=b, out=spare.pop(), rounded=low
         )
-        spare += [u, h2]
+        old, p = p, spare.pop()
+        backend.symmetric_product(
+            s, s, addend=s, beta=0.75 * a * a, other=old, gamma=-(a**3) / 8, alpha=b, out=p,
+            rounded=low,
+        )  # fmt: skip
+        spare += [s, old]
     constant, *linear = program.output
     terms = [p, w]
     for index, (left, right) in enumerate(program.forms):
-        factors = [_combine(row, terms, spare.pop()) for row in (left, right)]
+        factors = _combine((left, right), terms, backend, [spare.pop(), spare.pop()])
         scale, addend = left[0] * right[0], None
         if index + 1 == len(program.forms):
             # The last form is the output's last term: all others, in the place of P, are added to
             # it, with the output's first coefficient for a unit.
             *others, last = linear
-            addend = _combine(others, terms, p)
+            (addend,) = _combine((others,), terms, backend, [p])
             spare += terms[2:]
             scale *= last / linear[0]
         form = backend.symmetric_product(
@@ -176,17 +185,15 @@ def iterate_root(
     )
 
 
-def _combine(coefficients: Sequence[float], terms: Sequence[Tensor], out: Tensor) -> Tensor:
-    """out <- the sum of coefficient * term, divided by the first coefficient.
+def _combine(
+    rows: Sequence[Sequence[float]], terms: Sequence[Tensor], backend: Backend, out: list[Tensor]
+) -> list[Tensor]:
+    """out <- the sums of coefficient * term, each divided by its first coefficient.
 
     That leaves one pass over the matrices for a further term; a product's factor makes up for it.
-    `out` may be the first term.
+    The last of `out` may be the first term.
     """
-    first = coefficients[0]
-    torch.add(terms[0], terms[1], alpha=coefficients[1] / first, out=out)
-    for coefficient, term in zip(coefficients[2:], terms[2:], strict=True):
-        out.add_(term, alpha=coefficient / first)
-    return out
+    return backend.combined([[c / row[0] for c in row] for row in rows], terms, out=out)
 
 
 # Printed by `python -m bench.root_coefficients`, largest shift first. The defect is the largest

@@ -185,3 +185,39 @@ def test_without_an_out_there_is_nothing_to_add() -> None:
             found = TRITON.product(a, a.mT, beta=0.5, active=active)
             assert torch.equal(found, TRITON.product(a, a.mT, active=active))
             assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+@pytest.mark.parametrize("m", [1, 17, 130])
+def test_all_that_an_epilogue_adds(dtype: torch.dtype, m: int) -> None:
+    """beta * addend + gamma * other + identity * I, of every dtype, where active."""
+    for index, out_dtype in enumerate(GRAD_TYPES):
+        a = torch.randn(2, m, 40).to(dtype)
+        addend, other = (torch.randn(2, m, m) for _ in range(2))
+        addend, other = ((x + x.mT).to(GRAD_TYPES[index - 1]) for x in (addend, other))
+        start = torch.full((2, m, m), 7.0, dtype=out_dtype)
+        options = {"alpha": 0.3, "beta": -0.7, "gamma": 1.7, "identity": 2.5}
+        out = TRITON.symmetric_product(
+            a, addend=addend, other=strided_like(other, KINDS[index]), out=start.clone(),
+            active=torch.tensor([True, False]), **options,
+        )  # fmt: skip
+        assert torch.equal(out, out.mT)
+        assert torch.equal(out[1], start[1])
+        sums = -0.7 * addend.double() + 1.7 * other.double() + 2.5 * torch.eye(m)
+        # Two more sums, each rounded once: a unit of all magnitudes each.
+        more = 3 * 2.0**-24 * (addend.double().abs() + 2 * other.double().abs() + 2.5)
+        exact = 0.3 * (a.double() @ a.double().mT) + sums
+        allowed = 43 * 2.0**-24 * 0.3 * (a.double().abs() @ a.double().abs().mT) + more
+        allowed = allowed + HALF_STEP[out_dtype] * (exact.abs() + allowed)
+        assert (out.double() - exact).abs().le(allowed)[0].all()
+
+
+@pytest.mark.parametrize("dtype", GRAD_TYPES)
+def test_product_with_an_addend_that_is_kept(dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 20, 33).to(dtype), torch.randn(2, 33, 70).to(dtype)
+    addend = torch.randn(2, 20, 70).to(dtype)
+    before = addend.clone()
+    found = TRITON.product(a, b, addend=addend, alpha=0.5, beta=-2.0)
+    assert found.dtype == dtype
+    assert_close(found, a, b, alpha=0.5, beta=-2.0, addend=addend)
+    assert torch.equal(addend, before)

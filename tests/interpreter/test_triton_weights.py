@@ -23,6 +23,33 @@ def test_scaled(dtype: torch.dtype) -> None:
     TRITON.scaled(torch.empty(0, 3, 4), torch.empty(0), out=torch.empty(0, 3, 4))
 
 
+@pytest.mark.parametrize("terms", range(1, 7))
+@pytest.mark.parametrize("shape", [(1, 1), (2, 33, 33), (0, 4), (3, 1500)])
+def test_combined(terms: int, shape: tuple[int, ...]) -> None:
+    """One sum and two, of all numbers of terms, also into the first of them."""
+    given = [torch.randn(shape) for _ in range(terms)]
+    numbers = [[1.0, *torch.randn(terms - 1).tolist()] for _ in range(2)]
+    for rows in (numbers[:1], numbers):
+        expected = REFERENCE.combined(rows, given)
+        for found, wanted in zip(TRITON.combined(rows, given), expected, strict=True):
+            assert_same(found, wanted)
+        copies = [term.clone() for term in given]
+        out = [torch.empty(shape) for _ in rows[1:]] + copies[:1]
+        TRITON.combined(rows, copies, out=out)
+        for found, wanted in zip(out, expected, strict=True):
+            assert_same(found, wanted)
+
+
+def test_combined_refuses() -> None:
+    x = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="^coefficients: expected 1 numbers, the first of them on"):
+        TRITON.combined([[2.0]], [x])
+    with pytest.raises(ValueError, match="^terms: expected .* got "):
+        TRITON.combined([[1.0, 1.0]], [x, x.T])
+    with pytest.raises(ValueError, match="^out: expected 1 tensors, got 2"):
+        TRITON.combined([[1.0]], [x], out=[x, x.clone()])
+
+
 def element(value: float) -> Tensor:
     return torch.tensor([value])
 

@@ -81,6 +81,9 @@ class Emulated(Backend):
         addend: Tensor | None = None,
         alpha: float = 1.0,
         beta: float = 1.0,
+        other: Tensor | None = None,
+        gamma: float = 1.0,
+        identity: float = 0.0,
         out: Tensor | None = None,
         active: Tensor | None = None,
         rounded: bool = False,
@@ -88,9 +91,11 @@ class Emulated(Backend):
         """See `Backend.symmetric_product`."""
         assert active is None
         assert not rounded
+        assert identity == 0
         result = self.arithmetic(a, a.mT if b is None else b) * alpha
         result = (result + result.mT) / 2
         result = result if addend is None else result + beta * addend
+        result = result if other is None else result + gamma * other
         return result if out is None else out.copy_(result)
 
 

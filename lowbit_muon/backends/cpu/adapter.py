@@ -157,6 +157,14 @@ class CpuBackend(Backend):
         float32 = a.dtype is torch.float32
         float32 = float32 and (out is None or out.dtype is torch.float32)
         float32 = float32 and (p.addend is None or p.addend.dtype is torch.float32)
+        # What else is added is read by torch, after the product.
+        if (p.other is not None or p.identity) and p.active is None:
+            out = self._multiply(p._replace(other=None, identity=0.0))
+            if p.other is not None:
+                out.add_(p.other, alpha=p.gamma)
+            if p.identity:
+                out.diagonal(dim1=-2, dim2=-1).add_(p.identity)
+            return out
         if p.active is not None or not float32 or (p.rounded and self.rounded_dtype is None):
             return super()._multiply(p)
         if out is None:
@@ -181,6 +189,8 @@ class CpuBackend(Backend):
                 threads=torch.get_num_threads(),
             )
             return out
+        if p.addend is not None and p.addend is not out:
+            out.copy_(p.addend)
         target, b = out, a.mT if p.b is None else p.b
         a_diagonal, b_diagonal = p.diagonal, None
         if not has_plain_rows(out):

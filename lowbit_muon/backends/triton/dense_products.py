@@ -31,7 +31,9 @@ class DenseProducts(Backend):
             out = a.new_empty(p.shape)
         if not out.numel():
             return out
-        if p.symmetric or p.active is not None or p.rounded or out.dtype != a.dtype:
+        apart = p.addend is not None and p.addend is not out  # torch would copy it into `out` first
+        vendors = not (p.symmetric or p.rounded or p.active is not None or apart)
+        if not vendors or out.dtype != a.dtype:
             _launch(a, b, out, alpha, p)
             return out
         vendor = torch.addmm if a.ndim == 2 else torch.baddbmm
@@ -42,7 +44,10 @@ class DenseProducts(Backend):
 def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None:
     """`p` with these in place of its own."""
     addend = out if p.addend is None else p.addend
-    a, b, out, added = (x if x.ndim == 3 else x.unsqueeze(0) for x in (a, b, out, addend))
+    other = out if p.other is None else p.other
+    a, b, out, added, other = (
+        x if x.ndim == 3 else x.unsqueeze(0) for x in (a, b, out, addend, other)
+    )
     batch, m, depth = a.shape
     n = b.shape[2]
     active = p.active
@@ -62,6 +67,8 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
             *b.stride(),
             added,
             *added.stride(),
+            other,
+            *other.stride(),
             out,
             *out.stride(),
             out if active is None else active,
@@ -72,8 +79,12 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
             float(alpha),
             float(p.beta),
             p.diagonal or 0,
+            float(p.gamma),
+            float(p.identity),
             SYMMETRIC=p.symmetric,
             HAS_ADDEND=p.addend is not None,
+            HAS_OTHER=p.other is not None,
+            HAS_IDENTITY=p.identity != 0,
             HAS_ACTIVE=active is not None,
             ROUNDED=p.rounded is not None,
             HAS_DIAGONAL=p.diagonal is not None,

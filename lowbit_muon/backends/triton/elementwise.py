@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,6 +109,38 @@ class Elementwise(Backend):
                 n,
                 BLOCK_M=weights.BLOCK_M,
                 BLOCK_N=weights.BLOCK_N,
+                **weights.OPTIONS,
+            )
+
+    def _combined(
+        self,
+        coefficients: Sequence[Sequence[float]],
+        terms: Sequence[Tensor],
+        out: Sequence[Tensor],
+    ) -> None:
+        if len(terms) > weights.MOST_TERMS or len(out) > weights.MOST_SUMS or (
+            terms[0].dtype != torch.float32
+        ):
+            super()._combined(coefficients, terms, out)
+            return
+        padding = [terms[0]] * (weights.MOST_TERMS - len(terms))
+        numbers = [
+            float(number)
+            for row in (coefficients[0], coefficients[-1])
+            for number in (*row[1:], *[0.0] * len(padding))
+        ]
+        size = terms[0].numel()
+        with on_device(terms[0]):
+            weights.combined_kernel[(triton.cdiv(size, weights.SUM_TILE),)](
+                *terms,
+                *padding,
+                out[0],
+                out[-1],
+                size,
+                *numbers,
+                TERMS=len(terms),
+                SUMS=len(out),
+                TILE=weights.SUM_TILE,
                 **weights.OPTIONS,
             )
 

@@ -149,7 +149,7 @@ class SizingBackend(Backend):
         return out
 
     def product(
-        self, a: Tensor, b: Tensor, *, out: Tensor | None = None,
+        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, addend: Tensor | None = None,
         alpha: float | Tensor = 1.0, beta: float = 0.0, active: Tensor | None = None,
         rounded: bool = False, diagonal: int | None = None,
     ) -> Tensor:  # fmt: skip
@@ -158,11 +158,19 @@ class SizingBackend(Backend):
 
     def symmetric_product(
         self, a: Tensor, b: Tensor | None = None, *, addend: Tensor | None = None,
-        alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None,
-        active: Tensor | None = None, rounded: bool = False,
+        alpha: float = 1.0, beta: float = 1.0, other: Tensor | None = None, gamma: float = 1.0,
+        identity: float = 0.0, out: Tensor | None = None, active: Tensor | None = None,
+        rounded: bool = False,
     ) -> Tensor:  # fmt: skip
         """See `Backend.symmetric_product`."""
         return a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
+
+    def combined(
+        self, coefficients: Sequence[Sequence[float]], terms: Sequence[Tensor], *,
+        out: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """See `Backend.combined`."""
+        return [torch.empty_like(terms[0]) for _ in coefficients] if out is None else list(out)
 
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """See `Backend.scaled`."""

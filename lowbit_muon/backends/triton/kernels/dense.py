@@ -68,6 +68,10 @@ def product_kernel(
     stride_cb,
     stride_cm,
     stride_cn,
+    other_ptr,  # float32, bfloat16 or float16 [batch, rows, columns]
+    stride_eb,
+    stride_em,
+    stride_en,
     out_ptr,  # float32, bfloat16 or float16 [batch, rows, columns]
     stride_ob,
     stride_om,
@@ -80,8 +84,12 @@ def product_kernel(
     alpha,
     beta,
     diagonal,
+    gamma,
+    identity,
     SYMMETRIC: tl.constexpr,  # one triangle of tiles, mirrored
     HAS_ADDEND: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+    HAS_IDENTITY: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     ROUNDED: tl.constexpr,  # float32 factors to float16
     HAS_DIAGONAL: tl.constexpr,  # but for elements (k + diagonal, k) of a, and (k, k) of symmetric b
@@ -90,7 +98,10 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out <- alpha * a b + beta * addend where active; the addend may be `out`."""
+    """out <- alpha * a b + beta * addend + gamma * other + identity * I where active.
+
+    The addend may be `out`.
+    """
     batch = tl.program_id(1).to(tl.int64)
     if HAS_ACTIVE:  # noqa: SIM102 (a constant, and one from memory)
         if tl.load(active_ptr + batch * stride_active) == 0:
@@ -141,6 +152,12 @@ def product_kernel(
         offset = row[:, None] * stride_cm + column[None, :] * stride_cn
         addend = tl.load(addend_ptr + batch * stride_cb + offset, mask=mask, other=0.0)
         value += beta * addend.to(tl.float32)
+    if HAS_OTHER:
+        offset = row[:, None] * stride_em + column[None, :] * stride_en
+        other = tl.load(other_ptr + batch * stride_eb + offset, mask=mask, other=0.0)
+        value += gamma * other.to(tl.float32)
+    if HAS_IDENTITY:
+        value += tl.where(row[:, None] == column[None, :], identity, 0.0)
     result = value.to(out_ptr.dtype.element_ty)
     matrix_ptr = out_ptr + batch * stride_ob
     offset = row[:, None] * stride_om + column[None, :] * stride_on

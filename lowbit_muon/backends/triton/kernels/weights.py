@@ -49,6 +49,63 @@ def scaled_kernel(
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+# Sums of up to five terms, two at a time: what an iteration of polynomials adds up
+# (`linalg.root_iteration`). Absent ones stand for the first and have the number zero.
+MOST_TERMS, MOST_SUMS = 5, 2
+SUM_TILE = 1024
+
+
+@triton.jit
+def combined_kernel(
+    x0_ptr,  # float32 [size] each; what is not there is not read
+    x1_ptr,
+    x2_ptr,
+    x3_ptr,
+    x4_ptr,
+    first_ptr,  # float32 [size]
+    second_ptr,  # float32 [size]
+    size,
+    a1,  # of the first sum
+    a2,
+    a3,
+    a4,
+    b1,  # of the second
+    b2,
+    b3,
+    b4,
+    TERMS: tl.constexpr,
+    SUMS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """first <- x0 + a1 * x1 + a2 * x2 + .., second <- x0 + b1 * x1 + ..
+
+    All terms of a tile are read before it is written: results may lie in their place.
+    """
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = place < size
+    first = tl.load(x0_ptr + place, mask=mask, other=0.0)
+    second = first
+    if TERMS > 1:
+        term = tl.load(x1_ptr + place, mask=mask, other=0.0)
+        first += a1 * term
+        second += b1 * term
+    if TERMS > 2:
+        term = tl.load(x2_ptr + place, mask=mask, other=0.0)
+        first += a2 * term
+        second += b2 * term
+    if TERMS > 3:
+        term = tl.load(x3_ptr + place, mask=mask, other=0.0)
+        first += a3 * term
+        second += b3 * term
+    if TERMS > 4:
+        term = tl.load(x4_ptr + place, mask=mask, other=0.0)
+        first += a4 * term
+        second += b4 * term
+    tl.store(first_ptr + place, first, mask=mask)
+    if SUMS > 1:
+        tl.store(second_ptr + place, second, mask=mask)
+
+
 @triton.jit
 def mix(h):
     """The finaliser of MurmurHash3 as `reference.random_bits` uses it, of uint32 h."""
