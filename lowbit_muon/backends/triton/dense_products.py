@@ -87,7 +87,7 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
             HAS_IDENTITY=p.identity != 0,
             HAS_ACTIVE=active is not None,
             ROUNDED=p.rounded is not None,
-            HAS_DIAGONAL=p.diagonal is not None,
+            HAS_DIAGONAL=p.diagonal is not None and depth > 0,
             PRECISION=offered.float_precision,
             enable_fp_fusion=True,  # Triton 3.9 warns of a default, which 3.10 turns round
             **options,
