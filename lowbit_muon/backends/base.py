@@ -269,11 +269,12 @@ class Backend(Kernels):
         coefficients: Sequence[Sequence[float]],  # a row for each result, a number for each term
         terms: Sequence[Tensor],  # float32 or float64 [.., m, n], of one dtype
         *,
-        out: Sequence[Tensor] | None = None,  # contiguous; the last may be the first term
+        out: Sequence[Tensor] | None = None,  # contiguous, see below
     ) -> list[Tensor]:
         """Sums of the terms, each times its number: all results in one pass.
 
-        The first term's number is one. Results agree to the rounding of their sums.
+        The first term's number is one. The last result may lie in the place of the first term, a
+        lone one in that of the second, too.
         """
         first = terms[0]
         shape = self.checks.tensor(first, "terms", None, (torch.float32, torch.float64))
@@ -291,6 +292,21 @@ class Backend(Kernels):
         if first.numel():
             self._combined(coefficients, [term.contiguous() for term in terms], results)
         return results
+
+    def _combined(
+        self,
+        coefficients: Sequence[Sequence[float]],
+        terms: Sequence[Tensor],
+        out: Sequence[Tensor],
+    ) -> None:
+        """Of contiguous tensors. (Here, since it is what hosts step with, too.)"""
+        for row, result in zip(coefficients, out, strict=True):
+            if len(row) == 1:
+                result.copy_(terms[0])
+                continue
+            torch.add(terms[0], terms[1], alpha=row[1], out=result)
+            for number, term in zip(row[2:], terms[2:], strict=True):
+                result.add_(term, alpha=number)
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

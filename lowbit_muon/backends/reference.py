@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -311,21 +310,6 @@ class Kernels:
 
     def _multiply(self, p: Product) -> Tensor:
         return multiply(p)
-
-    def _combined(
-        self,
-        coefficients: Sequence[Sequence[float]],
-        terms: Sequence[Tensor],
-        out: Sequence[Tensor],
-    ) -> None:
-        """All are contiguous; the last result may be the first term."""
-        for row, result in zip(coefficients, out, strict=True):
-            if len(row) == 1:
-                result.copy_(terms[0])
-                continue
-            total = torch.add(terms[0], terms[1], alpha=row[1], out=result)
-            for number, term in zip(row[2:], terms[2:], strict=True):
-                total.add_(term, alpha=number)
 
     def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
         out.copy_(code_gram(codes))

@@ -33,7 +33,6 @@ and 1.025 and 1.07 times with one exact stage less.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,40 +132,35 @@ def iterate_root(
     # New memory costs a host about as much as a product, so results go where nothing is read again.
     # Most are held for the last form: W, the other forms and its two factors.
     spare = [torch.empty_like(p) for _ in range(len(program.forms) + 2)]
-    # The first stage. All others enlarge what it rounds, and S below is up to five times U = P H:
-    # here P H^3 = U H^2 with H^2 = a^2 I + b (aP + U).
-    a, b = program.chain[0]
-    w = torch.mul(p, program.shift * b, out=spare.pop())
-    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * a)
-    u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop())
-    old, p = torch.add(u, p, alpha=a, out=p), spare.pop()
-    backend.symmetric_product(u, old, addend=u, beta=a * a, alpha=b, out=p)
-    spare += [u, old]
-    for stage, (a, b) in enumerate(program.chain[1:], start=1):  # H = aI + bP
+    w = torch.mul(p, program.shift * program.chain[0][1], out=spare.pop())
+    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * program.chain[0][0])
+    for stage, (a, b) in enumerate(program.chain):  # H = aI + bP
         low = stage >= exact
-        old, w = w, spare.pop()
-        backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
-        spare.append(old)
-        # P H^3 = b S^2 + 3/4 a^2 S - a^3/8 P with S = b P^2 + 3/2 a P
-        s = backend.symmetric_product(
-            p, p, addend=p, beta=1.5 * a, alpha=b, out=spare.pop(), rounded=low
+        if stage > 0:
+            old, w = w, spare.pop()
+            backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
+            spare.append(old)
+        # U = P H
+        u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop(), rounded=low)
+        # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
+        (h2,) = backend.combined([[1.0, a]], [u, p], out=[p])
+        p = backend.symmetric_product(
+            u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
         )
-        old, p = p, spare.pop()
-        backend.symmetric_product(
-            s, s, addend=s, beta=0.75 * a * a, other=old, gamma=-(a**3) / 8, alpha=b, out=p,
-            rounded=low,
-        )  # fmt: skip
-        spare += [s, old]
+        spare += [u, h2]
     constant, *linear = program.output
     terms = [p, w]
     for index, (left, right) in enumerate(program.forms):
-        factors = _combine((left, right), terms, backend, [spare.pop(), spare.pop()])
+        # (divided by the first number: a pass less, and a product's factor makes up for it)
+        rows = [[c / row[0] for c in row] for row in (left, right)]
+        factors = backend.combined(rows, terms, out=[spare.pop(), spare.pop()])
         scale, addend = left[0] * right[0], None
         if index + 1 == len(program.forms):
             # The last form is the output's last term: all others, in the place of P, are added to
             # it, with the output's first coefficient for a unit.
             *others, last = linear
-            (addend,) = _combine((others,), terms, backend, [p])
+            rows = [[c / linear[0] for c in others]]
+            (addend,) = backend.combined(rows, terms, out=[p])
             spare += terms[2:]
             scale *= last / linear[0]
         form = backend.symmetric_product(
@@ -183,17 +177,6 @@ def iterate_root(
         out=spare.pop(),
         rounded=rounded,
     )
-
-
-def _combine(
-    rows: Sequence[Sequence[float]], terms: Sequence[Tensor], backend: Backend, out: list[Tensor]
-) -> list[Tensor]:
-    """out <- the sums of coefficient * term, each divided by its first coefficient.
-
-    That leaves one pass over the matrices for a further term; a product's factor makes up for it.
-    The last of `out` may be the first term.
-    """
-    return backend.combined([[c / row[0] for c in row] for row in rows], terms, out=out)
 
 
 # Printed by `python -m bench.root_coefficients`, largest shift first. The defect is the largest

@@ -198,7 +198,7 @@ def test_all_that_an_epilogue_adds(dtype: torch.dtype, m: int) -> None:
         start = torch.full((2, m, m), 7.0, dtype=out_dtype)
         options = {"alpha": 0.3, "beta": -0.7, "gamma": 1.7, "identity": 2.5}
         out = TRITON.symmetric_product(
-            a, addend=addend, other=strided_like(other, KINDS[index]), out=start.clone(),
+            a, addend=addend, other=other.mT, out=start.clone(),
             active=torch.tensor([True, False]), **options,
         )  # fmt: skip
         assert torch.equal(out, out.mT)
