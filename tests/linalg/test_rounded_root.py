@@ -24,12 +24,13 @@ from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
 from lowbit_muon.state.operands import Dense
 from lowbit_muon.state.stored import StoredBatch
 
-# The codec rounds to bfloat16 for no smaller ones.
+# The codec rounds to bfloat16 for no smaller ones, and to float16 for 0.005, too, where the Gram
+# matrix of float32 alone moves eigenvalues by more than the root stands.
 SHIFTS = (0.1, 0.06, 0.03)
 ALL_BACKENDS: dict[str, Callable[[], Backend]] = {**BACKENDS, "device": RoundingDevice}
 CASES = [
     *itertools.product(BACKENDS, SHIFTS),
-    *itertools.product(["device"], (*SHIFTS, 0.01, 0.005)),
+    *itertools.product(["device"], (*SHIFTS, 0.01)),
 ]
 
 
