@@ -161,6 +161,7 @@ if __name__ == "__main__":  # bench/chains.py reads the flags
                         "codec.cpp",
                         "integer_product.cpp",
                         "isa.cpp",
+                        "narrow_product.cpp",
                         "product.cpp",
                     )
                 ],

@@ -6,7 +6,8 @@
 Everything at one shape runs interleaved in one process, the roofs as well. A product that computes
 one triangle counts the operations it does, m(m+1) n of torch.mm's 2 m^2 n, and two limbs count as
 two products: the fraction says how busy the units are, the ratio what it is worth. Decoding and
-packing are in the time and not in the work.
+packing are in the time and not in the work. A X with k rows and X V with k columns, "narrow", are
+bound by reading and decoding.
 
 The strongest public peer of the integer Gram matrix is torch._int_mm on a matrix that is int8
 already; with the codes it has to be decoded first, for which the backend's own decoder is taken (to
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
@@ -41,7 +43,7 @@ from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS, resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import gram_operator
-from lowbit_muon.state.coded_products import Panel, lut_gram, lut_matmul
+from lowbit_muon.state.coded_products import Panel, lut_gram, lut_matmul, lut_times
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
 from lowbit_muon.tools.benchmark.gates import allowed_gram_error, expect_close, relative_error
 from lowbit_muon.tools.benchmark.measure import Result, measure_cases
@@ -49,6 +51,8 @@ from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 SHAPES = ((576, 1536), (1024, 1024), (1024, 4096), (2048, 2048))
 BITS = (2, 3, 4, 8)
+NARROW = (1, 8)  # k: rows of A, columns of V
+NARROW_BITS = (2, 3, 4)
 BACKEND = get_backend("auto", torch.device("cpu"))
 INT4_GROUP = 32  # the smallest, and most precise, of what torch's product takes
 INT4_MULTIPLE = 16  # of its output's columns
@@ -98,6 +102,15 @@ class Operands:
     def held(self, name: str, call: Callable[[], Tensor], allowed: float) -> Prepared:
         """A call whose result is one of the exact ones."""
         return Prepared(call, expect_close(name, call(), self.exact[name], allowed))
+
+    def narrow(self, count: int, bits: int, *, right: bool) -> Prepared:
+        """lut_matmul of so many rows, or lut_times of so many columns, in two limbs."""
+        q, x = self.stored[bits], self.stored[bits].dequantize().double()
+        given = self.decoded[:count].mT if right else self.a[:count]
+        exact = x @ given.double() if right else given.double() @ x
+        multiply = partial(lut_times, q, given) if right else partial(lut_matmul, given, q)
+        call = partial(multiply, panel="s8")
+        return Prepared(call, expect_close("narrow", call(), exact, LIMBS_ERROR))
 
     def gram(self, panel: Panel, bits: int) -> Prepared:
         """lut_gram."""
@@ -207,6 +220,14 @@ def cases(x: Operands, isa: str) -> list[Case]:
     limbs = partial(lut_matmul, x.a, x.q, panel="s8", out=x.wide)
     add("A X: f32", lambda: x.held("A X", f32, FLOAT32_ERROR), whole, float_ours)
     add("A X: two limbs", lambda: x.held("A X", limbs, LIMBS_ERROR), 2 * whole, ours)
+    for right, count in itertools.product((False, True), NARROW):
+        name = f"{'X V' if right else 'A X'}, k = {count}"
+        wide = (x.decoded, x.decoded[:count].mT) if right else (x.a[:count], x.decoded)
+        work = product_operations(count, x.m, x.n)
+        add(f"{name}: torch.mm", plain(partial(torch.mm, *wide)), work, float_peer, peer=True)
+        for bits in NARROW_BITS:
+            prepare = partial(x.narrow, count, bits, right=right)
+            add(f"{name}: two limbs, {bits} bits", prepare, 2 * work, ours)
     add(
         "A A: torch.mm", plain(lambda: torch.mm(x.a, x.a, out=x.square)), square, float_peer,
         peer=True,

@@ -213,6 +213,9 @@ def check_code_products(backend: Backend, device: torch.device, sizes: Sizes) ->
             product = REFERENCE.code_product(a, codes)
             ours = backend.code_product(a.to(device), moved(codes, device))
             count += same(f"{f.name} {m}x{n} product", ours, product)
+            v = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(n))
+            times = backend.code_times(moved(codes, device), v.to(device))
+            count += same(f"{f.name} {m}x{n} times", times, REFERENCE.code_times(codes, v))
             for dtype in GRAD_DTYPES:
                 weights = [normal(product.shape, seed=9).to(dtype).to(d) for d in ("cpu", device)]
                 REFERENCE.code_product(a, codes, out=weights[0], beta=0.9)

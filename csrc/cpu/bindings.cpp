@@ -41,6 +41,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("code_product", &lowbit::code_product, release_gil(), py::kw_only(), arg("batch"),
           arg("out_rows"), arg("rows"), arg("columns"), arg("bits"), arg("levels"), arg("packed"),
           arg("row_bytes"), arg("scales"), arg("a"), arg("out"), arg("beta"), arg("threads"));
+    m.def("code_times", &lowbit::code_times, release_gil(), py::kw_only(), arg("batch"),
+          arg("out_columns"), arg("rows"), arg("columns"), arg("bits"), arg("levels"),
+          arg("packed"), arg("row_bytes"), arg("scales"), arg("v"), arg("out"), arg("threads"));
 
     m.def("take_most_workspace", &lowbit::take_most_workspace);
 

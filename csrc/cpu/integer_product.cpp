@@ -1,4 +1,6 @@
 // The products of `product.hpp` that sum in integers.
+#include "integer_product.hpp"
+
 #include <algorithm>
 
 #include "isa.hpp"
@@ -6,42 +8,6 @@
 #include "workspace.hpp"
 
 namespace lowbit {
-
-namespace {
-
-// Codes [batch, rows, row_bytes] that are packed; checks what they have in common.
-PackCodesArgs code_operand(size_t rows, size_t columns, int bits, uintptr_t levels,
-                           uintptr_t packed, size_t row_bytes) {
-    expect_bits(bits);
-    PackCodesArgs args = {};
-    args.packed = pointer<const uint8_t>(packed, "packed");
-    args.row_bytes = row_bytes;
-    args.rows = rows;
-    args.columns = columns;
-    args.bits = bits;
-    args.levels = pointer<const int8_t>(levels, "levels");
-    // Linear codebooks need no table; it is padded with the last level.
-    const int first = args.levels[0];
-    const int last_code = args.levels[kMaxLevels - 1] - first;
-    args.shifted = last_code >= 0;
-    args.last_code = static_cast<uint8_t>(last_code);
-    for (int code = 0; code < static_cast<int>(kMaxLevels); ++code) {
-        const int level = first + std::min(code, last_code);
-        args.shifted = args.shifted && args.levels[code] == level;
-    }
-    return args;
-}
-
-size_t codes_per_word(WordType type) {
-    return type == WordType::int8 ? 4 : 2;
-}
-
-// Words of `codes` codes along k, in whole groups of four.
-size_t code_steps(WordType type, size_t codes) {
-    return ceil_divide(ceil_divide(codes, codes_per_word(type)), 4) * 4;
-}
-
-}  // namespace
 
 // The columns of a segment share their scales. Integer sums of a segment are scaled when they are
 // complete: at the end if one segment covers the row, so that the sums wait in `out`, else segment
@@ -175,6 +141,11 @@ void code_product(size_t batch, size_t out_rows, size_t rows, size_t columns, in
     float* const results = pointer<float>(out, "out");
     const ProductKernels& kernels = product_kernels();
     const PackCodesArgs codes = code_operand(rows, columns, bits, levels, packed, row_bytes);
+    if (out_rows <= kNarrowRows) {
+        const float* const factors = pointer<const float>(scales, "scales");
+        narrow_code_product(batch, out_rows, codes, factors, a, results, beta, threads);
+        return;
+    }
     const auto [a_data, a_batch_stride, a_row_stride, a_column_stride] = a;
     PackLimbsArgs limbs = {};
     limbs.a = pointer<const float>(a_data, "a");

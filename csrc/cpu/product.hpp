@@ -65,4 +65,14 @@ void code_product(size_t batch, size_t out_rows, size_t rows, size_t columns, in
                   uintptr_t out,      // float32 [batch, out_rows, columns]
                   float beta, int threads);
 
+// out <- X v with the columns of v rounded to 16 bits, in two limbs of int8.
+void code_times(size_t batch, size_t out_columns, size_t rows, size_t columns, int bits,
+                uintptr_t levels,  // int8 [256]
+                uintptr_t packed,  // uint8 [batch, rows, row_bytes]
+                size_t row_bytes,
+                uintptr_t scales,   // float32 [batch, rows]
+                const Matrices& v,  // [batch, columns, out_columns]
+                uintptr_t out,      // float32 [batch, rows, out_columns]
+                int threads);
+
 }  // namespace lowbit

@@ -351,6 +351,25 @@ class Backend(Kernels):
         self._code_product(a, codes, out, beta)
         return out
 
+    def code_times(self, codes: PackedCodes, v: Tensor) -> Tensor:
+        """X V, float32 [.., m, k], of coded X in two integer products; v: float32 [.., n, k].
+
+        The columns of V are rounded as the rows of A diag(scales) are by `code_product`, with any
+        strides. An entry is the scale of its row of X times (the column's unit times the sum), each
+        rounded. Raises ValueError as `code_gram` does.
+        """
+        codes = self.checks.integer_codes(codes, blocks=False)
+        *leading, rows, _ = codes.packed.shape
+        out_columns = self.checks.tensor(v, "v", None, torch.float32, codes.packed)[-1]
+        self.checks.tensor(
+            v, "v", (*leading, codes.columns, out_columns), torch.float32, codes.packed
+        )
+        new = torch.empty if codes.columns else torch.zeros
+        out = new((*leading, rows, out_columns), dtype=torch.float32, device=v.device)
+        if codes.columns and out.numel():
+            self._code_times(codes, v, out)
+        return out
+
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
 

@@ -209,8 +209,17 @@ def code_gram(codes: PackedCodes) -> Tensor:
 
 def code_product(a: Tensor, codes: PackedCodes) -> Tensor:
     """`Backend.code_product` without the addend, float32."""
-    levels = integer_levels(codes)
-    whole, scales = round_to_whole(a * codes.scales[..., 0].unsqueeze(-2), LIMB_LIMIT)
+    return _limbs_product(a * codes.scales[..., 0].unsqueeze(-2), integer_levels(codes))
+
+
+def code_times(codes: PackedCodes, v: Tensor) -> Tensor:
+    """`Backend.code_times`."""
+    return codes.scales * _limbs_product(v.mT, integer_levels(codes).mT).mT
+
+
+def _limbs_product(a: Tensor, levels: Tensor) -> Tensor:
+    """a @ levels with the rows of a in two limbs."""
+    whole, scales = round_to_whole(a, LIMB_LIMIT)
     low = (whole + 128) % 256 - 128
     low, high = low.float(), ((whole - low) / 256).float()
     sums = 256 * exact_product(high, levels).float() + exact_product(low, levels).float()
@@ -317,6 +326,9 @@ class Kernels:
     def _code_product(self, a: Tensor, codes: PackedCodes, out: Tensor, beta: float) -> None:
         result = code_product(a, codes)
         out.copy_(result if beta == 0 else beta * out.float() + result)
+
+    def _code_times(self, codes: PackedCodes, v: Tensor, out: Tensor) -> None:
+        out.copy_(code_times(codes, v))
 
     def _scaled(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
         factor = factor.view(-1, 1, 1)

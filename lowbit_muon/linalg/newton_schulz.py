@@ -223,10 +223,10 @@ def orthogonalize_half(
         start, scale = start + length, 1.0
     low, high = gain_bounds(tuple(coefficients))
     found = torch.linalg.vector_norm(result, dim=(1, 2), dtype=torch.float32)
-    # (comparisons with NaN are false)
-    good = found <= _GUARD_MARGIN * high * x.shape[1] ** 0.5
-    good &= found * _GUARD_MARGIN >= low * norm
-    standard_form(x, coefficients, backend, unit=unit, out=result, active=~good)
+    within = found.clamp_max(_GUARD_MARGIN * high * x.shape[1] ** 0.5)
+    within = torch.maximum(within, norm * (low / _GUARD_MARGIN))
+    # (NaN differs from itself)
+    standard_form(x, coefficients, backend, unit=unit, out=result, active=found != within)
     return result
 
 

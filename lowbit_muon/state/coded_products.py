@@ -1,4 +1,4 @@
-"""Products that read a stored momentum's codes: its Gram matrix, and dense times coded.
+"""Products that read a stored momentum's codes: its Gram matrix, dense times coded, the reverse.
 
 X = alpha * decode(q) + gamma * addend, [m, n] with the short side first (a tall matrix is stored as
 its transpose; `addend` is given as [rows, columns] of the matrix itself). X never exists as a
@@ -14,8 +14,8 @@ s8   the codes' own levels, whole numbers of at most 127: the Gram matrix is sum
 f16, bf16
      X divided by its largest magnitude and rounded to half precision, for the tensor cores of GPUs:
      Gram matrices of any X, summed in float32. Backends for CPUs have no such products.
-auto of a Gram matrix: s8 where it can read the codes, since its sums are exact, else f32; of A X:
-     f32.
+auto of a Gram matrix: s8 where it can read the codes, since its sums are exact, else f32; of A X
+     and X V: f32.
 
 The optimizer decodes spectral formats by the s8 products, and steps codes alone by them where
 `ns_input="stored"`; all others are decoded to float32 by panels or as a whole (`state.operands`).
@@ -36,7 +36,7 @@ from lowbit_muon.linalg.spectral import decoding_operator
 from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.codecs.low_rank import LowRank
 from lowbit_muon.state.codecs.spectral import Spectral
-from lowbit_muon.state.operands import Dense, Operand, Panels
+from lowbit_muon.state.operands import Dense, Panels
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient
 
 Panel = Literal["auto", "f32", "s8", "f16", "bf16"]
@@ -102,6 +102,32 @@ def lut_matmul(
     return _operand(q, addend, alpha, gamma, kernels).multiply(a.unsqueeze(0), out.unsqueeze(0))[0]
 
 
+@torch.no_grad()
+def lut_times(
+    q: QuantizedMatrix,
+    v: Tensor,  # float32 [n, k], any strides
+    *,
+    panel: Panel = "auto",
+    addend: Tensor | None = None,  # [rows, columns], any float dtype and strides
+    alpha: float = 1.0,
+    gamma: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """X V, float32 [m, k], for a dense V; panel "f32" or "s8" (V in two limbs; "auto": "f32").
+
+    Raises TypeError or ValueError naming the parameter, also for a panel that cannot read `q`.
+    """
+    kernels = _check(q, panel, ("auto", "f32", "s8"), addend, alpha, gamma, backend)
+    m, n = sorted(q.shape)
+    check_matrix("v", v)
+    _check_float32("v", v, (n, v.shape[1]))
+    if not m or not v.numel():
+        return torch.zeros(m, v.shape[1], dtype=torch.float32, device=q.device)
+    if panel == "s8":
+        return _integer_times(q, v * alpha, kernels)
+    return _operand(q, addend, alpha, gamma, kernels).times(v.unsqueeze(0))[0]
+
+
 def _check(
     q: QuantizedMatrix,
     panel: str,
@@ -157,7 +183,7 @@ def _expect_integer_codes(q: QuantizedMatrix, *, blocks: bool) -> None:
 
 def _operand(
     q: QuantizedMatrix, addend: Tensor | None, alpha: float, gamma: float, backend: Backend
-) -> Operand:
+) -> Dense | Panels:
     """X in float32."""
     if addend is not None:
         addend = addend.float() if addend.dtype == torch.float64 else addend
@@ -213,6 +239,24 @@ def _integer_product(a: Tensor, q: QuantizedMatrix, backend: Backend) -> Tensor:
     if isinstance(stored.codec, LowRank):
         left, right = (factor[0] for factor in stored.codec.factors(stored))
         backend.product(backend.product(a, left), right.mT, out=result, beta=1.0)
+    return result
+
+
+def _integer_times(q: QuantizedMatrix, v: Tensor, backend: Backend) -> Tensor:
+    """M V, with V rounded to two limbs beside the codes."""
+    _expect_integer_codes(q, blocks=False)
+    stored, codes = StoredBatch([q], backend), q.codes()
+    coded = v
+    if q.state_format.rotate:  # orthogonal: V like the codes
+        rows = v.mT.clone(memory_format=torch.contiguous_format)
+        backend.rotate(rows)
+        coded = rows.mT
+    result = backend.code_times(codes, coded)
+    if isinstance(stored.codec, Spectral):
+        result = backend.product(_decoding_operator(stored, backend.code_gram(codes)), result)
+    if isinstance(stored.codec, LowRank):
+        left, right = (factor[0] for factor in stored.codec.factors(stored))
+        backend.product(left, backend.product(right.mT, v), out=result, beta=1.0)
     return result
 
 

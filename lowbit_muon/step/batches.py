@@ -151,16 +151,16 @@ def _count(items: Sequence[_Item], accepted: Tensor) -> None:
             elif item.counts:
                 count_skipped(item.one.state, item.one.param)
         return
-    for name, flags in (("step", accepted), ("skipped", ~accepted)):
-        changes = zip(items, flags.long().unbind(), strict=True)
-        counted = [
-            (_counter(item.one.state, name, accepted.device), change)
-            for item, change in changes
-            if item.counts
-        ]
-        if counted:
-            counters, numbers = zip(*counted, strict=True)
-            torch._foreach_add_(counters, numbers)
+    steps = accepted.long()
+    counted = [
+        (_counter(item.one.state, name, accepted.device), change)
+        for name, changes in (("step", steps.unbind()), ("skipped", (1 - steps).unbind()))
+        for item, change in zip(items, changes, strict=True)
+        if item.counts
+    ]
+    if counted:
+        counters, numbers = zip(*counted, strict=True)
+        torch._foreach_add_(counters, numbers)
 
 
 def _counter(state: State, name: str, device: torch.device) -> Tensor:

@@ -145,7 +145,7 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
         accepted &= batch.allowed
     if backend.asynchronous:
         idle = None if idle is None else idle & accepted
-        stored.accepted = accepted if idle is None else accepted & ~idle
+        stored.accepted = accepted if idle is None else accepted > idle
     elif not bool(accepted.all()):
         return _update_in_parts(accepted.tolist(), batch, rule, backend, skipped=True)
     norm = torch.where(accepted, squares, 0.0).sqrt()
@@ -161,10 +161,10 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
         x, x_norm = _look_ahead(fresh, terms, rule)
     else:
         x, x_norm = fresh, norm if scale is None else norm * scale
-    divisor = (
-        x_norm.clamp_min(rule.eps) if scale is None else torch.maximum(x_norm, rule.eps * scale)
-    )
-    inverse = torch.where(accepted, 1 / divisor.clamp_min(_SMALLEST_DIVISOR), 0.0)
+    divisor = x_norm.clamp_min(max(rule.eps, _SMALLEST_DIVISOR))
+    if scale is not None:
+        divisor = torch.maximum(x_norm, rule.eps * scale).clamp_min(_SMALLEST_DIVISOR)
+    inverse = torch.where(accepted, divisor.reciprocal(), 0.0)
     _update_weights(batch, _orthogonalize(x, x_norm, inverse, rule), accepted, rule)
     if encode_last:
         _encode(stored, fresh, norm, scale, rule, idle)
@@ -371,8 +371,8 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
     norm: of X, float64 [b]; inverse: float64 [b], 0 for zeros.
     """
     backend, coefficients = x.backend, rule.coefficients
-    factor = inverse.float()
     if not backend.asynchronous:
+        factor = inverse.float()
         rounded = rule.ns_dtype != "float32" and rounds_products(x.shape[1], backend)
         if not takes_gram_form(x.shape, coefficients, torch.float32, backend, rounded=rounded):
             matrix = x.dense().mul_(factor.view(-1, 1, 1))
@@ -385,7 +385,7 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
         return _Direction(backend, None, x, operator, inverse, rounded)
     matrix = x.dense()
     if rule.ns_dtype == "float32":
-        backend.scaled(matrix, factor, out=matrix)
+        backend.scaled(matrix, inverse.float(), out=matrix)
         if not takes_gram_form(x.shape, coefficients, torch.float32, backend):
             return _Direction(backend, standard_form(matrix, coefficients, backend))
         operator = gram_operator(backend.symmetric_product(matrix), coefficients, backend)

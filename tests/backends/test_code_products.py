@@ -29,7 +29,8 @@ LEVELS = cpu.supported_isas()
 # Around words of 2 and 4 codes, strips of 16, groups of 48 rows; two panels of 512 and a rest.
 ROWS = (1, 3, 4, 5, 15, 17, 47, 49, 64, 130)
 COLUMNS = (1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1030)
-OUT_ROWS = (0, 1, 2, 15, 16, 17, 50)
+# One, pairs, the most that are decoded where they are multiplied, and more (kNarrowRows).
+OUT_ROWS = (0, 1, 2, 3, 12, 13, 16, 17, 50)
 # Zero, below the smallest normal float32, small, large, and so large that products overflow.
 AWKWARD_SCALES = (0.0, 1e-38, 1e-30, 1.0, 1e15, 1e30, 3e38)
 BACKENDS = pytest.mark.parametrize("backend", [CPU, REFERENCE], ids=["cpu", "reference"])
@@ -144,6 +145,37 @@ def test_product_bit_for_bit(bits: int, rows: int) -> None:
             assert_guards_intact(raw)
 
 
+@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_times_bit_for_bit(bits: int, rows: int) -> None:
+    for index, columns in enumerate(COLUMNS):
+        out_columns = (0, 1, 2, 3, 8, 17)[(index + rows) % 6]
+        awkward = columns % 4 == 3
+        codes = random_codes(rows, columns, bits, AWKWARD_SCALES if awkward else None)
+        v = torch.randn(columns, out_columns)
+        if awkward:
+            v *= torch.logspace(-30, 8, out_columns)
+            v[:4] *= torch.tensor([1e30, 1.0, 0.0, -1.0])[:columns].view(-1, 1)
+        strided = strided_like(v, KINDS[(index + rows) % 5])
+        expected = REFERENCE.code_times(codes, v)
+        for name in each_level():
+            assert same(CPU.code_times(codes, strided), expected), (columns, name)
+
+
+@pytest.mark.parametrize("shape", [(131, 513, 9), (1100, 1030, 2), (70, 9000, 12)], ids=str)
+def test_threads_change_nothing_in_narrow_products(level: str, shape: tuple[int, int, int]) -> None:
+    """Shapes with more work than one thread takes, in parts that are no whole blocks of rows."""
+    rows, columns, narrow = shape
+    assert rows * columns * narrow >= 2**19
+    codes = random_codes(rows, columns, 3)
+    a, v = torch.randn(narrow, rows), torch.randn(columns, narrow)
+    product, times = REFERENCE.code_product(a, codes), REFERENCE.code_times(codes, v)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert same(CPU.code_product(a, codes), product), threads
+        assert same(CPU.code_times(codes, v), times), threads
+
+
 @pytest.mark.parametrize("shape", [(130, 513, 65), (300, 1030, 200), (1100, 70, 64)], ids=str)
 def test_two_threads_change_nothing(level: str, shape: tuple[int, int, int]) -> None:
     """Shapes with more work than one thread takes (kWorkPerThread in csrc/cpu/workspace.hpp)."""
@@ -173,9 +205,13 @@ def test_every_byte(bits: int) -> None:
         assert torch.equal(REFERENCE.code_gram(codes), gram)
         # A unit matrix is LIMB_LIMIT units; times a level that is exact in float32.
         product = torch.tensor(1.0) / LIMB_LIMIT * (levels * LIMB_LIMIT).float()
+        narrow = torch.eye(256)[250:]
+        times = torch.tensor(1.0) / LIMB_LIMIT * (levels * LIMB_LIMIT).float()
         for name in each_level():
             assert torch.equal(CPU.code_gram(codes), gram), name
             assert torch.equal(CPU.code_product(torch.eye(256), codes), product), name
+            assert torch.equal(CPU.code_product(narrow, codes), product[250:]), name
+            assert torch.equal(CPU.code_times(codes, torch.eye(columns)), times), name
 
 
 @given(
@@ -227,6 +263,9 @@ def test_largest_sums_of_a_product(level: str, rows: int, whole: int) -> None:
             limbs = torch.tensor([high, low], dtype=torch.float32)
             assert found[row, 0] == 256 * limbs[0] + limbs[1], (value, row)
         assert same(found, REFERENCE.code_product(a, codes))
+        row = constant_codes(1, rows, [value])
+        assert torch.equal(CPU.code_times(row, a.mT), found.mT)
+        assert torch.equal(REFERENCE.code_times(row, a.mT), found.mT)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
@@ -268,6 +307,39 @@ def test_error_of_a_product(level: str, bits: int, rows: int) -> None:
                 assert_within_half_a_unit(REFERENCE, size * a, codes)
 
 
+@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize("columns", [1, 65, 513])
+def test_error_of_a_product_from_the_right(level: str, bits: int, columns: int) -> None:
+    """As `assert_within_half_a_unit` with the scales outside: one more rounding, for each row."""
+    codes = random_codes(17, columns, bits)
+    codes.scales.mul_(torch.logspace(-3, 3, 17).view(-1, 1))
+    levels, scales = integers(codes).double(), codes.scales.double()
+    for size in (1e-20, 1.0, 1e25):
+        v = size * torch.randn(columns, 9)
+        wide = v.double()
+        unit = wide.abs().amax(dim=0) / LIMB_LIMIT
+        bound = levels.abs() @ (unit / 2 + 9 * 2.0**-24 * (wide.abs() + 257 * unit))
+        exact = levels @ wide
+        for backend in (CPU, REFERENCE) if level == LEVELS[0] else (CPU,):
+            error = (backend.code_times(codes, v).double() - scales * exact).abs()
+            assert (error <= scales * bound).all(), (error / (scales * bound)).max()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 5, 511, 512, 599])
+def test_bad_columns_stay_alone(level: str, bad: float, place: int) -> None:
+    codes = random_codes(70, 600, 4)
+    v = torch.randn(600, 5)
+    clean = CPU.code_times(codes, v)
+    v[place, 1] = bad
+    v[:, 3] = 0
+    found = CPU.code_times(codes, v)
+    assert found[:, 1].isnan().all()
+    assert not found[:, 3].any()
+    assert torch.equal(found[:, [0, 2, 4]], clean[:, [0, 2, 4]])
+    assert same(found, REFERENCE.code_times(codes, v))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 17, 512, 599])
 def test_bad_rows_stay_alone(level: str, bad: float, place: int) -> None:
@@ -287,6 +359,8 @@ def test_bad_rows_stay_alone(level: str, bad: float, place: int) -> None:
         assert torch.equal(found[others], (beta * start + clean)[others])
         expected = REFERENCE.code_product(spoiled, codes, out=start.clone(), beta=beta)
         assert same(found, expected)
+        few = CPU.code_product(spoiled[:8], codes, out=start[:8].clone(), beta=beta)
+        assert same(few, found[:8])
 
 
 @pytest.mark.parametrize("size", [1e-33, 1e-20, 1.0, 1e20, 1e38])
@@ -305,6 +379,8 @@ def test_non_contiguous_codes_and_repeated_rows(level: str) -> None:
     assert same(CPU.code_gram(strided), REFERENCE.code_gram(codes))
     a = torch.randn(1, 5).expand(7, 5)
     assert same(CPU.code_product(a, strided), REFERENCE.code_product(a, codes))
+    v = torch.randn(70, 1).expand(70, 7)
+    assert same(CPU.code_times(strided, v), REFERENCE.code_times(codes, v))
 
 
 @BACKENDS
@@ -319,6 +395,9 @@ def test_empty(backend: Backend, rows: int, columns: int) -> None:
         out = start.clone() if beta else torch.full_like(start, math.nan)
         backend.code_product(torch.ones(out_rows, rows), codes, out=out, beta=beta)
         assert torch.equal(out, beta * start), (out_rows, beta)
+    for out_columns in (0, 2):
+        found = backend.code_times(codes, torch.ones(columns, out_columns))
+        assert torch.equal(found, torch.zeros(rows, out_columns)), out_columns
 
 
 @BACKENDS
@@ -345,6 +424,7 @@ def test_codes_that_are_no_integers_raise(backend: Backend) -> None:
         for call in (
             lambda codes=codes: backend.code_gram(codes),
             lambda codes=codes: backend.code_product(torch.ones(2, 3), codes),
+            lambda codes=codes: backend.code_times(codes, torch.ones(70, 2)),
         ):
             with pytest.raises(ValueError, match=f"^codes: expected {message}.* got "):
                 call()
@@ -353,6 +433,8 @@ def test_codes_that_are_no_integers_raise(backend: Backend) -> None:
     )
     with pytest.raises(ValueError, match=r"^codes: expected one scale a row, got "):
         backend.code_product(torch.ones(2, 3), blocks)
+    with pytest.raises(ValueError, match=r"^codes: expected one scale a row, got "):
+        backend.code_times(blocks, torch.ones(70, 2))
 
 
 @pytest.mark.parametrize(
@@ -377,6 +459,8 @@ def test_wrong_codes_raise(error: type[Exception], name: str, fields: dict[str, 
         CPU.code_gram(codes)
     with pytest.raises(error, match=f"^{name}: expected .* got "):
         CPU.code_product(torch.ones(2, 3), codes)
+    with pytest.raises(error, match=f"^{name}: expected .* got "):
+        CPU.code_times(codes, torch.ones(codes.columns, 2))
 
 
 @pytest.mark.parametrize(
@@ -405,3 +489,20 @@ def test_wrong_tensors_raise(
     good: dict[str, Any] = {"a": torch.ones(2, 3)}
     with pytest.raises(error, match=f"^{name}: expected .* got "):
         CPU.code_product(codes=random_codes(3, 70, 4), **{**good, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("error", "v"),
+    [
+        (TypeError, [[1.0]]),
+        (TypeError, torch.ones(70, 2).double()),
+        (ValueError, torch.ones(2, 70)),
+        (ValueError, torch.ones(70)),
+        (ValueError, torch.ones(1, 70, 2)),
+        (ValueError, torch.ones(70, 2, device="meta")),
+        (ValueError, torch.ones(70, 2).to_sparse()),
+    ],
+)
+def test_wrong_columns_raise(error: type[Exception], v: Any) -> None:
+    with pytest.raises(error, match=r"^v: expected .* got "):
+        CPU.code_times(random_codes(3, 70, 4), v)

@@ -258,6 +258,13 @@ def test_integer_products(shape: tuple[int, int, int, int], bits: int) -> None:
             assert torch.equal(gram[i], CPU.code_gram(one))
             alone = CPU.code_product(left[i], one, out=start[i].clone(), beta=beta)
             assert torch.equal(out[i], alone)
+        narrow = CPU.code_product(left[:, :3], codes)
+        assert torch.equal(narrow, REFERENCE.code_product(a[:, :3], codes)), kind
+        v = laid_out(start, kind).mT
+        times = CPU.code_times(codes, v)
+        assert torch.equal(times, REFERENCE.code_times(codes, start.mT)), kind
+        for i, one in enumerate(each[:batch]):
+            assert torch.equal(times[i], CPU.code_times(one, v[i]))
 
 
 @pytest.mark.usefixtures("threads")
@@ -292,6 +299,8 @@ def test_workspace_of_a_batch_is_that_of_one_matrix_for_each_thread() -> None:
             lambda: CPU.symmetric_product(a[index]),
             lambda: CPU.code_gram(own),
             lambda: CPU.code_product(a[index, :, :48], own),
+            lambda: CPU.code_product(a[index, :8, :48], own),
+            lambda: CPU.code_times(own, a[index, :8].mT),
         ):
             cpu.take_most_workspace()
             call()
@@ -377,6 +386,8 @@ def test_wrong_batches_raise() -> None:
         (ValueError, "a", lambda: CPU.code_product(torch.ones(2, 3), both)),
         (ValueError, "a", lambda: CPU.code_product(torch.ones(2, 2, 3), alone)),
         (ValueError, "out", lambda: CPU.code_product(torch.ones(2, 2, 3), both, out=square)),
+        (ValueError, "v", lambda: CPU.code_times(both, torch.ones(40, 3))),
+        (ValueError, "v", lambda: CPU.code_times(alone, torch.ones(2, 40, 3))),
         (ValueError, "grad", lambda: CPU.accumulate(buffer, Terms(grad=grad[0]))),
         (TypeError, "grad", lambda: CPU.accumulate(buffer, Terms(grad=[grad]))),  # type: ignore
         (ValueError, "codes.packed", lambda: CPU.accumulate(buffer, Terms(codes=alone))),

@@ -387,6 +387,9 @@ def test_batches_are_multiplied_matrix_by_matrix(batch: int, shape: tuple[int, i
         assert_batch(out, singles)
     fresh = BACKEND.code_product(left, codes)
     assert fresh.shape == (batch, 4, n)
+    right = torch.randn(batch, n, 4)
+    each = zip(matrices(codes), right, strict=True)
+    assert_batch(BACKEND.code_times(codes, right), [BACKEND.code_times(*pair) for pair in each])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 20), (49, 30), (3, 5, 7)], ids=str)

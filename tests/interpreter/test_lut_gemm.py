@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit_muon import quantize
-from lowbit_muon.state.coded_products import lut_gram, lut_matmul
+from lowbit_muon.state.coded_products import lut_gram, lut_matmul, lut_times
 
 
 @pytest.mark.parametrize("name", ["spectral4", "mulaw4", "linear8", "nf4", "fp32"])
@@ -22,6 +22,8 @@ def test_stored_matrices_and_their_products(name: str) -> None:
     close = {"rtol": 1e-4, "atol": 1e-3}  # float32 sums of 70 terms of size up to 10
     torch.testing.assert_close(lut_gram(stored, **options), x @ x.mT, **close)
     torch.testing.assert_close(lut_matmul(a, stored, **options), a @ x, **close)
+    v = torch.randn(70, 3)
+    torch.testing.assert_close(lut_times(stored, v, **options), x @ v, **close)
     half = lut_gram(stored, panel="f16", backend="triton")
     bound = 2.0**-10 * (expected.abs() @ expected.abs().mT) + 1e-3
     assert ((half - expected @ expected.mT).abs() <= bound).all()
@@ -33,6 +35,9 @@ def test_integer_panels_have_the_bits_of_other_backends(name: str) -> None:
     grams = [lut_gram(stored, panel="s8", backend=b) for b in ("triton", "auto")]
     torch.testing.assert_close(grams[0], grams[1], rtol=1e-6, atol=1e-6)
     products = [lut_matmul(a, stored, panel="s8", backend=b) for b in ("triton", "auto")]
+    torch.testing.assert_close(products[0], products[1], rtol=1e-5, atol=1e-5)
+    v = torch.randn(130, 3)
+    products = [lut_times(stored, v, panel="s8", backend=b) for b in ("triton", "auto")]
     torch.testing.assert_close(products[0], products[1], rtol=1e-5, atol=1e-5)
 
 

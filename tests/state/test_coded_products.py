@@ -14,7 +14,7 @@ from lowbit_muon import PRESETS, QuantizedMatrix, StateFormat, quantize
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.state import operands
-from lowbit_muon.state.coded_products import Panel, lut_gram, lut_matmul
+from lowbit_muon.state.coded_products import Panel, lut_gram, lut_matmul, lut_times
 from lowbit_muon.state.operands import Panels
 from lowbit_muon.state.stored import StoredBatch
 
@@ -64,7 +64,7 @@ def test_float_panels(name: str, shape: tuple[int, int]) -> None:
     m, n = sorted(shape)
     addend = torch.randn(shape)
     g = (addend if shape[0] <= shape[1] else addend.mT).double()
-    a = torch.randn(5, m)
+    a, v = torch.randn(5, m), torch.randn(5, n).mT
     for alpha, gamma, given in ((1.0, 1.0, None), (0.9, -0.3, addend)):
         x = alpha * decoded(q) + (0 if given is None else gamma * g)
         # The entries themselves are rounded too: 8 operations, and m of a spectral decoder.
@@ -79,6 +79,9 @@ def test_float_panels(name: str, shape: tuple[int, int]) -> None:
             terms,
             a.double().abs() @ size,
         )
+        found = lut_times(q, v, panel="f32", **arguments)
+        close(found, x @ v.double(), terms, size @ v.double().abs())
+        assert torch.equal(lut_times(q, v, **arguments), found)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -108,6 +111,19 @@ def test_integer_product(name: str, shape: tuple[int, int]) -> None:
     assert float(error) <= LIMB_ERROR or not bool(exact.any())
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in INTEGER if name != "blocks"])
+def test_integer_times(name: str, shape: tuple[int, int]) -> None:
+    """Columns of V are rounded to two limbs, after a rotation."""
+    q = make(name, shape)
+    x, v = decoded(q), torch.randn(6, max(shape)).mT
+    exact = -0.5 * x @ v.double()
+    found = lut_times(q, v, panel="s8", alpha=-0.5)
+    assert found.dtype == torch.float32
+    error = (found.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    assert float(error) <= LIMB_ERROR or not bool(exact.any())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
 def test_empty_matrices(name: str, shape: tuple[int, int]) -> None:
@@ -115,6 +131,8 @@ def test_empty_matrices(name: str, shape: tuple[int, int]) -> None:
     assert lut_gram(q).shape == (0, 0)
     n = max(shape)
     assert torch.equal(lut_matmul(torch.zeros(3, 0), q), torch.zeros(3, n))
+    assert torch.equal(lut_times(q, torch.ones(n, 3)), torch.zeros(0, 3))
+    assert torch.equal(lut_times(make(name, (3, 5)), torch.ones(5, 0)), torch.zeros(3, 0))
 
 
 def test_wide_matrices_are_not_decoded_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +168,9 @@ def test_threads_change_nothing(threads: int, one_thread: None) -> None:
                 lut_gram(q, addend=addend),
                 lut_matmul(a, q),
                 lut_matmul(a, q, panel="s8"),
+                lut_matmul(a[:5], q, panel="s8"),
+                lut_times(q, addend[:5].mT),
+                lut_times(q, addend[:5].mT, panel="s8"),
             ]
         )
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
@@ -187,6 +208,15 @@ GOOD = {"q": quantize(torch.ones(4, 6), "spectral4", backend="reference")}
             "a: expected torch.float32",
         ),
         (lambda q: lut_matmul(torch.ones(4, 4), q, out=torch.ones(4, 4)), ValueError, "out: "),
+        (lambda q: lut_times(q, [[1.0]]), TypeError, "v: expected a tensor"),
+        (lambda q: lut_times(q, torch.ones(4, 3)), ValueError, r"v: expected shape \(6, 3\)"),
+        (lambda q: lut_times(q, torch.ones(6, 3).half()), TypeError, "v: expected torch.float32"),
+        (lambda q: lut_times(q, torch.ones(6, 3), panel="bf16"), ValueError, "panel: expected"),
+        (
+            lambda q: lut_times(quantize(torch.ones(4, 6), "muonq4"), torch.ones(6, 3), panel="s8"),
+            ValueError,
+            "panel: 's8' cannot read q",
+        ),
         (
             lambda q: lut_gram(quantize(torch.ones(4, 6), "bf16"), panel="s8"),
             ValueError,

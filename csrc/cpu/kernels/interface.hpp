@@ -158,6 +158,35 @@ struct PackLimbsArgs {
     float* scratch;  // [depth]
 };
 
+// One row of the same, its words side by side.
+struct RoundLimbsArgs {
+    const float* a;  // element k at k * k_stride
+    ptrdiff_t k_stride;
+    size_t depth;
+    const float* factors;  // [depth], or null
+    uint32_t* high;        // [words], zero past the end
+    uint32_t* low;
+    size_t words;
+    float* scale;
+    int32_t* high_sum;
+    int32_t* low_sum;
+    float* scratch;  // [depth]
+};
+
+// A few rows in limbs times coded X, or coded X times a few columns in limbs.
+struct NarrowArgs {
+    PackCodesArgs codes;   // all rows and columns; no panel
+    const uint32_t* high;  // [out_rows][words]
+    const uint32_t* low;
+    size_t words;  // a multiple of 16
+    size_t out_rows;
+    int32_t* high_sums;  // [out_rows][stride]
+    int32_t* low_sums;
+    size_t stride;      // a multiple of 16
+    uint32_t* scratch;  // [kNarrowScratch][words]; coded X times columns
+};
+constexpr int kNarrowScratch = 4;
+
 // sums (+)= strips of rows times strips of columns.
 struct MultiplyArgs {
     WordType type;
@@ -189,6 +218,11 @@ struct ProductKernels {
     void (*pack_code_rows)(const PackCodesArgs& args, size_t first_row);  // one strip
     void (*pack_code_columns)(const PackCodesArgs& args, size_t step);    // all strips
     void (*pack_limbs)(const PackLimbsArgs& args, size_t first_row);      // one strip
+    void (*round_limbs)(const RoundLimbsArgs& args);
+    // rows of limbs times rows [begin, end) of X, added to the sums; begin is a multiple of 4
+    void (*add_code_columns)(const NarrowArgs& args, size_t begin, size_t end);
+    // rows [begin, end) of X times rows of limbs
+    void (*dot_code_rows)(const NarrowArgs& args, size_t begin, size_t end);
     void (*multiply)(const MultiplyArgs& args);
     // Corrections are unsigned, since they may pass the range of int32 on their way.
     // out[i] (+)= (sums[i] - correction) * (row_scale * scales[i]); without adding, out may be the

@@ -179,11 +179,15 @@ inline void store_words(void* to, I32x16 x) {
 inline I32x16 operator+(I32x16 a, I32x16 b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
 }
-// sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
+// sum + a0 * b0 + a1 * b1 of two int16 in each word.
+inline I32x16 add_dot_2(I32x16 sum, I32x16 a, I32x16 b) {
+    return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(b.low, a.low)),
+            _mm256_add_epi32(sum.high, _mm256_madd_epi16(b.high, a.high))};
+}
+// With one word for all lanes.
 inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
     const __m256i word = _mm256_set1_epi32(static_cast<int>(a));
-    return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(b.low, word)),
-            _mm256_add_epi32(sum.high, _mm256_madd_epi16(b.high, word))};
+    return add_dot_2(sum, I32x16{word, word}, b);
 }
 
 // Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.

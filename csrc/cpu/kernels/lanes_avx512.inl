@@ -141,14 +141,17 @@ inline void store_words(void* to, I32x16 x) {
 inline I32x16 operator+(I32x16 a, I32x16 b) {
     return {_mm512_add_epi32(a.v, b.v)};
 }
-// sum + a0 * b0 + a1 * b1 of two int16 in each word; `a` is one word for all lanes.
-inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
-    const __m512i word = _mm512_set1_epi32(static_cast<int>(a));
+// sum + a0 * b0 + a1 * b1 of two int16 in each word.
+inline I32x16 add_dot_2(I32x16 sum, I32x16 a, I32x16 b) {
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpwssd_epi32(sum.v, b.v, word)};
+    return {_mm512_dpwssd_epi32(sum.v, b.v, a.v)};
 #else
-    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(b.v, word))};
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(b.v, a.v))};
 #endif
+}
+// With one word for all lanes.
+inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
+    return add_dot_2(sum, I32x16{_mm512_set1_epi32(static_cast<int>(a))}, b);
 }
 #if defined(__AVX512VNNI__)
 // sum + a0 * (b0 + 128) + ... of four int8 in each word: the instruction takes one factor unsigned,
@@ -156,8 +159,26 @@ inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
 inline I32x16 load_unsigned(const void* from) {
     return {_mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128))};
 }
+inline I32x16 add_dot_4(I32x16 sum, I32x16 a, I32x16 b) {
+    return {_mm512_dpbusd_epi32(sum.v, b.v, a.v)};
+}
 inline I32x16 add_dot_4(I32x16 sum, uint32_t a, I32x16 b) {
-    return {_mm512_dpbusd_epi32(sum.v, b.v, _mm512_set1_epi32(static_cast<int>(a)))};
+    return add_dot_4(sum, I32x16{_mm512_set1_epi32(static_cast<int>(a))}, b);
+}
+// Words of one byte of each of four rows, 64 columns: strips of sixteen words, `stride` apart.
+inline void interleave_bytes(const int8_t* rows, size_t row_stride, uint32_t* to, size_t stride) {
+    // The columns of a 128-bit lane, four at a time, where unpacking leaves them in order.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const auto row = [&](size_t i) {
+        return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(rows + i * row_stride));
+    };
+    const __m512i a = row(0), b = row(1), c = row(2), d = row(3);
+    const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(ab_low, cd_low));
+    _mm512_storeu_si512(to + stride, _mm512_unpackhi_epi16(ab_low, cd_low));
+    _mm512_storeu_si512(to + 2 * stride, _mm512_unpacklo_epi16(ab_high, cd_high));
+    _mm512_storeu_si512(to + 3 * stride, _mm512_unpackhi_epi16(ab_high, cd_high));
 }
 #define LOWBIT_HAS_DOT_4 1
 #endif
@@ -184,9 +205,9 @@ inline I32x16 pairs_to_bfloat16(F32x16 first, F32x16 second) {
 // Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.
 inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    const __m512i levels =
-        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), _mm512_loadu_si512(codes));
-    _mm512_storeu_si512(to, levels);
+    // (without the mask gcc 12 sees an uninitialised register)
+    const __m512i lanes = _mm512_maskz_broadcast_i32x4(0xffff, entries);
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(lanes, _mm512_loadu_si512(codes)));
 }
 
 // Sums that stay in registers: 8 x 48 takes 24 of 32, and 3 more hold columns.

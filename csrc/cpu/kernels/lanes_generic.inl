@@ -164,6 +164,14 @@ inline I32x16 add_dot_2(I32x16 sum, uint32_t a, I32x16 b) {
                 sum.v[q] + ((I32x4)((U32x4)b.v[q] << 16) >> 16) * low + (b.v[q] >> 16) * high);
 }
 
+// The same with a word for each lane.
+inline I32x16 add_dot_2(I32x16 sum, I32x16 a, I32x16 b) {
+    LOWBIT_EACH(I32x16,
+                sum.v[q] +
+                    ((I32x4)((U32x4)b.v[q] << 16) >> 16) * ((I32x4)((U32x4)a.v[q] << 16) >> 16) +
+                    (b.v[q] >> 16) * (a.v[q] >> 16));
+}
+
 // Levels of 16 codes or fewer: to[i] = table[codes[i]] for 64 codes.
 inline void lookup_bytes(const int8_t* table, const uint8_t* codes, int8_t* to) {
     for (int i = 0; i < 64; ++i) {

@@ -41,10 +41,11 @@ inline void pack_chunk(const uint8_t* __restrict codes, size_t width, uint8_t* _
     }
 }
 
-// The reverse of pack_chunk for fields from FIELD on; with SHIFT > 0 adds to the codes.
+// The reverse of pack_chunk for fields from FIELD on; with SHIFT > 0 adds to the codes. (Always
+// inline, since a caller with a constant count keeps the codes in registers.)
 template <int BITS, int SHIFT, int FIELD = 0>
-inline void unpack_chunk(const uint8_t* __restrict packed, size_t width,
-                         uint8_t* __restrict codes) {
+[[gnu::always_inline]] inline void unpack_chunk(const uint8_t* __restrict packed, size_t width,
+                                                uint8_t* __restrict codes) {
     if constexpr (FIELD < 8 / BITS) {
         constexpr uint8_t mask = (1u << BITS) - 1;
         uint8_t* __restrict const to = codes + FIELD * width;
@@ -69,7 +70,8 @@ inline void pack_plane(const uint8_t* codes, size_t count, uint8_t* packed) {
 }
 
 template <int BITS, int SHIFT>
-inline void unpack_plane(const uint8_t* packed, size_t count, uint8_t* codes) {
+[[gnu::always_inline]] inline void unpack_plane(const uint8_t* packed, size_t count,
+                                                uint8_t* codes) {
     constexpr size_t chunk_codes = kChunkBytes * 8 / BITS;
     size_t start = 0;
     for (; start + chunk_codes <= count; start += chunk_codes, packed += kChunkBytes) {
@@ -93,8 +95,8 @@ inline void pack(PanelCodes& codes, size_t panel, size_t count, size_t columns, 
 }
 
 template <int BITS>
-inline void unpack(const uint8_t* row, size_t panel, size_t count, size_t columns,
-                   PanelCodes& codes) {
+[[gnu::always_inline]] inline void unpack(const uint8_t* row, size_t panel, size_t count,
+                                          size_t columns, PanelCodes& codes) {
     if constexpr (BITS == 3) {
         const uint8_t* const high = row + plane_bytes<2>(columns);
         unpack_plane<2, 0>(row + plane_bytes<2>(panel), count, codes.code);

@@ -18,8 +18,10 @@ namespace {
 
 #if defined(LOWBIT_HAS_DOT_4)
 constexpr WordType kCodeType = WordType::int8;
+using LevelBits = uint8_t;
 #else
 constexpr WordType kCodeType = WordType::int16;
+using LevelBits = uint16_t;
 #endif
 constexpr size_t kCodesPerWord = kCodeType == WordType::int8 ? 4 : 2;
 
@@ -96,26 +98,38 @@ void pack_bfloat16(const PackFloatsArgs& args) {
 }
 #endif
 
-// Levels of the codes of a panel of one row.
-template <int BITS>
-inline void decode_levels(const PackCodesArgs& args, size_t row, int8_t* to) {
+// Levels of the codes of a panel of one row. Loops over a WHOLE one are unrolled.
+template <int BITS, bool WHOLE>
+inline void decode_panel(const PackCodesArgs& args, size_t row, int8_t* to) {
+    const size_t count = WHOLE ? kPanelColumns : args.count;
     PanelCodes codes;
-    unpack<BITS>(args.packed + row * args.row_bytes, args.panel, args.count, args.columns, codes);
+    unpack<BITS>(args.packed + row * args.row_bytes, args.panel, count, args.columns, codes);
     if constexpr (BITS <= 4) {
-        for (size_t c = 0; c < args.count; c += 64) {
-            lookup_bytes(args.levels, codes.code + c, to + c);
+        int8_t table[16];  // which `to` does not alias
+        memcpy(table, args.levels, sizeof table);
+        for (size_t c = 0; c < count; c += 64) {
+            lookup_bytes(table, codes.code + c, to + c);
         }
     } else if (args.shifted) {
         const uint8_t first = static_cast<uint8_t>(args.levels[0]);
         const uint8_t last = args.last_code;
-        for (size_t c = 0; c < args.count; ++c) {
+        for (size_t c = 0; c < count; ++c) {
             const uint8_t code = codes.code[c] < last ? codes.code[c] : last;
             to[c] = static_cast<int8_t>(static_cast<uint8_t>(code + first));
         }
     } else {
-        for (size_t c = 0; c < args.count; ++c) {
+        for (size_t c = 0; c < count; ++c) {
             to[c] = args.levels[codes.code[c]];
         }
+    }
+}
+
+template <int BITS>
+inline void decode_levels(const PackCodesArgs& args, size_t row, int8_t* to) {
+    if (args.count == kPanelColumns) {
+        decode_panel<BITS, true>(args, row, to);
+    } else {
+        decode_panel<BITS, false>(args, row, to);
     }
 }
 
@@ -194,22 +208,23 @@ void pack_code_columns(const PackCodesArgs& args, size_t step) {
             memset(levels[j], 0, sizeof levels[j]);
         }
     }
-    for (size_t c = 0; c < args.count; c += kStrip) {
+    size_t c = 0;
+#if defined(LOWBIT_HAS_DOT_4)
+    for (; c + 64 <= args.count; c += 64) {
+        interleave_bytes(levels[0] + c, sizeof levels[0],
+                         args.to + (c / kStrip * steps + step) * kStrip, steps * kStrip);
+    }
+#endif
+    for (; c < args.count; c += kStrip) {
         uint32_t* const to = args.to + (c / kStrip * steps + step) * kStrip;
-        if constexpr (kCodeType == WordType::int8) {
-            int8_t* const bytes = reinterpret_cast<int8_t*>(to);
-            for (size_t i = 0; i < kStrip; ++i) {
-                for (size_t j = 0; j < 4; ++j) {
-                    bytes[4 * i + j] = levels[j][c + i];
-                }
+        for (size_t i = 0; i < kStrip; ++i) {
+            // In arithmetic of words: bytes stored one at a time were six times slower.
+            uint32_t word = 0;
+            for (size_t j = 0; j < kCodesPerWord; ++j) {
+                const auto bits = static_cast<LevelBits>(levels[j][c + i]);
+                word |= static_cast<uint32_t>(bits) << (j * 32 / kCodesPerWord);
             }
-        } else {
-            int16_t* const halves = reinterpret_cast<int16_t*>(to);
-            for (size_t i = 0; i < kStrip; ++i) {
-                for (size_t j = 0; j < 2; ++j) {
-                    halves[2 * i + j] = levels[j][c + i];
-                }
-            }
+            to[i] = word;
         }
     }
 }
@@ -222,10 +237,43 @@ inline int32_t round_to_int(float x) {
     return bits - 0x4b400000;
 }
 
+struct LimbScale {
+    float scale;    // NaN if a value is not finite
+    float inverse;  // zero if there is no finite one
+};
+
+inline LimbScale limb_scale(const float* values, size_t count) {
+    const float largest = largest_magnitude(values, count);
+    const float scale = largest / kLimbLimit;
+    const bool finite = largest - largest == 0.0f;
+    return {finite ? scale : __builtin_nanf(""),
+            finite && scale >= kSmallestScale ? kLimbLimit / largest : 0.0f};
+}
+
+// Adds the limbs to their sums.
+template <typename Limb>
+inline void split_limbs(const float* __restrict values, size_t count, float inverse,
+                        Limb* __restrict high, Limb* __restrict low, int32_t* high_sum,
+                        int32_t* low_sum) {
+    uint32_t upper_sum = 0, lower_sum = 0;
+    for (size_t k = 0; k < count; ++k) {
+        const int32_t whole = round_to_int(values[k] * inverse);
+        const int32_t lower = ((whole + 128) & 255) - 128;
+        const int32_t upper = (whole - lower) >> 8;
+        low[k] = static_cast<Limb>(lower);
+        high[k] = static_cast<Limb>(upper);
+        lower_sum += static_cast<uint32_t>(lower);
+        upper_sum += static_cast<uint32_t>(upper);
+    }
+    *high_sum += static_cast<int32_t>(upper_sum);
+    *low_sum += static_cast<int32_t>(lower_sum);
+}
+
 void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
     constexpr size_t stride = kPanelWords + 16;
     alignas(64) uint32_t high_words[kStrip * stride];
     alignas(64) uint32_t low_words[kStrip * stride];
+    alignas(64) float values[kPanelColumns];
     alignas(64) int8_t high[kPanelColumns + 64];
     alignas(64) int8_t low[kPanelColumns + 64];
     const size_t rows = min_size(kStrip, args.rows - first_row);
@@ -235,11 +283,9 @@ void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
         for (size_t k = 0; k < args.depth; ++k) {
             args.scratch[k] = a[static_cast<ptrdiff_t>(k) * args.k_stride] * args.factors[k];
         }
-        const float largest = largest_magnitude(args.scratch, args.depth);
-        const float scale = largest / kLimbLimit;
-        const bool finite = largest - largest == 0.0f;
-        inverse[i] = finite && scale >= kSmallestScale ? kLimbLimit / largest : 0.0f;
-        args.scales[first_row + i] = finite ? scale : __builtin_nanf("");
+        const LimbScale scale = limb_scale(args.scratch, args.depth);
+        inverse[i] = scale.inverse;
+        args.scales[first_row + i] = scale.scale;
         args.high_sums[first_row + i] = args.low_sums[first_row + i] = 0;
     }
     for (size_t panel = 0; panel < args.depth; panel += kPanelColumns) {
@@ -253,20 +299,11 @@ void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
             const float* const a = args.a +
                                    static_cast<ptrdiff_t>(first_row + i) * args.row_stride +
                                    static_cast<ptrdiff_t>(panel) * args.k_stride;
-            uint32_t high_sum = 0, low_sum = 0;
             for (size_t k = 0; k < count; ++k) {
-                const float value =
-                    a[static_cast<ptrdiff_t>(k) * args.k_stride] * args.factors[panel + k];
-                const int32_t whole = round_to_int(value * inverse[i]);
-                const int32_t lower = ((whole + 128) & 255) - 128;
-                const int32_t upper = (whole - lower) >> 8;
-                low[k] = static_cast<int8_t>(lower);
-                high[k] = static_cast<int8_t>(upper);
-                low_sum += static_cast<uint32_t>(lower);
-                high_sum += static_cast<uint32_t>(upper);
+                values[k] = a[static_cast<ptrdiff_t>(k) * args.k_stride] * args.factors[panel + k];
             }
-            args.high_sums[first_row + i] += static_cast<int32_t>(high_sum);
-            args.low_sums[first_row + i] += static_cast<int32_t>(low_sum);
+            split_limbs(values, count, inverse[i], high, low, args.high_sums + first_row + i,
+                        args.low_sums + first_row + i);
             levels_to_words(high, count, high_words + i * stride);
             levels_to_words(low, count, low_words + i * stride);
         }
@@ -469,6 +506,8 @@ void mirror(float* matrix, size_t stride, size_t begin, size_t end) {
     }
 }
 
+#include "narrow.inl"
+
 }  // namespace
 
 extern const ProductKernels product_kernels;
@@ -484,6 +523,9 @@ const ProductKernels product_kernels = {kCodeType,
                                         pack_code_rows,
                                         pack_code_columns,
                                         pack_limbs,
+                                        round_limbs,
+                                        add_code_columns,
+                                        dot_code_rows,
                                         multiply,
                                         scale_sums,
                                         join_limbs,

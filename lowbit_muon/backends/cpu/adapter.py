@@ -248,6 +248,21 @@ class CpuBackend(Backend):
             **arguments,
         )
 
+    def _code_times(self, codes: PackedCodes, v: Tensor, out: Tensor) -> None:
+        arguments = _code_memory(codes)
+        del arguments["block_size"]  # one scale a row
+        self._extension.code_times(
+            batch=v.shape[0] if v.ndim == 3 else 1,
+            out_columns=v.shape[-1],
+            rows=out.shape[-2],
+            columns=codes.columns,
+            levels=byte_levels(codes.codebook, out.device).data_ptr(),
+            v=_memory(v),
+            out=out.data_ptr(),
+            threads=torch.get_num_threads(),
+            **arguments,
+        )
+
 
 def _memory(x: Tensor) -> Memory:
     """Of [b, m, n], or of one matrix [m, n]."""

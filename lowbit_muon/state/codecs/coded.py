@@ -109,7 +109,7 @@ class Coded(Codec):
             return None
         else:
             divisor = torch.where(norm > 0, 1.0 if scale is None else scale, 0.0)
-        return torch.where(divisor > 0, divisor, math.inf)
+        return divisor.masked_fill(divisor == 0, math.inf)
 
     def write_codes(self, stored: Stored, panels: ValuePanels) -> None:
         """Quantise what comes in panels."""

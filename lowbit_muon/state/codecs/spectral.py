@@ -64,7 +64,7 @@ class Spectral(Coded):
         allowed = dtype != torch.float32 and rounds_products(self.m, backend)
         if backend.asynchronous:
             half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-            matrix = backend.scaled(matrix, (1 / (divisor * unit)).float(), out=half)
+            matrix = backend.scaled(matrix, (divisor * unit).reciprocal().float(), out=half)
             gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
             backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
             operator = iterate_root(gram, shift, backend, overwrite=True, rounded=allowed)
