@@ -143,8 +143,8 @@ class PaperBackend(Backend):
 
     def product(
         self, a: Tensor, b: Tensor, *, out: Tensor | None = None, addend: Tensor | None = None,
-        alpha: float | Tensor = 1.0, beta: float = 0.0, active: Tensor | None = None, rounded: bool = False,
-        diagonal: int | None = None,
+        alpha: float | Tensor = 1.0, beta: float = 0.0, active: Tensor | None = None,
+        rounded: bool = False, diagonal: int | None = None,
     ) -> Tensor:  # fmt: skip
         shape = (*a.shape[:-1], b.shape[-1])
         if out is None:

@@ -33,6 +33,10 @@ from lowbit_muon.backends.reference import Kernels, row_squares
 from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
+# Of a sum of matrices, and such sums, that a kernel takes at once: a root iteration's
+# (`linalg.root_iteration`).
+MOST_TERMS, MOST_SUMS = 5, 2
+
 
 class Backend(Kernels):
     """The kernels, in torch operations.
@@ -41,7 +45,7 @@ class Backend(Kernels):
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
     in their dense products of a step. product_dtypes: of its dense products. rounded_dtype: what
     its products with `rounded` round to, None where that is no faster; they then round to bfloat16.
-    checks: of tensors on its devices.
+    combines: whether it has a kernel for sums of matrices. checks: of tensors on its devices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -51,11 +55,9 @@ class Backend(Kernels):
     asynchronous: ClassVar[bool] = False
     product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     checks: Checks = Checks()
+    combines: ClassVar[bool] = False
 
-    @property
-    def rounded_dtype(self) -> torch.dtype | None:
-        """See above."""
-        return None
+    rounded_dtype: torch.dtype | None = None
 
     def quantize(
         self,
@@ -189,10 +191,10 @@ class Backend(Kernels):
     ) -> Tensor:
         """out <- alpha * a b + beta * addend; out overlaps no factor.
 
-        The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors of one dtype,
-        summed in float32 (float64 in float64), rounded once to the dtype of `out`, by default the
-        factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its dtype. Of a
-        single matrix alpha and `active` have one element.
+        The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors
+        of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of `out`, by
+        default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its
+        dtype. Of a single matrix alpha and `active` have one element.
 
         rounded: float32 factors are rounded to `rounded_dtype` before they are multiplied
         (subnormal numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
@@ -212,7 +214,7 @@ class Backend(Kernels):
         addend = None if beta == 0 else out if addend is None else addend
         if rounded or diagonal is not None:
             check_rounded(rounded, a, diagonal)
-        to = self._rounds_to(rounded)
+        to = (self.rounded_dtype or torch.bfloat16) if rounded else None
         return self._multiply(
             Product(shape, a, b, out, addend, alpha, beta, active, False, to, diagonal)
         )
@@ -253,21 +255,29 @@ class Backend(Kernels):
         if rounded:
             check_rounded(rounded, a, None)
         diagonal = 0 if rounded and b is not None and size == depth else None
-        to = self._rounds_to(rounded)
         return self._multiply(
             Product(
-                shape, a, b, out, addend, alpha, beta, active, True, to, diagonal,
-                other, gamma, identity,
-            )  # fmt: skip
+                shape,
+                a,
+                b,
+                out,
+                addend,
+                alpha,
+                beta,
+                active,
+                True,
+                (self.rounded_dtype or torch.bfloat16) if rounded else None,
+                diagonal,
+                other,
+                gamma,
+                identity,
+            )
         )
-
-    def _rounds_to(self, rounded: bool) -> torch.dtype | None:
-        return (self.rounded_dtype or torch.bfloat16) if rounded else None
 
     def combined(
         self,
         coefficients: Sequence[Sequence[float]],  # a row for each result, a number for each term
-        terms: Sequence[Tensor],  # float32 or float64 [.., m, n], of one dtype
+        terms: Sequence[Tensor],  # float32 or float64 [.., m, n]
         *,
         out: Sequence[Tensor] | None = None,  # contiguous, see below
     ) -> list[Tensor]:
@@ -289,24 +299,22 @@ class Backend(Kernels):
                 )
         if len(results) != len(coefficients):
             raise ValueError(f"out: expected {len(coefficients)} tensors, got {len(results)}")
-        if first.numel():
+        if (
+            self.combines
+            and first.dtype == torch.float32
+            and first.numel()
+            and (len(terms) <= MOST_TERMS and len(results) <= MOST_SUMS)
+        ):
             self._combined(coefficients, [term.contiguous() for term in terms], results)
-        return results
-
-    def _combined(
-        self,
-        coefficients: Sequence[Sequence[float]],
-        terms: Sequence[Tensor],
-        out: Sequence[Tensor],
-    ) -> None:
-        """Of contiguous tensors. (Here, since it is what hosts step with, too.)"""
-        for row, result in zip(coefficients, out, strict=True):
+            return results
+        for row, result in zip(coefficients, results, strict=True):
             if len(row) == 1:
-                result.copy_(terms[0])
+                result.copy_(first)
                 continue
-            torch.add(terms[0], terms[1], alpha=row[1], out=result)
+            torch.add(first, terms[1], alpha=row[1], out=result)
             for number, term in zip(row[2:], terms[2:], strict=True):
                 result.add_(term, alpha=number)
+        return results
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -319,6 +320,15 @@ class Kernels:
 
     def _multiply(self, p: Product) -> Tensor:
         return multiply(p)
+
+    def _combined(
+        self,
+        coefficients: Sequence[Sequence[float]],
+        terms: Sequence[Tensor],
+        out: Sequence[Tensor],
+    ) -> None:
+        """Of contiguous tensors, where a backend `combines`."""
+        raise NotImplementedError
 
     def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
         out.copy_(code_gram(codes))

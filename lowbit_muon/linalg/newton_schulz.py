@@ -26,7 +26,7 @@ each result's norm. A matrix that has left the range a correct result can have, 
 orthogonalised again in the standard form; the kernels of all others return at once (`active`), so
 that nobody has to ask the device which they are.
 
-On CPUs with products of bfloat16 (`rounds_products`) matrices below twice as wide as high take the
+On CPUs with products of bfloat16 matrices of 256 rows and more, less than twice as wide, take the
 standard form, with all factors rounded and everything else in float32: the diagonal of b A + c A^2
 + a I, which would take the bits of the rest, stays apart. Wider ones take the Gram form, in part:
 R stays in float32, and so do its updates R H and H R H, because an error of R in directions where X
@@ -72,12 +72,7 @@ _GUARD_MARGIN = 1.25
 _ROUNDED_LIFT = 500.0
 _ROUNDED_FACTOR = 3.5
 # With fewer rows rounding averages out less, and there is less to save.
-_ROUNDED_ROWS = 256
-
-
-def rounds_products(rows: int, backend: Backend) -> bool:
-    """Whether rounded products are precise enough, and faster, for so many rows (short side)."""
-    return backend.rounded_dtype is not None and rows >= _ROUNDED_ROWS
+ROUNDED_ROWS = 256
 
 
 def takes_gram_form(

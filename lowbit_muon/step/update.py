@@ -22,10 +22,10 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.linalg.coefficients import Triple, cached_coefficients, resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import (
+    ROUNDED_ROWS,
     gram_form_rounds,
     gram_operator,
     orthogonalize_half,
-    rounds_products,
     standard_form,
     takes_gram_form,
 )
@@ -373,7 +373,8 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
     backend, coefficients = x.backend, rule.coefficients
     if not backend.asynchronous:
         factor = inverse.float()
-        rounded = rule.ns_dtype != "float32" and rounds_products(x.shape[1], backend)
+        rounded = rule.ns_dtype != "float32" and backend.rounded_dtype is not None
+        rounded = rounded and x.shape[1] >= ROUNDED_ROWS
         if not takes_gram_form(x.shape, coefficients, torch.float32, backend, rounded=rounded):
             matrix = x.dense().mul_(factor.view(-1, 1, 1))
             update = standard_form(matrix, coefficients, backend, rounded=rounded)

@@ -280,6 +280,29 @@ def test_symmetric_product_with_addend(backend: CpuBackend, size: int, given: bo
             assert_surroundings_intact(out, whole)
 
 
+@pytest.mark.parametrize("size", [1, 49, 130])
+def test_all_that_a_symmetric_product_adds(backend: CpuBackend, size: int) -> None:
+    a = torch.randn(2, size, 60)
+    addend, other = (x + x.mT for x in torch.randn(2, 2, size, size))
+    options = {"alpha": 0.5, "beta": -2.0, "gamma": 4.0, "identity": 8.0}
+    found = backend.symmetric_product(a, addend=addend, other=other, **options)
+    assert torch.equal(found, found.mT)
+    exact = 0.5 * (a.double() @ a.double().mT) - 2 * addend.double() + 4 * other.double()
+    exact += 8 * torch.eye(size)
+    size_of_terms = a.double().abs() @ a.double().abs().mT
+    size_of_terms += 2 * addend.abs() + 4 * other.abs() + 8
+    assert ((found - exact).abs() <= 63 * 2.0**-24 * size_of_terms).all()
+    other_way = Backend().symmetric_product(a, addend=addend, other=other, **options)
+    assert ((other_way - exact).abs() <= 63 * 2.0**-24 * size_of_terms).all()
+
+
+def test_product_with_an_addend_that_is_kept(backend: CpuBackend) -> None:
+    a, b, addend = torch.randn(5, 7), torch.randn(7, 9), torch.randn(5, 9)
+    before = addend.clone()
+    assert_product(backend.product(a, b, addend=addend, beta=0.5), a, b, 1.0, 0.5, before)
+    assert torch.equal(addend, before)
+
+
 def assert_same_non_finite(found: Tensor, expected: Tensor, clean: Tensor) -> None:
     """NaN and infinities where float64 has them, and not a bit changed elsewhere."""
     assert torch.equal(found.isnan(), expected.isnan())

@@ -44,11 +44,13 @@ def test_combined(terms: int, shape: tuple[int, ...]) -> None:
 
 def test_combined_refuses() -> None:
     x = torch.ones(3, 4)
-    with pytest.raises(ValueError, match="^coefficients: expected 1 numbers, the first of them on"):
+    with pytest.raises(
+        ValueError, match=r"^coefficients: expected 1 numbers, the first of them on"
+    ):
         TRITON.combined([[2.0]], [x])
-    with pytest.raises(ValueError, match="^terms: expected .* got "):
+    with pytest.raises(ValueError, match=r"^terms: expected .* got "):
         TRITON.combined([[1.0, 1.0]], [x, x.T])
-    with pytest.raises(ValueError, match="^out: expected 1 tensors, got 2"):
+    with pytest.raises(ValueError, match=r"^out: expected 1 tensors, got 2"):
         TRITON.combined([[1.0]], [x], out=[x, x.clone()])
 
 

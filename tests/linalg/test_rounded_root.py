@@ -19,8 +19,8 @@ from bench.closed_loop import Sequence, relative_errors
 from lowbit_muon import PRESETS, QuantizedMatrix
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg import newton_schulz
 from lowbit_muon.linalg.root_iteration import ROOT_TABLE, iterate_root
+from lowbit_muon.state.codecs import spectral
 from lowbit_muon.state.operands import Dense
 from lowbit_muon.state.stored import StoredBatch
 
@@ -134,7 +134,7 @@ def test_error_in_closed_loop_of_recorded_gradients(
 ) -> None:
     """The mean of both matrices, of 64 rows; those of float32 summed in another order differ by up
     to 1.5%."""
-    monkeypatch.setattr(newton_schulz, "_ROUNDED_ROWS", 1)
+    monkeypatch.setattr(spectral, "ROUNDED_ROWS", 1)
     state_format = dataclasses.replace(PRESETS[name], spectral_shift=shift)
     ratios = [
         error_of_rounding(Sequence.of(grads, range(60, 80)), state_format, RoundingDevice())

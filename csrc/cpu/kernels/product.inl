@@ -107,6 +107,9 @@ inline void decode_panel(const PackCodesArgs& args, size_t row, int8_t* to) {
     if constexpr (BITS <= 4) {
         int8_t table[16];  // which `to` does not alias
         memcpy(table, args.levels, sizeof table);
+        if constexpr (!WHOLE) {  // whatever is looked up is in the table
+            memset(codes.code + count, 0, ceil_divide(count, 64) * 64 - count);
+        }
         for (size_t c = 0; c < count; c += 64) {
             lookup_bytes(table, codes.code + c, to + c);
         }

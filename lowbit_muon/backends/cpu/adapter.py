@@ -69,6 +69,12 @@ def supported_isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Use the level `name` in the whole process. Raises ValueError if it is not supported here."""
     _extension().set_isa(name)
+    _note_level()
+
+
+def _note_level() -> None:
+    multiplies = _extension().has_rounded_products()
+    CpuBackend.rounded_dtype = torch.bfloat16 if multiplies else None
 
 
 def take_most_workspace() -> int:
@@ -91,11 +97,7 @@ class CpuBackend(Backend):
 
     def __init__(self) -> None:
         self._extension = _extension()
-
-    @property
-    def rounded_dtype(self) -> torch.dtype | None:
-        """bfloat16 where the instruction set in use multiplies it."""
-        return torch.bfloat16 if self._extension.has_rounded_products() else None
+        _note_level()
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _, thresholds = tables(codes.codebook)

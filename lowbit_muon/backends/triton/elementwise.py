@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.base import MOST_TERMS, Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.reference import rotation_tensors
 from lowbit_muon.backends.triton.device import on_device, tables
@@ -19,7 +19,9 @@ from lowbit_muon.formats.codebook import CodeLayout
 
 
 class Elementwise(Backend):
-    """All but the products; results are the reference's bits."""
+    """All but the products; results are the reference's bits, but for sums of matrices."""
+
+    combines = True
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _update(Terms(grad=x), codes, statistic)
@@ -118,12 +120,7 @@ class Elementwise(Backend):
         terms: Sequence[Tensor],
         out: Sequence[Tensor],
     ) -> None:
-        if len(terms) > weights.MOST_TERMS or len(out) > weights.MOST_SUMS or (
-            terms[0].dtype != torch.float32
-        ):
-            super()._combined(coefficients, terms, out)
-            return
-        padding = [terms[0]] * (weights.MOST_TERMS - len(terms))
+        padding = [terms[0]] * (MOST_TERMS - len(terms))
         numbers = [
             float(number)
             for row in (coefficients[0], coefficients[-1])

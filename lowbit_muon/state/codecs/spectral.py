@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.newton_schulz import rounds_products
+from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS
 from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.linalg.spectral import decoding_operator
 from lowbit_muon.state.codec import Decoder, Stored
@@ -61,7 +61,8 @@ class Spectral(Coded):
         shift, divisor = self.state_format.spectral_shift, self.divisor(stored, norm, scale)
         assert divisor is not None
         unit = 1 / math.sqrt(self.m * self.n)
-        allowed = dtype != torch.float32 and rounds_products(self.m, backend)
+        allowed = dtype != torch.float32 and backend.rounded_dtype is not None
+        allowed = allowed and self.m >= ROUNDED_ROWS
         if backend.asynchronous:
             half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
             matrix = backend.scaled(matrix, (divisor * unit).reciprocal().float(), out=half)

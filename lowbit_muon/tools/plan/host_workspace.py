@@ -21,7 +21,7 @@ from torch import Tensor
 from lowbit_muon.backends import get_backend
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
-from lowbit_muon.linalg.newton_schulz import gram_operator, rounds_products
+from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS, gram_operator
 from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.state.operands import SCRATCH_FLOATS
 from lowbit_muon.step.batches import HOST_ELEMENTS
@@ -74,7 +74,8 @@ def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> tuple[
     kept = rank * (m + n)
     buffer = m * n if in_memory else 0
     phases = [buffer + kept + _operator_floats(m)]
-    if n < 2 * m and rounds_products(m, get_backend("auto", torch.device("cpu"))):
+    rounded = get_backend("auto", torch.device("cpu")).rounded_dtype is not None
+    if m >= ROUNDED_ROWS and n < 2 * m and rounded:
         # the standard form: X, the next X, X X^T and its polynomial
         phases.append(kept + 2 * m * n + 2 * m * m)
     if in_memory:

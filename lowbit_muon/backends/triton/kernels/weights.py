@@ -49,9 +49,6 @@ def scaled_kernel(
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# Sums of up to five terms, two at a time: what an iteration of polynomials adds up
-# (`linalg.root_iteration`). Absent ones stand for the first and have the number zero.
-MOST_TERMS, MOST_SUMS = 5, 2
 SUM_TILE = 1024
 
 
