@@ -254,6 +254,20 @@ def check_dense_products(backend: Backend, device: torch.device, sizes: Sizes) -
         bound = eps * (0.5 * (a32.abs() @ a32.abs().mT) + 2 * addend.double().abs())
         count += near(f"symmetric {m}x{k} {dtype}", found, expected, bound)
         same("symmetry", found, found.mT.cpu().contiguous())
+        if dtype == torch.float32:
+            # the diagonal is kept: beside it float16 would lose the rest
+            addend.diagonal(dim1=1, dim2=2).add_(1000.0)
+            kept = torch.diag_embed(addend.double().diagonal(dim1=1, dim2=2))
+            half = (addend - kept.float()).to(backend.rounded_dtype or torch.bfloat16).double()
+            square = addend.to(device)
+            found = backend.symmetric_product(square, square, rounded=True)
+            rest = addend.double() - kept
+            expected = kept @ addend.double() + rest @ kept + half @ half
+            bound = (
+                (m + 8) * 2.0**-23 * (kept @ rest.abs() * 2 + kept @ kept + half.abs() @ half.abs())
+            )
+            count += near(f"rounded {m}x{m}", found, expected, bound)
+            same("symmetry", found, found.mT.cpu().contiguous())
     return count
 
 

@@ -84,6 +84,7 @@ class PaperBackend(Backend):
 
     name = "paper"
     asynchronous = True
+    rounded_dtype = torch.float16
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -169,8 +170,9 @@ class PaperBackend(Backend):
             self.ledger.add("inactive", "none", 0)
             return out
         operations = math.prod(shape) * a.shape[-1]  # one triangle
-        name = f"symmetric {_unit(a)}"
-        self.ledger.add(name, _unit(a), operations, a, b, addend, other, out)
+        unit: Unit = "float16" if rounded else _unit(a)
+        name = "symmetric rounded" if rounded else f"symmetric {unit}"
+        self.ledger.add(name, unit, operations, a, b, addend, other, out)
         return out
 
     def combined(

@@ -43,9 +43,9 @@ class Backend(Kernels):
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
-    in their dense products of a step. product_dtypes: of its dense products. rounds: whether its
-    products with `rounded` are faster than those without. checks: of tensors on
-    its devices. combines: whether it has a kernel for sums of matrices.
+    in their dense products of a step. product_dtypes: of its dense products. rounded_dtype: what
+    its products with `rounded` round to, None where that is no faster; they then round to bfloat16.
+    combines: whether it has a kernel for sums of matrices. checks: of tensors on its devices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -57,7 +57,7 @@ class Backend(Kernels):
     checks: Checks = Checks()
     combines: ClassVar[bool] = False
 
-    rounds = False
+    rounded_dtype: torch.dtype | None = None
 
     def quantize(
         self,
@@ -192,12 +192,12 @@ class Backend(Kernels):
         """out <- alpha * a b + beta * addend; out overlaps no factor.
 
         The addend is not read if beta is 0; without it and `out` there is nothing to add. Factors
-        of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of
-        `out`, by default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded
-        to its dtype. Of a single matrix alpha and `active` have one element.
+        of one dtype, summed in float32 (float64 in float64), rounded once to the dtype of `out`, by
+        default the factors'. Kernels may multiply a tensor alpha into `a` first, rounded to its
+        dtype. Of a single matrix alpha and `active` have one element.
 
-        rounded: float32 factors are rounded to bfloat16 before they are multiplied (subnormal
-        numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
+        rounded: float32 factors are rounded to `rounded_dtype` before they are multiplied
+        (subnormal numbers to zero or as others are), but for the elements (k + diagonal, k) of `a`.
         """
         *batch, rows, depth = self.checks.tensor(a, "a", None, self.product_dtypes)
         columns = b.shape[-1] if isinstance(b, Tensor) and b.ndim else 0
@@ -214,8 +214,9 @@ class Backend(Kernels):
         addend = None if beta == 0 else out if addend is None else addend
         if rounded or diagonal is not None:
             check_rounded(rounded, a, diagonal)
+        to = (self.rounded_dtype or torch.bfloat16) if rounded else None
         return self._multiply(
-            Product(shape, a, b, out, addend, alpha, beta, active, False, rounded, diagonal)
+            Product(shape, a, b, out, addend, alpha, beta, active, False, to, diagonal)
         )
 
     def symmetric_product(
@@ -265,7 +266,7 @@ class Backend(Kernels):
                 beta,
                 active,
                 True,
-                rounded,
+                (self.rounded_dtype or torch.bfloat16) if rounded else None,
                 diagonal,
                 other,
                 gamma,

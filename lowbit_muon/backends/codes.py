@@ -77,9 +77,9 @@ class Product(NamedTuple):
     """A checked `Backend.product` or `Backend.symmetric_product`, with their arguments.
 
     shape: of the result, [.., m, n]. addend, other: None if there is nothing to add; other and
-    identity are a symmetric product's. out: None for new memory of the factors' dtype. rounded,
-    diagonal: see `Backend.product`; of a symmetric product 0 stands for the diagonals of both. (A
-    tuple, since every call makes one.)
+    identity are a symmetric product's. out: None for new memory of the factors' dtype. rounded:
+    what the factors are rounded to, or None. diagonal: see `Backend.product`; of a symmetric
+    product 0 stands for the diagonals of both. (A tuple, since every call makes one.)
     """
 
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ class Product(NamedTuple):
     beta: float
     active: Tensor | None
     symmetric: bool
-    rounded: bool = False
+    rounded: torch.dtype | None = None
     diagonal: int | None = None
     other: Tensor | None = None
     gamma: float = 1.0

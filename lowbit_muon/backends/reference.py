@@ -125,7 +125,7 @@ def multiply(p: Product) -> Tensor:
     """`Backend.product` and `Backend.symmetric_product`."""
     a, b = _wide(p.a), _wide(p.a.mT if p.b is None else p.b)
     with float32_products():
-        result = _rounded_product(a, b, p.diagonal, p.symmetric) if p.rounded else a @ b
+        result = _rounded_product(a, b, p) if p.rounded else a @ b
     result.mul_(by_matrix(p.alpha, p.a.ndim) if isinstance(p.alpha, Tensor) else p.alpha)
     if p.addend is not None:
         result.add_(p.addend, alpha=p.beta)
@@ -142,19 +142,20 @@ def multiply(p: Product) -> Tensor:
     return p.out.copy_(result)
 
 
-def _rounded_product(a: Tensor, b: Tensor, diagonal: int | None, symmetric: bool) -> Tensor:
-    """The product of bfloat16, but for what the diagonals multiply."""
-    if diagonal is None:
-        return _to_bfloat16(a) @ _to_bfloat16(b)
-    kept = _only_diagonal(a, diagonal)
+def _rounded_product(a: Tensor, b: Tensor, p: Product) -> Tensor:
+    """The product of rounded factors, but for what the diagonals multiply."""
+    assert p.rounded is not None
+    if p.diagonal is None:
+        return a.to(p.rounded).to(a.dtype) @ b.to(p.rounded).to(b.dtype)
+    kept = _only_diagonal(a, p.diagonal)
     # (one term for each element: exact but for its rounding)
     result = kept @ b
     a = a - kept
-    if symmetric:
+    if p.symmetric:
         kept = _only_diagonal(b, 0)
         result += a @ kept
         b = b - kept
-    return result.add_(_to_bfloat16(a) @ _to_bfloat16(b))
+    return result.add_(a.to(p.rounded).to(a.dtype) @ b.to(p.rounded).to(b.dtype))
 
 
 def _only_diagonal(x: Tensor, diagonal: int) -> Tensor:
@@ -162,10 +163,6 @@ def _only_diagonal(x: Tensor, diagonal: int) -> Tensor:
     result = torch.zeros_like(x)
     result.diagonal(-diagonal, -2, -1).copy_(x.diagonal(-diagonal, -2, -1))
     return result
-
-
-def _to_bfloat16(x: Tensor) -> Tensor:
-    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def by_matrix(values: Tensor, dimensions: int) -> Tensor:

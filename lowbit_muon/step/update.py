@@ -87,7 +87,7 @@ def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
     """Raise ValueError unless a backend takes a group's `ns_dtype`."""
     if backend.asynchronous:
         return
-    taken = ("auto", "float32", "bfloat16") if backend.rounds else ("auto", "float32")
+    taken = ("auto", "float32", "bfloat16") if backend.rounded_dtype else ("auto", "float32")
     if group["ns_dtype"] not in taken:
         names = ", ".join(map(repr, taken[:-1]))
         raise ValueError(
@@ -373,7 +373,8 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
     backend, coefficients = x.backend, rule.coefficients
     if not backend.asynchronous:
         factor = inverse.float()
-        rounded = rule.ns_dtype != "float32" and backend.rounds and x.shape[1] >= ROUNDED_ROWS
+        rounded = rule.ns_dtype != "float32" and backend.rounded_dtype is not None
+        rounded = rounded and x.shape[1] >= ROUNDED_ROWS
         if not takes_gram_form(x.shape, coefficients, torch.float32, backend, rounded=rounded):
             matrix = x.dense().mul_(factor.view(-1, 1, 1))
             update = standard_form(matrix, coefficients, backend, rounded=rounded)

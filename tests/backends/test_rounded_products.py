@@ -102,14 +102,15 @@ def test_which_levels_round() -> None:
     before = cpu.isa()
     for level in LEVELS:
         cpu.set_isa(level)
-        assert CpuBackend().rounds == (level == "avx512bf16")
+        expected = torch.bfloat16 if level == "avx512bf16" else None
+        assert CpuBackend().rounded_dtype == expected
     cpu.set_isa(before)
-    assert not Backend().rounds
+    assert Backend().rounded_dtype is None
 
 
 @pytest.mark.parametrize("rows", SIZES)
 def test_product_of_every_size(backend: Backend, rows: int) -> None:
-    sizes = SIZES if backend.rounds else FEW_SIZES
+    sizes = SIZES if backend.rounded_dtype else FEW_SIZES
     cases = itertools.cycle(itertools.product(KINDS, KINDS[::-1], OUT_KINDS))
     diagonals = itertools.cycle(DIAGONALS)
     for columns, depth in itertools.product(sizes, sizes):
@@ -151,7 +152,7 @@ def test_product_in_every_layout(backend: Backend, diagonal: int | None) -> None
 def test_threads_change_nothing(backend: Backend, shape: tuple[int, int, int]) -> None:
     rows, depth, columns = shape
     a, b = torch.randn(rows, depth), torch.randn(depth, columns)
-    if type(backend) is Backend or not backend.rounds:
+    if type(backend) is Backend or not backend.rounded_dtype:
         pytest.skip("torch's products depend on the threads")
     for out_kind, diagonal in zip(OUT_KINDS[:2], (0, 1), strict=True):
         out, _ = canvas(rows, columns, out_kind)
@@ -175,7 +176,7 @@ def test_threads_change_nothing(backend: Backend, shape: tuple[int, int, int]) -
 @pytest.mark.parametrize("size", SIZES)
 def test_symmetric_product_of_every_size(backend: Backend, size: int) -> None:
     """Circulants commute, also after they were rounded; a D a^T is symmetric term by term."""
-    depths = {size, *(SIZES if backend.rounds else FEW_SIZES)}
+    depths = {size, *(SIZES if backend.rounded_dtype else FEW_SIZES)}
     layouts = itertools.cycle(itertools.product(KINDS, KINDS[::-1], OUT_KINDS[:3]))
     alpha, beta = exact(0.3), exact(-1.7)
     start = torch.randn(size, size)

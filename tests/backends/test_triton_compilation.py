@@ -172,6 +172,15 @@ PRODUCTS: dict[str, Callable[[TritonBackend], object]] = {
     "dense-float32": lambda b: b.product(of(FP32, 2, M, M), of(FP32, 2, M, N), active=ACTIVE),
     "dense-bfloat16": lambda b: b.product(of(BF16, 2, M, M), of(BF16, 2, M, N), active=ACTIVE),
     "symmetric-float32": lambda b: b.symmetric_product(of(FP32, M, N)),
+    "dense-rounded": lambda b: b.product(
+        of(FP32, M, M), of(FP32, M, N), rounded=True, diagonal=-64
+    ),
+    "symmetric-float32-added": lambda b: b.symmetric_product(
+        of(FP32, M, M), of(FP32, M, M), addend=of(FP32, M, M), other=of(FP32, M, M)
+    ),
+    "symmetric-rounded": lambda b: b.symmetric_product(
+        of(FP32, M, M), of(FP32, M, M), addend=of(FP32, M, M), other=of(FP32, M, M), rounded=True
+    ),
     "symmetric-bfloat16": lambda b: b.symmetric_product(
         of(BF16, M, M), of(BF16, M, M), addend=of(BF16, M, M)
     ),

@@ -221,3 +221,98 @@ def test_product_with_an_addend_that_is_kept(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     assert_close(found, a, b, alpha=0.5, beta=-2.0, addend=addend)
     assert torch.equal(addend, before)
+
+
+def rounded_parts(x: Tensor, diagonal: int | None) -> tuple[Tensor, Tensor]:
+    """(what is rounded to float16, what is kept), float64."""
+    kept = torch.zeros_like(x)
+    if diagonal is not None:
+        kept.diagonal(-diagonal, -2, -1).copy_(x.diagonal(-diagonal, -2, -1))
+    return (x - kept).half().double(), kept.double()
+
+
+def assert_rounded(
+    found: Tensor,
+    a: Tensor,
+    b: Tensor,
+    diagonal: int | None,
+    added: Tensor | float = 0.0,
+    *,
+    alpha: float = 1.0,
+    symmetric: bool = False,
+) -> None:
+    """As `assert_close`, of the rounded factors and what the diagonals multiply: two terms more,
+    which with `added`, of up to three terms, take six roundings."""
+    left, left_kept = rounded_parts(a, diagonal)
+    right, right_kept = rounded_parts(b, 0 if symmetric and diagonal == 0 else None)
+    pairs = ((left, right), (left_kept, b.double()), (a.double() - left_kept, right_kept))
+    exact = alpha * sum(x @ y for x, y in pairs) + added
+    magnitude = abs(alpha) * sum(x.abs() @ y.abs() for x, y in pairs)
+    magnitude = magnitude + torch.as_tensor(added).abs()
+    allowed = (a.shape[-1] + 9) * 2.0**-24 * magnitude
+    assert found.shape == exact.shape
+    assert (found.double() - exact).abs().le(allowed).all()
+
+
+@pytest.mark.parametrize("diagonal", [None, 0, 3, -2])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 300, 7), (130, 40, 2), (65, 64, 129), (33, 65, 33)], ids=str
+)
+def test_rounded_product(shape: tuple[int, int, int], diagonal: int | None) -> None:
+    """Large diagonals, beside which float16 would lose the rest."""
+    m, depth, n = shape
+    a, b, start = torch.randn(2, m, depth), torch.randn(2, depth, n), torch.randn(2, m, n)
+    if diagonal is not None:
+        a.diagonal(-diagonal, 1, 2).add_(1001.0)
+    left, right = strided_like(a[0], KINDS[m % 5]), strided_like(b[0], KINDS[n % 5])
+    found = TRITON.product(left, right, rounded=True, diagonal=diagonal)
+    assert_rounded(found, a[0], b[0], diagonal)
+    factors = torch.tensor([0.5, -2.0])
+    out = TRITON.product(
+        a, b, out=start.clone(), alpha=factors, beta=2.0, rounded=True, diagonal=diagonal
+    )
+    for i in range(2):
+        assert_rounded(
+            out[i], a[i] * factors[i], b[i], diagonal, added=2.0 * start[i].double()
+        )  # (a power of two scales exactly)
+
+
+@pytest.mark.parametrize("m", [1, 17, 64, 130])
+def test_rounded_symmetric_product(m: int) -> None:
+    """Circulants commute, also after they were rounded."""
+    distance = (torch.arange(m).view(-1, 1) - torch.arange(m)).abs()
+    circulants = torch.randn(4, m)[:, torch.minimum(distance, m - distance)]
+    circulants.diagonal(dim1=1, dim2=2).add_(50.0)
+    a, b = circulants[:2], circulants[2:]
+    addend, other = torch.randn(2, 2, m, m)
+    addend, other = addend + addend.mT, other + other.mT
+    added = -0.7 * addend.double() + 0.1 * other.double() + 2.0 * torch.eye(m)
+    found = TRITON.symmetric_product(
+        a, b, addend=addend, alpha=0.3, beta=-0.7, other=other, gamma=0.1, identity=2.0,
+        rounded=True,
+    )  # fmt: skip
+    plain = TRITON.symmetric_product(strided_like(a[0], KINDS[m % 5]), b[0], rounded=True)
+    assert torch.equal(found, found.mT)
+    for i in range(2):
+        assert_rounded(found[i], a[i], b[i], 0, added[i], alpha=0.3, symmetric=True)
+    assert_rounded(plain, a[0], b[0], 0, symmetric=True)
+    x = torch.randn(m, 40)
+    assert_rounded(TRITON.symmetric_product(x, rounded=True), x, x.mT, None)
+
+
+def test_rounded_products_of_nothing() -> None:
+    assert TRITON.product(torch.empty(0, 3), torch.empty(3, 4), rounded=True).shape == (0, 4)
+    found = TRITON.product(torch.empty(3, 0), torch.empty(0, 4), rounded=True, diagonal=0)
+    assert torch.equal(found, torch.zeros(3, 4))
+    found = TRITON.symmetric_product(torch.empty(2, 3, 0), rounded=True)
+    assert torch.equal(found, torch.zeros(2, 3, 3))
+
+
+def test_rounded_products_of_what_is_not_finite() -> None:
+    a, b = torch.randn(40, 70), torch.randn(70, 33)
+    for place in ((3, 4), (5, 5)):
+        broken = a.clone()
+        broken[place] = float("inf")
+        out = TRITON.product(broken, b, rounded=True, diagonal=0)
+        assert out.isfinite().all(dim=1).logical_not().nonzero().tolist() == [[place[0]]]
+        assert not out[place[0]].isfinite().any()

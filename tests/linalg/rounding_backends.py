@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from device_reference import DeviceReference
 
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend
@@ -14,7 +15,13 @@ from lowbit_muon.backends.base import Backend
 class RoundingReference(Backend):
     """The reference, asked for what the kernels of a processor with bfloat16 are asked for."""
 
-    rounds = True
+    rounded_dtype = torch.bfloat16
+
+
+class RoundingDevice(DeviceReference):
+    """The same of a GPU's kernels."""
+
+    rounded_dtype = torch.float16
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
@@ -24,6 +31,6 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 
 
 def needs_bfloat16(backend: Backend) -> Backend:
-    if not backend.rounds:
+    if backend.rounded_dtype is None:
         pytest.skip("this processor has no products of bfloat16")
     return backend

@@ -73,7 +73,8 @@ def set_isa(name: str) -> None:
 
 
 def _note_level() -> None:
-    CpuBackend.rounds = bool(_extension().has_rounded_products())
+    multiplies = _extension().has_rounded_products()
+    CpuBackend.rounded_dtype = torch.bfloat16 if multiplies else None
 
 
 def take_most_workspace() -> int:
@@ -166,7 +167,7 @@ class CpuBackend(Backend):
             if p.identity:
                 out.diagonal(dim1=-2, dim2=-1).add_(p.identity)
             return out
-        if p.active is not None or not float32 or (p.rounded and not self.rounds):
+        if p.active is not None or not float32 or (p.rounded and self.rounded_dtype is None):
             return super()._multiply(p)
         if out is None:
             out = torch.empty(p.shape, dtype=torch.float32, device="cpu")
@@ -186,7 +187,7 @@ class CpuBackend(Backend):
                 out=_memory(target),
                 alpha=p.alpha,
                 beta=0.0 if addend is None else p.beta,
-                rounded=p.rounded,
+                rounded=p.rounded is not None,
                 threads=torch.get_num_threads(),
             )
             return out
@@ -212,7 +213,7 @@ class CpuBackend(Backend):
             alphas=0 if alphas is None else alphas.data_ptr(),
             alpha=p.alpha if alphas is None else 1.0,
             beta=0.0 if p.addend is None else p.beta,
-            rounded=p.rounded,
+            rounded=p.rounded is not None,
             a_diagonal=a_diagonal,
             b_diagonal=b_diagonal,
             threads=torch.get_num_threads(),

@@ -19,6 +19,7 @@ class DenseProducts(Backend):
     """`product` and `symmetric_product`."""
 
     product_dtypes = KERNEL_DTYPES
+    rounded_dtype = torch.float16
 
     def _multiply(self, p: Product) -> Tensor:
         """By the vendor's kernels where they can do it."""
@@ -31,7 +32,8 @@ class DenseProducts(Backend):
         if not out.numel():
             return out
         apart = p.addend is not None and p.addend is not out  # torch would copy it into `out` first
-        if p.symmetric or p.active is not None or out.dtype != a.dtype or apart:
+        vendors = not (p.symmetric or p.rounded or p.active is not None or apart)
+        if not vendors or out.dtype != a.dtype:
             _launch(a, b, out, alpha, p)
             return out
         vendor = torch.addmm if a.ndim == 2 else torch.baddbmm
@@ -51,6 +53,7 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
     active = p.active
     offered = target(a.device)
     launches = dense.FLOAT_LAUNCH if a.dtype == torch.float32 else dense.HALF_LAUNCH
+    launches = dense.ROUNDED_LAUNCH if p.rounded else launches
     options = launches[offered.group_products]
     if p.symmetric:
         tiles = triangle_programs(m, options["BLOCK_M"])
@@ -77,11 +80,14 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, alpha: float, p: Product) -> None
             float(p.beta),
             float(p.gamma),
             float(p.identity),
+            p.diagonal or 0,
             SYMMETRIC=p.symmetric,
             HAS_ADDEND=p.addend is not None,
             HAS_OTHER=p.other is not None,
             HAS_IDENTITY=p.identity != 0,
             HAS_ACTIVE=active is not None,
+            ROUNDED=p.rounded is not None,
+            HAS_DIAGONAL=p.diagonal is not None and depth > 0,
             PRECISION=offered.float_precision,
             enable_fp_fusion=True,  # Triton 3.9 warns of a default, which 3.10 turns round
             **options,

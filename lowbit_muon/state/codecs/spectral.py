@@ -52,27 +52,29 @@ class Spectral(Coded):
         """See `Codec.encode`.
 
         On devices x is taken in half precision, times sqrt(m n), which makes its entries about one.
-        Its rounding is a thousandth of 4-bit noise after the operator has enlarged it. On CPUs with
-        products of bfloat16 `dtype` other than float32 allows these.
+        Its rounding is a thousandth of 4-bit noise after the operator has enlarged it. `dtype`
+        other than float32 allows rounded products, where the backend has them.
         """
         backend = stored.backend
         assert isinstance(x, Dense)
         matrix = x.matrix
         shift, divisor = self.state_format.spectral_shift, self.divisor(stored, norm, scale)
         assert divisor is not None
-        unit, rounded = 1 / math.sqrt(self.m * self.n), False
+        unit = 1 / math.sqrt(self.m * self.n)
+        allowed = dtype != torch.float32 and backend.rounded_dtype is not None
+        allowed = allowed and self.m >= ROUNDED_ROWS
         if backend.asynchronous:
             half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
             matrix = backend.scaled(matrix, (divisor * unit).reciprocal().float(), out=half)
             gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
             backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
-            operator = iterate_root(gram, shift, backend, overwrite=True).to(dtype)
+            operator = iterate_root(gram, shift, backend, overwrite=True, rounded=allowed)
+            operator, rounded = operator.to(dtype), False  # both factors of Y are in half precision
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
-            rounded = dtype != torch.float32 and backend.rounds and self.m >= ROUNDED_ROWS
             # It moves singular values by up to 2^-9: little to the root, which is flat below
             # c^(3/2), if that is not smaller.
-            rounded = rounded and shift**1.5 > 2**-9
+            rounded = allowed and shift**1.5 > 2**-9
             gram = x.gram(rounded=rounded).div_(size).div_(size)
             operator = iterate_root(gram, shift, backend, overwrite=True, rounded=rounded)
             operator.div_(size)

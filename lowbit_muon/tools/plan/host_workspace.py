@@ -74,7 +74,8 @@ def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> tuple[
     kept = rank * (m + n)
     buffer = m * n if in_memory else 0
     phases = [buffer + kept + _operator_floats(m)]
-    if m >= ROUNDED_ROWS and n < 2 * m and get_backend("auto", torch.device("cpu")).rounds:
+    rounded = get_backend("auto", torch.device("cpu")).rounded_dtype is not None
+    if m >= ROUNDED_ROWS and n < 2 * m and rounded:
         # the standard form: X, the next X, X X^T and its polynomial
         phases.append(kept + 2 * m * n + 2 * m * m)
     if in_memory:

@@ -21,6 +21,44 @@ FLOAT_LAUNCH = {
     True: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     False: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4},
 }
+# float32 in memory, of which halves are made on the way to the units: twice the memory of halves,
+# so steps are half as long.
+ROUNDED_LAUNCH = {
+    True: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4},
+    False: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+}
+
+
+@triton.jit
+def column_halves(x):
+    """The first and the second half of the columns."""
+    halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def diagonal_terms(
+    a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, row, column, rows, columns, depth,
+    diagonal, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
+    """What the elements that are not rounded multiply, float32, of a tile of the product.
+
+    Indices are clamped rather than loads masked, which takes fewer registers.
+    """
+    met = row - diagonal  # the row of b
+    kept_ptr = a_ptr + row.to(tl.int64) * stride_am + met.to(tl.int64) * stride_ak
+    kept = tl.load(kept_ptr, mask=(row < rows) & (met >= 0) & (met < depth), other=0.0)
+    met = tl.minimum(tl.maximum(met, 0), depth - 1).to(tl.int64)
+    last_column = tl.minimum(column, columns - 1).to(tl.int64)
+    total = kept[:, None] * tl.load(
+        b_ptr + met[:, None] * stride_bk + last_column[None, :] * stride_bn
+    )
+    if SYMMETRIC:
+        kept = tl.load(b_ptr + last_column * (stride_bk + stride_bn))
+        last_row = tl.minimum(row, rows - 1).to(tl.int64)
+        left = tl.load(a_ptr + last_row[:, None] * stride_am + last_column[None, :] * stride_ak)
+        total += tl.where(row[:, None] == column[None, :], 0.0, left * kept[None, :])
+    return total
 
 
 @triton.jit
@@ -54,11 +92,14 @@ def product_kernel(
     beta,
     gamma,
     identity,
+    diagonal,
     SYMMETRIC: tl.constexpr,  # one triangle of tiles, mirrored
     HAS_ADDEND: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     HAS_IDENTITY: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
+    ROUNDED: tl.constexpr,  # float32 factors to float16
+    HAS_DIAGONAL: tl.constexpr,  # but for a's (k + diagonal, k), and a symmetric b's (k, k)
     PRECISION: tl.constexpr,  # of float32 factors, see tl.dot
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,30 +133,49 @@ def product_kernel(
     for first in range(0, depth, BLOCK_K):
         left = tl.load(left_ptr, mask=left_inside & (k[None, :] < depth - first), other=0.0)
         right = tl.load(right_ptr, mask=right_inside & (k[:, None] < depth - first), other=0.0)
+        if ROUNDED:
+            if HAS_DIAGONAL:
+                kept = row[:, None] == k[None, :] + first + diagonal
+                left = tl.where(kept, 0.0, left)
+                if SYMMETRIC:
+                    right = tl.where(column[None, :] == k[:, None] + first, 0.0, right)
+            left, right = left.to(tl.float16), right.to(tl.float16)
         total = tl.dot(left, right, total, input_precision=PRECISION)
         left_ptr += tl.cast(stride_ak, tl.int64) * BLOCK_K
         right_ptr += tl.cast(stride_bk, tl.int64) * BLOCK_K
-    value = alpha * total
-    mask = (row[:, None] < rows) & (column[None, :] < columns)
-    if SYMMETRIC:
-        mask &= row[:, None] >= column[None, :]
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    if HAS_ADDEND:
-        offset = row[:, None] * stride_cm + column[None, :] * stride_cn
-        addend = tl.load(addend_ptr + batch * stride_cb + offset, mask=mask, other=0.0)
-        value += beta * addend.to(tl.float32)
-    if HAS_OTHER:
-        offset = row[:, None] * stride_em + column[None, :] * stride_en
-        other = tl.load(other_ptr + batch * stride_eb + offset, mask=mask, other=0.0)
-        value += gamma * other.to(tl.float32)
-    if HAS_IDENTITY:
-        value += tl.where(row[:, None] == column[None, :], identity, 0.0)
-    result = value.to(out_ptr.dtype.element_ty)
-    matrix_ptr = out_ptr + batch * stride_ob
-    offset = row[:, None] * stride_om + column[None, :] * stride_on
-    tl.store(matrix_ptr + offset, result, mask=mask)
-    if SYMMETRIC:
-        # Each element is written once, so the result is symmetric to the last bit.
-        offset = column[:, None] * stride_om + row[None, :] * stride_on
-        below = (row[None, :] < rows) & (row[None, :] > column[:, None])
-        tl.store(matrix_ptr + offset, tl.trans(result), mask=below)
+    # In quarters: of whole tiles of all that is added, and its addresses, registers would spill.
+    left_half, right_half = column_halves(total)
+    quarters = column_halves(left_half) + column_halves(right_half)
+    for quarter in tl.static_range(4):
+        total = quarters[quarter]
+        column = tile_n * BLOCK_N + quarter * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        if HAS_DIAGONAL:
+            total += diagonal_terms(
+                a_ptr + batch * stride_ab, stride_am, stride_ak,
+                b_ptr + batch * stride_bb, stride_bk, stride_bn,
+                row, column, rows, columns, depth, diagonal, SYMMETRIC,
+            )  # fmt: skip
+        value = alpha * total
+        mask = (row[:, None] < rows) & (column[None, :] < columns)
+        if SYMMETRIC:
+            mask &= row[:, None] >= column[None, :]
+        row, column = row.to(tl.int64), column.to(tl.int64)
+        if HAS_ADDEND:
+            offset = row[:, None] * stride_cm + column[None, :] * stride_cn
+            addend = tl.load(addend_ptr + batch * stride_cb + offset, mask=mask, other=0.0)
+            value += beta * addend.to(tl.float32)
+        if HAS_OTHER:
+            offset = row[:, None] * stride_em + column[None, :] * stride_en
+            other = tl.load(other_ptr + batch * stride_eb + offset, mask=mask, other=0.0)
+            value += gamma * other.to(tl.float32)
+        if HAS_IDENTITY:
+            value += tl.where(row[:, None] == column[None, :], identity, 0.0)
+        result = value.to(out_ptr.dtype.element_ty)
+        matrix_ptr = out_ptr + batch * stride_ob
+        offset = row[:, None] * stride_om + column[None, :] * stride_on
+        tl.store(matrix_ptr + offset, result, mask=mask)
+        if SYMMETRIC:
+            # Each element is written once, so the result is symmetric to the last bit.
+            offset = column[:, None] * stride_om + row[None, :] * stride_on
+            below = (row[None, :] < rows) & (row[None, :] > column[:, None])
+            tl.store(matrix_ptr + offset, tl.trans(result), mask=below)
