@@ -111,6 +111,7 @@ def test_gaps_are_paired_by_seed() -> None:
     }
     baseline, ours = report.rows(runs, "gpt")
     assert ours.gaps == pytest.approx({0: 0.1, 1: 0.3})
+    assert ours.gap_error == pytest.approx(0.1)
     assert ours.unit == baseline.spread == pytest.approx(0.2 / math.sqrt(2))
     assert report.cells(ours)[1:] == ["+0.2000", "+1.4"]
     assert report.cells(baseline)[1:] == ["", ""]
