@@ -89,6 +89,12 @@ bench: venv
 		--methods 'spectral4, c = 0.01;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)
 	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_shifts.json \
 		--methods 'spectral4, c = 0.01;spectral4, c = 0.1' --seeds 6 $(ARGS)
+	# The wider model has its rate chosen among four, and fewer seeds.
+	$(BIN)/python -m bench.training --models modern --json $(RESULTS)/training_modern.json --steps 400 \
+		--methods 'fp32;spectral4;spectral4, c = 0.06;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)
+	$(BIN)/python -m bench.training --models modern --json $(RESULTS)/training_modern.json --steps 300 \
+		--width 512 --layers 2 --evaluations 2 --rates '2.5e-3;5e-3;1e-2;2e-2' --seeds 2 \
+		--methods 'fp32;spectral4;spectral4, c = 0.1' $(ARGS)
 	$(BIN)/python -m bench.predictors bench/data/gpt64.safetensors build/gpt128.safetensors \
 		build/gpt256.safetensors --json $(RESULTS)/predictors.json
 	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.svg

@@ -19,8 +19,8 @@ from bench.gpu.roofline import markdown as paper
 from bench.predictors import agreement
 from bench.scaling.report import is_exact
 from bench.step import FULL
-from bench.training.methods import METHODS
-from bench.training.report import bits_of, cells
+from bench.training.methods import BASELINE, METHODS, SHIFTS, shifted
+from bench.training.report import Row, bits_of, cells, label
 from bench.training.report import rows as training_rows
 from bench.versions import TESTS
 from lowbit_muon.tools.benchmark.report import significant
@@ -36,6 +36,7 @@ FILES = (
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices
 WIDTHS = (64, 128, 256)  # of the recorded GPTs
+SHIFT_RUNS = ("training", "training_shifts", "training_modern")
 _BLOCK = re.compile(r"(<!-- report: (\w+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
 
 
@@ -315,6 +316,38 @@ def training() -> str:
     return f"{table(('', 'bits', *headings), lines)}\nLearning rates: {rates}; {seeds}.\n"
 
 
+def training_shifts() -> str:
+    """What each spectral shift loses against full precision, by model, and what was trained."""
+    runs = {name: run for file in SHIFT_RUNS for name, run in results(file).items()}
+    # A rate that `fp32` alone has been trained at has no differences to show.
+    compared = {(label(run), run["lr"]) for run in runs.values() if run["method"] != BASELINE}
+    runs = {name: run for name, run in runs.items() if (label(run), run["lr"]) in compared}
+    models = {
+        model: {row.method: row for row in training_rows(runs, model)}
+        for model in dict.fromkeys(label(run) for run in runs.values())
+        if model != "llama"
+    }
+    lines, notes = [], []
+    for name, shifts in SHIFTS.items():
+        for shift in shifts:
+            found = [rows.get(shifted(name, shift).name) for rows in models.values()]
+            if any(found):
+                lines.append(
+                    [f"`{name}`, {shift:g}", *("" if row is None else gap(row) for row in found)]
+                )
+    for model, rows in models.items():
+        steps = next(run["steps"] for run in runs.values() if label(run) == model)
+        row = rows[BASELINE]
+        notes.append(f"{model} {row.loss:.4f} after {steps} steps at lr {row.lr:g}")
+    return f"{table(('', *models), lines)}\n`{BASELINE}`: {'; '.join(notes)}.\n"
+
+
+def gap(row: Row) -> str:
+    """Mean difference to the baseline, its standard error and the seeds that both have."""
+    error = "" if row.gap_error is None else f" ± {row.gap_error:.4f}"
+    return "" if row.gap is None else f"{row.gap:+.4f}{error} ({len(row.gaps)})"
+
+
 def memory_limits() -> str:
     """Which fine-tunes complete under which limit of the address space."""
     rows = results("memory_limits")["rows"]
@@ -442,6 +475,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "predictor_values": predictor_values,
     "step": step,
     "training": training,
+    "training_shifts": training_shifts,
     "memory_limits": memory_limits,
     "machine": machine,
     "codec": codec,

@@ -2,11 +2,12 @@
 
     python -m bench.training [--quick] [--json FILE] [--plot FILE]
 
-A byte-level GPT and a byte-level Llama (`models`) on the King James Bible and Python's standard
-library (`text`). The learning rate is tuned with seed 0 for fp32 Muon, for AdamW and for MuonQ's
-own update rule, over a grid; every other format trains at fp32's rate, as a replacement has to. All
-methods of one seed share weights and order of the data. Runs go to the JSON file as they end, so
-that an interrupted benchmark goes on where it stopped, and --plot draws what is there.
+A byte-level GPT, one of modern kind and a byte-level Llama (`models`), 128 wide or as wide as
+--width says, on the King James Bible and Python's standard library (`text`). The learning rate is
+tuned with seed 0 for fp32 Muon, for AdamW and for MuonQ's own update rule, over a grid; every other
+format trains at fp32's rate, as a replacement has to. All methods of one seed share weights and
+order of the data. Runs go to the JSON file as they end, so that an interrupted benchmark goes on
+where it stopped, and --plot draws what is there.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from rich.progress import Progress
 
 from bench.harness import write_json
 from bench.training.methods import BASELINE, DEFAULT_METHODS, GRIDS, METHODS
+from bench.training.models import LAYERS, MODELS, WIDTH, model_label
 from bench.training.report import best_rates, final_loss, plot, table
 from bench.training.run import Plan, train
 
-MODELS = ("gpt", "llama")
+DEFAULT_MODELS = ("gpt", "llama")
 QUICK_METHODS = (BASELINE, "spectral4")
 Runs = dict[str, dict[str, Any]]
 
@@ -49,25 +51,39 @@ def main(arguments: list[str] | None = None) -> None:
 
     def plan(model: str, method: str, lr: float, seed: int) -> Plan:
         return Plan(
-            model, method, lr, seed, options.steps, options.held_out_bytes, options.evaluations
+            model,
+            method,
+            lr,
+            seed,
+            options.steps,
+            options.held_out_bytes,
+            options.evaluations,
+            options.width,
+            options.layers,
         )
 
+    labels = {m: model_label(m, options.width, options.layers) for m in options.models}
     tuned = {METHODS[name].tuned_as for name in options.methods}
     if not options.quick:
-        grid = [plan(m, t, lr, 0) for m in options.models for t in sorted(tuned) for lr in GRIDS[t]]
+        grid = [
+            plan(m, t, lr, 0)
+            for m in options.models
+            for t in sorted(tuned)
+            for lr in options.rates or GRIDS[t]
+        ]
         carry_out("learning rates", grid, runs, options.jobs, finished, console)
     rates = best_rates(runs)
     middle = {name: grid[len(grid) // 2] for name, grid in GRIDS.items()}
     seeds = [
-        plan(m, name, rates.get((m, as_), middle[as_]), seed)
+        plan(m, name, rates.get((labels[m], as_), middle[as_]), seed)
         for seed in range(options.seeds)
         for m in options.models
         for name in options.methods
         for as_ in [METHODS[name].tuned_as]
     ]
     carry_out("seeds", seeds, runs, options.jobs, finished, console)
-    for model in options.models:
-        console.print(table(runs, model))
+    for label in labels.values():
+        console.print(table(runs, label))
     if options.plot:
         plot(options.plot, runs)
 
@@ -76,8 +92,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; --quick is 60 steps of two methods, one seed, no tuning."""
     parser = argparse.ArgumentParser(description="held-out loss of each way to store the momentum")
     parser.add_argument("--quick", action="store_true", help="two methods, 60 steps, under 60 s")
-    parser.add_argument("--models", type=names(MODELS), default=MODELS)
+    parser.add_argument("--models", type=names(MODELS), default=DEFAULT_MODELS)
     parser.add_argument("--methods", type=names(METHODS), default=DEFAULT_METHODS)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--rates", type=numbers, help="to choose from, instead of the usual ones")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--held-out-bytes", type=int, default=65536)
@@ -105,6 +124,11 @@ def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
         return given
 
     return read
+
+
+def numbers(value: str) -> tuple[float, ...]:
+    """A list of numbers, separated by semicolons as names are."""
+    return tuple(float(number) for number in value.split(";"))
 
 
 def carry_out(

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.training.methods import BASELINE, GRIDS, METHODS, bits
+from bench.training.models import model_label
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -42,23 +43,30 @@ class Row:
         """Mean of the gaps."""
         return statistics.fmean(self.gaps.values()) if self.gaps else None
 
+    @property
+    def gap_error(self) -> float | None:
+        """Standard error of the mean of the gaps."""
+        spread = standard_deviation(self.gaps)
+        return None if spread is None else spread / len(self.gaps) ** 0.5
+
 
 def final_loss(run: Mapping[str, Any]) -> float:
     """Held-out loss at the end."""
     return float(run["curve"][-1][1])
 
 
+def label(run: Mapping[str, Any]) -> str:
+    """The run's model, with its size where that is not the usual one."""
+    return model_label(run["model"], run["width"], run["layers"])
+
+
 def best_rates(runs: Runs) -> dict[tuple[str, str], float]:
-    """(model, method) -> the rate with the lowest loss of seed 0, where the grid is complete."""
+    """(model, method) -> the rate with the lowest loss of seed 0, of methods that are tuned."""
     found: dict[tuple[str, str], dict[float, float]] = {}
     for run in runs.values():
-        if run["seed"] == 0 and run["lr"] in GRIDS.get(run["method"], ()):
-            found.setdefault((run["model"], run["method"]), {})[run["lr"]] = final_loss(run)
-    return {
-        key: min(losses, key=losses.__getitem__)
-        for key, losses in found.items()
-        if len(losses) == len(GRIDS[key[1]])
-    }
+        if run["seed"] == 0 and run["method"] in GRIDS:
+            found.setdefault((label(run), run["method"]), {})[run["lr"]] = final_loss(run)
+    return {key: min(losses, key=losses.__getitem__) for key, losses in found.items()}
 
 
 def rows(runs: Runs, model: str) -> list[Row]:
@@ -68,7 +76,7 @@ def rows(runs: Runs, model: str) -> list[Row]:
     for name, method in METHODS.items():
         rate = rates.get((model, method.tuned_as))
         for run in runs.values():
-            same = (run["model"], run["method"]) == (model, name)
+            same = (label(run), run["method"]) == (model, name)
             if same and (rate is None or run["lr"] == rate):
                 chosen.setdefault(name, {})[run["seed"]] = run
     losses = {
@@ -159,7 +167,7 @@ def plot(path: Path, runs: Runs) -> None:
     """
     from matplotlib.figure import Figure
 
-    models = list(dict.fromkeys(run["model"] for run in runs.values()))
+    models = list(dict.fromkeys(label(run) for run in runs.values()))
     figure = Figure(figsize=(5.5 * len(models), 7), layout="constrained")
     panels = figure.subplots(2, len(models), squeeze=False, sharex="col")
     for column, model in enumerate(models):

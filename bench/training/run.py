@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.training.methods import AUX_LR, METHODS, make_optimizer
-from bench.training.models import CONTEXT, GPT, make_model
+from bench.training.models import CONTEXT, GPT, make_model, model_label
 from bench.training.text import corpus
 from lowbit_muon import MuonWithAuxAdam
 from lowbit_muon.tools.finetune.llama import Llama
@@ -32,11 +32,14 @@ class Plan:
     steps: int
     held_out_bytes: int
     evaluations: int
+    width: int
+    layers: int
 
     @property
     def key(self) -> str:
         """Unique among the runs of a results file."""
-        return f"{self.model} {self.method} lr {self.lr:g} seed {self.seed}"
+        model = model_label(self.model, self.width, self.layers)
+        return f"{model} {self.method} lr {self.lr:g} seed {self.seed}"
 
 
 def train(plan: Plan) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def train(plan: Plan) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     text, digest = corpus(plan.held_out_bytes, CONTEXT)
-    model = make_model(plan.model, plan.seed)
+    model = make_model(plan.model, plan.seed, plan.width, plan.layers)
     optimizer = make_optimizer(model, METHODS[plan.method], plan.lr, plan.seed)
     points = {round((i + 1) * plan.steps / plan.evaluations) for i in range(plan.evaluations)}
     curve: list[list[float]] = []
