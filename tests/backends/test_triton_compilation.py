@@ -159,6 +159,9 @@ ELEMENTWISE: dict[str, Callable[[TritonBackend], object]] = {
     "weight-stochastic": weight_update(of(BF16, M, N), of(BF16, M, N), True),
     "limbs": lambda b: b.code_product(of(FP32, M, M), coded("spectral4")),
     "levels-3": lambda b: b.code_gram(coded("spectral3", 100)),
+    "combined": lambda b: b.combined(
+        [[1.0, 0.5, 0.25, -0.5, 2.0]] * 2, [of(FP32, M, M) for _ in range(5)]
+    ),
 }
 PRODUCTS: dict[str, Callable[[TritonBackend], object]] = {
     "gram-4": lambda b: b.code_gram(coded("spectral4")),
@@ -171,6 +174,9 @@ PRODUCTS: dict[str, Callable[[TritonBackend], object]] = {
     "product-tail": lambda b: b.code_product(of(FP32, M, M), coded("spectral4", 100)),
     "dense-float32": lambda b: b.product(of(FP32, 2, M, M), of(FP32, 2, M, N), active=ACTIVE),
     "dense-bfloat16": lambda b: b.product(of(BF16, 2, M, M), of(BF16, 2, M, N), active=ACTIVE),
+    "dense-bfloat16-added": lambda b: b.product(
+        of(BF16, M, M), of(BF16, M, N), addend=of(BF16, M, N), beta=0.5
+    ),
     "symmetric-float32": lambda b: b.symmetric_product(of(FP32, M, N)),
     "dense-rounded": lambda b: b.product(
         of(FP32, M, M), of(FP32, M, N), rounded=True, diagonal=-64
