@@ -297,6 +297,21 @@ def check_weights(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     return count
 
 
+def check_sums(backend: Backend, device: torch.device, sizes: Sizes) -> int:
+    """`combined`: two sums of five matrices. Torch may fuse a product with its sum."""
+    count = 0
+    numbers = [[1.0, 0.5, -0.3, 2.0, 0.1], [1.0, -1.5, 0.7, 0.2, -0.9]]
+    for m, n in sizes.matrices:
+        terms = [normal((m, n), seed=seed) for seed in range(5)]
+        found = backend.combined(numbers, [term.to(device) for term in terms])
+        for row, ours, theirs in zip(
+            numbers, found, REFERENCE.combined(numbers, terms), strict=True
+        ):
+            size = sum(abs(c) * x.double().abs() for c, x in zip(row, terms, strict=True))
+            count += near(f"combined {m}x{n}", ours, theirs, 10 * 2.0**-24 * size)
+    return count
+
+
 def check_steps(backend: Backend, device: torch.device, sizes: Sizes) -> int:
     """Three optimizer steps of every format against the CPU's own step, in float32 and float16."""
     shapes = [shape for shape in sizes.matrices if shape[0] * shape[1] < 2**20]
@@ -363,6 +378,7 @@ CHECKS = (
     Check("code products", check_code_products),
     Check("dense products", check_dense_products),
     Check("weights", check_weights),
+    Check("sums of matrices", check_sums),
     Check("optimizer steps", check_steps),
     Check("host offload", check_offload),
 )
