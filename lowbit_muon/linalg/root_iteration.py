@@ -28,7 +28,8 @@ On CPUs with products of bfloat16, and on GPUs with those of float16, the later 
 (`RootCoefficients.exact_stages`), with the diagonals, where the multiples of I are, kept in
 float32. In closed loop (`bench.fidelity`'s recordings of a GPT 256 wide) the error with bfloat16
 then is 0.996 and 1.004 times that of float32 at c = 0.03, and 1.025 and 1.07 times with one exact
-stage less; with float16 0.997 and 1.003 times, and 1.002 times at c = 0.1. Newton-Schulz on GPUs
+stage less; with float16 0.997 and 1.003 times, and 1.002 times at c = 0.1;
+tests/linalg/test_rounded_root.py holds other sequences to 1.03. Newton-Schulz on GPUs
 has a guard (`linalg.newton_schulz`); here none is needed: of equal rows, and of one to four
 singular values, where rounding errors agree, the largest eigenvalue of c C is within 0.2% of what
 it is in float32.
