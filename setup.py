@@ -160,6 +160,7 @@ if __name__ == "__main__":  # bench/chains.py reads the flags
                         "bindings.cpp",
                         "codec.cpp",
                         "integer_product.cpp",
+                        "inverse.cpp",
                         "isa.cpp",
                         "narrow_product.cpp",
                         "product.cpp",

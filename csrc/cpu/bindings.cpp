@@ -35,6 +35,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("symmetric_product", &lowbit::symmetric_product, release_gil(), py::kw_only(),
           arg("batch"), arg("size"), arg("depth"), arg("a"), arg("b"), arg("addend"), arg("out"),
           arg("alpha"), arg("beta"), arg("rounded") = false, arg("threads"));
+    m.def("add_inverses", &lowbit::add_inverses, release_gil(), py::kw_only(), arg("batch"),
+          arg("size"), arg("x"), arg("count"), arg("shifts"), arg("weights"), arg("out"),
+          arg("threads"));
     m.def("code_gram", &lowbit::code_gram, release_gil(), py::kw_only(), arg("batch"), arg("rows"),
           arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
           arg("scales"), arg("block_size"), arg("out"), arg("threads"));

@@ -45,6 +45,16 @@ void symmetric_product(size_t batch, size_t size, size_t depth,
                        bool rounded,  // with b given and depth = size both diagonals are kept
                        int threads);
 
+// out <- out + sum of weights[i] * (x + shifts[i] I)^-1, where all of these are symmetric positive
+// definite.
+void add_inverses(size_t batch, size_t size,
+                     const Matrices& x,  // [batch, size, size], rows contiguous
+                     size_t count,
+                     uintptr_t shifts,     // float32 [count]
+                     uintptr_t weights,    // float32 [count]
+                     const Matrices& out,  // [batch, size, size], rows contiguous; not x
+                     int threads);
+
 // out <- X X^T of X = levels[code] * scale of its block of columns, summed in exact integers.
 void code_gram(size_t batch, size_t rows, size_t columns, int bits,
                uintptr_t levels,  // int8 [256]

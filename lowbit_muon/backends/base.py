@@ -33,10 +33,6 @@ from lowbit_muon.backends.reference import Kernels, row_squares
 from lowbit_muon.backends.tensors import FLOAT_DTYPES
 from lowbit_muon.formats.codebook import Codebook, CodeLayout
 
-# Of a sum of matrices, and such sums, that a kernel takes at once: a root iteration's
-# (`linalg.root_iteration`).
-MOST_TERMS, MOST_SUMS = 5, 2
-
 
 class Backend(Kernels):
     """The kernels, in torch operations.
@@ -45,7 +41,7 @@ class Backend(Kernels):
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
     in their dense products of a step. product_dtypes: of its dense products. rounded_dtype: what
     its products with `rounded` round to, None where that is no faster; they then round to bfloat16.
-    combines: whether it has a kernel for sums of matrices. checks: of tensors on its devices.
+    checks: of tensors on its devices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -55,8 +51,6 @@ class Backend(Kernels):
     asynchronous: ClassVar[bool] = False
     product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     checks: Checks = Checks()
-    combines: ClassVar[bool] = False
-
     rounded_dtype: torch.dtype | None = None
 
     def quantize(
@@ -299,22 +293,33 @@ class Backend(Kernels):
                 )
         if len(results) != len(coefficients):
             raise ValueError(f"out: expected {len(coefficients)} tensors, got {len(results)}")
-        if (
-            self.combines
-            and first.dtype == torch.float32
-            and first.numel()
-            and (len(terms) <= MOST_TERMS and len(results) <= MOST_SUMS)
-        ):
-            self._combined(coefficients, [term.contiguous() for term in terms], results)
-            return results
-        for row, result in zip(coefficients, results, strict=True):
-            if len(row) == 1:
-                result.copy_(first)
-                continue
-            torch.add(first, terms[1], alpha=row[1], out=result)
-            for number, term in zip(row[2:], terms[2:], strict=True):
-                result.add_(term, alpha=number)
+        if first.numel():
+            self._combined(coefficients, terms, results)
         return results
+
+    def partial_fractions(
+        self,
+        x: Tensor,  # float32 or float64 [.., m, m], any strides
+        constant: float,
+        linear: float,
+        poles: Sequence[float],
+        weights: Sequence[float],
+    ) -> Tensor:
+        """constant * I + linear * x + the sum of weights[i] * (x + poles[i] I)^-1, contiguous.
+
+        x must be exactly symmetric, all x + poles[i] I positive definite. Fractions are added in
+        the order given; what is returned is exactly symmetric.
+        """
+        shape = self.checks.tensor(x, "x", None, (torch.float32, torch.float64))
+        if shape[-1] != shape[-2]:
+            raise ValueError(f"x: expected square matrices, got shape {tuple(shape)}")
+        if len(poles) != len(weights):
+            raise ValueError(f"weights: expected {len(poles)} numbers, got {len(weights)}")
+        out = torch.mul(x, linear).contiguous()
+        out.diagonal(dim1=-2, dim2=-1).add_(constant)
+        if x.numel() and poles:
+            self._add_inverses(x, poles, weights, out)
+        return out
 
     def code_gram(self, codes: PackedCodes) -> Tensor:
         """X X^T, float32 [.., m, m], of X = levels[code] * scale, summed in exact integers.

@@ -327,8 +327,24 @@ class Kernels:
         terms: Sequence[Tensor],
         out: Sequence[Tensor],
     ) -> None:
-        """Of contiguous tensors, where a backend `combines`."""
-        raise NotImplementedError
+        for row, result in zip(coefficients, out, strict=True):
+            if len(row) == 1:
+                result.copy_(terms[0])
+                continue
+            torch.add(terms[0], terms[1], alpha=row[1], out=result)
+            for number, term in zip(row[2:], terms[2:], strict=True):
+                result.add_(term, alpha=number)
+
+    def _add_inverses(
+        self, x: Tensor, poles: Sequence[float], weights: Sequence[float], out: Tensor
+    ) -> None:
+        """out <- out + the fractions; out is contiguous."""
+        for pole, weight in zip(poles, weights, strict=True):
+            shifted = x.clone()
+            shifted.diagonal(dim1=-2, dim2=-1).add_(pole)
+            factor, _ = torch.linalg.cholesky_ex(shifted)
+            inverse = torch.cholesky_inverse(factor)
+            out.add_(inverse.tril() + inverse.tril(-1).mT, alpha=weight)
 
     def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
         out.copy_(code_gram(codes))

@@ -7,8 +7,8 @@ proportional to each direction's own size. Decoding is a polynomial in the store
 
     M = (Y Y^T + c I) Y,
 
-two products of codes; `root_iteration` has the encoder. Both need only the Gram matrix of the short
-side.
+two products of codes. The encoder's root is a sum of inverses on hosts (`root_fractions`) and a
+chain of products on devices (`root_iteration`). All need only the Gram matrix of the short side.
 """
 
 from __future__ import annotations
@@ -17,6 +17,21 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
+from lowbit_muon.linalg.root_fractions import root_fractions
+from lowbit_muon.linalg.root_iteration import iterate_root
+
+
+def encoding_operator(
+    gram: Tensor, shift: float, backend: Backend, *, rounded: bool = False
+) -> Tensor:
+    """C [b, m, m] with Y = C M, from M M^T [b, m, m] of M scaled to norm one.
+
+    The Gram matrix may be overwritten. rounded: see `iterate_root`.
+    """
+    f = None if backend.asynchronous else root_fractions(shift)
+    if f is None:
+        return iterate_root(gram, shift, backend, overwrite=True, rounded=rounded)
+    return backend.partial_fractions(gram, f.constant, f.linear, f.poles, f.weights)
 
 
 def decoding_operator(
@@ -26,23 +41,17 @@ def decoding_operator(
 
     A is a multiple of Y Y^T + c I. Noise of decoding would change the norm a little in every step,
     and that adds up, so the norm is given, float64 [b]; what it would be without is a trace:
-    ||A Y||_F^2 = <A Y Y^T, A>. noise: see `unbiased_shift`, float64 [b].
+    ||A Y||_F^2 = <A Y Y^T, A>.
+
+    noise: squared Frobenius norm of the error E that Y [m, n] was quantised with, float64 [b].
+    White E of variance v an entry adds (m + n) v Y to the expectation of the cubic (E E^T ~ n v I,
+    E^T E ~ m v I), as if the shift were larger; left in, it would amplify the small directions in
+    every step, so c is shift - noise * (1/m + 1/n).
     """
     operator = gram.clone()
-    unbiased = unbiased_shift(shift, noise, gram.shape[-1], columns)
+    unbiased = shift - noise * (1 / gram.shape[-1] + 1 / columns)
     operator.diagonal(dim1=1, dim2=2).add_(unbiased.float().unsqueeze(1))
     squares = backend.symmetric_product(operator, gram).mul_(operator)
     decoded = squares.sum(dim=(1, 2), dtype=norm.dtype)
     gain = torch.where(decoded > 0, norm * decoded.rsqrt(), 0.0)
     return operator.mul_(gain.float().view(-1, 1, 1))
-
-
-def unbiased_shift(shift: float, noise: Tensor, m: int, n: int) -> Tensor:
-    """The c to decode with: shift - noise * (1/m + 1/n), minus the bias that noise adds to c.
-
-    noise: squared Frobenius norm of the error E that Y [m, n] was quantised with. White E of
-    variance v an entry adds (m + n) v Y to the expectation of the cubic (E E^T ~ n v I,
-    E^T E ~ m v I), as if the shift were larger; left in, it would amplify the small directions in
-    every step.
-    """
-    return shift - noise * (1 / m + 1 / n)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_device_step import FLIPPED, on_device
+from test_device_step import FLIPPED, by_products, on_device
 from torch import Tensor, nn
 
 from lowbit_muon import (
@@ -283,6 +283,7 @@ def test_a_damaged_choice_is_an_error_and_changes_nothing() -> None:
     assert names(optimizer) == ["spectral4"]
 
 
+@pytest.mark.usefixtures(by_products.__name__)
 def test_on_a_device_the_choice_is_the_same(
     on_device: Callable[[], None],
 ) -> None:

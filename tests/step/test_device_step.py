@@ -22,6 +22,7 @@ from lowbit_muon import (
     StateFormat,
 )
 from lowbit_muon.backends.base import Backend
+from lowbit_muon.linalg import spectral
 from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.state.stored import ROLES
 from lowbit_muon.step import batches
@@ -55,6 +56,12 @@ def step_on(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Switches optimizers to a device."""
     return functools.partial(step_on, DeviceReference(), monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def by_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder's root as on devices, for hosts too: another program moves codes of its own."""
+    monkeypatch.setattr(spectral, "root_fractions", lambda _: None)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -187,6 +187,9 @@ struct NarrowArgs {
 };
 constexpr int kNarrowScratch = 4;
 
+// Larger inverses are made of products.
+constexpr size_t kSmallInverse = 64;
+
 // sums (+)= strips of rows times strips of columns.
 struct MultiplyArgs {
     WordType type;
@@ -238,6 +241,10 @@ struct ProductKernels {
                        const float* factors, size_t count);
     // the part below the diagonal of rows [begin, end), from that above it
     void (*mirror)(float* matrix, size_t stride, size_t begin, size_t end);
+    // x [size, size] <- L^-1 of x = L L^T, zeros above the diagonal; size <= kSmallInverse
+    void (*factor_small)(float* x, size_t stride, size_t size);
+    // x <- x^T x of a lower triangle
+    void (*square_small)(float* x, size_t stride, size_t size);
 };
 
 }  // namespace lowbit

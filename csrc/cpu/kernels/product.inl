@@ -509,6 +509,7 @@ void mirror(float* matrix, size_t stride, size_t begin, size_t end) {
     }
 }
 
+#include "inverse.inl"
 #include "narrow.inl"
 
 }  // namespace
@@ -533,7 +534,9 @@ const ProductKernels product_kernels = {kCodeType,
                                         scale_sums,
                                         join_limbs,
                                         add_scaled,
-                                        mirror};
+                                        mirror,
+                                        factor_small,
+                                        square_small};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

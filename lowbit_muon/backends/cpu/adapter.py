@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -219,6 +220,25 @@ class CpuBackend(Backend):
             threads=torch.get_num_threads(),
         )
         return out if target.data_ptr() == out.data_ptr() else out.copy_(target)
+
+    def _add_inverses(
+        self, x: Tensor, poles: Sequence[float], weights: Sequence[float], out: Tensor
+    ) -> None:
+        if x.dtype != torch.float32:
+            super()._add_inverses(x, poles, weights, out)
+            return
+        rows = x if has_plain_rows(x) else x.contiguous()
+        numbers = torch.tensor([poles, weights], dtype=torch.float32, device="cpu")
+        self._extension.add_inverses(
+            batch=x.shape[0] if x.ndim == 3 else 1,
+            size=x.shape[-1],
+            x=_memory(rows),
+            count=len(poles),
+            shifts=numbers[0].data_ptr(),
+            weights=numbers[1].data_ptr(),
+            out=_memory(out),
+            threads=torch.get_num_threads(),
+        )
 
     def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:
         self._extension.code_gram(

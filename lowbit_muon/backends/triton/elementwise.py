@@ -10,18 +10,20 @@ import torch
 import triton
 from torch import Tensor
 
-from lowbit_muon.backends.base import MOST_TERMS, Backend
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.reference import rotation_tensors
 from lowbit_muon.backends.triton.device import on_device, tables
 from lowbit_muon.backends.triton.kernels import rotation, rows, weights
 from lowbit_muon.formats.codebook import CodeLayout
 
+# Of a sum of matrices, and such sums, that the kernel takes at once: a root iteration's
+# (`linalg.root_iteration`).
+MOST_TERMS, MOST_SUMS = 5, 2
+
 
 class Elementwise(Backend):
     """All but the products; results are the reference's bits, but for sums of matrices."""
-
-    combines = True
 
     def _quantize(self, x: Tensor, codes: PackedCodes, statistic: str) -> None:
         _update(Terms(grad=x), codes, statistic)
@@ -120,6 +122,10 @@ class Elementwise(Backend):
         terms: Sequence[Tensor],
         out: Sequence[Tensor],
     ) -> None:
+        if terms[0].dtype != torch.float32 or len(terms) > MOST_TERMS or len(out) > MOST_SUMS:
+            super()._combined(coefficients, terms, out)
+            return
+        terms = [term.contiguous() for term in terms]
         padding = [terms[0]] * (MOST_TERMS - len(terms))
         numbers = [
             float(number)

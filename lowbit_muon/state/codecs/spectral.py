@@ -13,8 +13,7 @@ from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS
-from lowbit_muon.linalg.root_iteration import iterate_root
-from lowbit_muon.linalg.spectral import decoding_operator
+from lowbit_muon.linalg.spectral import decoding_operator, encoding_operator
 from lowbit_muon.state.codec import Decoder, Stored
 from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.operands import Dense, Panels, row_slices
@@ -61,23 +60,22 @@ class Spectral(Coded):
         shift, divisor = self.state_format.spectral_shift, self.divisor(stored, norm, scale)
         assert divisor is not None
         unit = 1 / math.sqrt(self.m * self.n)
-        allowed = dtype != torch.float32 and backend.rounded_dtype is not None
-        allowed = allowed and self.m >= ROUNDED_ROWS
+        rounded = dtype != torch.float32 and backend.rounded_dtype is not None
+        rounded = rounded and self.m >= ROUNDED_ROWS
         if backend.asynchronous:
             half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
             matrix = backend.scaled(matrix, (divisor * unit).reciprocal().float(), out=half)
             gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
             backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
-            operator = iterate_root(gram, shift, backend, overwrite=True, rounded=allowed)
-            operator, rounded = operator.to(dtype), False  # both factors of Y are in half precision
+            operator = encoding_operator(gram, shift, backend, rounded=rounded).to(dtype)
+            rounded = False  # both factors of Y are in half precision
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
             # It moves singular values by up to 2^-9: little to the root, which is flat below
             # c^(3/2), if that is not smaller.
-            rounded = allowed and shift**1.5 > 2**-9
+            rounded = rounded and shift**1.5 > 2**-9
             gram = x.gram(rounded=rounded).div_(size).div_(size)
-            operator = iterate_root(gram, shift, backend, overwrite=True, rounded=rounded)
-            operator.div_(size)
+            operator = encoding_operator(gram, shift, backend).div_(size)
 
         def companded() -> Iterator[tuple[slice, Tensor]]:
             slices = row_slices(matrix.shape, backend)

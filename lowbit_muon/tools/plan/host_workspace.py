@@ -22,6 +22,7 @@ from lowbit_muon.backends import get_backend
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS, gram_operator
+from lowbit_muon.linalg.root_fractions import root_fractions
 from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.state.operands import SCRATCH_FLOATS
 from lowbit_muon.step.batches import HOST_ELEMENTS
@@ -31,6 +32,9 @@ FLOAT_BYTES = 4
 # Of csrc/cpu: rows of a strip, steps and rows of a streamed block, words packed at once
 # (kStrip, kFloatSteps, kStreamBlock, kPackedWords).
 _STRIP, _STREAM, _PACKED_WORDS = 16, 192, 2**20
+# Rows of the largest matrices that are inverted side by side, and of those without spare memory
+# (kSideBySide, kSmallInverse).
+_SIDE_BY_SIDE, _SMALL_INVERSE = 1024, 64
 # lowbit_muon/state/operands.py: rows that panels of a Gram matrix have at least.
 _FEWEST_ROWS = 64
 # Coefficients and steps of torch.optim.Muon, our default.
@@ -130,9 +134,26 @@ def _operator_floats(m: int) -> int:
     return _traced_floats(m, lambda gram: gram_operator(gram, _COEFFICIENTS, SizingBackend()))
 
 
-@functools.cache
 def _root_floats(m: int, shift: float) -> int:
     """Of the spectral encoder's operator, the Gram matrix included."""
+    fractions = root_fractions(shift)
+    if fractions is None:
+        return _iterated_root_floats(m, shift)
+    threads = torch.get_num_threads()
+    workers = min(len(fractions.poles), threads) if m <= _SIDE_BY_SIDE or threads == 2 else 1
+    return 2 * m * m + workers * (m * (-(-m // _STRIP) + 1) * _STRIP + _inverse_spare(m))
+
+
+def _inverse_spare(m: int) -> int:
+    """Floats that an inverse takes beside its matrix (csrc/cpu/inverse.cpp)."""
+    if m <= _SMALL_INVERSE:
+        return 0
+    first = -(-(m // 2) // _STRIP) * _STRIP
+    return first * (m - first) + max(_inverse_spare(first), _inverse_spare(m - first))
+
+
+@functools.cache
+def _iterated_root_floats(m: int, shift: float) -> int:
     return _traced_floats(
         m, lambda gram: iterate_root(gram, shift, SizingBackend(), overwrite=True)
     )
