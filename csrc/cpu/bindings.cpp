@@ -37,7 +37,8 @@ PYBIND11_MODULE(_cpu, m) {
           arg("alpha"), arg("beta"), arg("rounded") = false, arg("threads"));
     m.def("add_inverses", &lowbit::add_inverses, release_gil(), py::kw_only(), arg("batch"),
           arg("size"), arg("x"), arg("count"), arg("shifts"), arg("weights"), arg("out"),
-          arg("threads"));
+          arg("together"), arg("workspace"), arg("threads"));
+    m.def("inverse_floats", &lowbit::inverse_floats, arg("size"));
     m.def("code_gram", &lowbit::code_gram, release_gil(), py::kw_only(), arg("batch"), arg("rows"),
           arg("columns"), arg("bits"), arg("levels"), arg("packed"), arg("row_bytes"),
           arg("scales"), arg("block_size"), arg("out"), arg("threads"));

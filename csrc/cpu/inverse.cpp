@@ -18,10 +18,6 @@ namespace lowbit {
 
 namespace {
 
-// Matrices are inverted side by side, a thread each; above this size two of them at most, so that
-// there are no more than two copies, and otherwise one by one with all threads.
-constexpr size_t kSideBySide = 1024;
-
 // Whole strips, if it can be.
 size_t first_half(size_t size) {
     return ceil_divide(size / 2, kStrip) * kStrip;
@@ -156,10 +152,20 @@ class Inverter {
     int threads_;
 };
 
+// Rows a power of two apart would share their places in the cache.
+size_t row_floats(size_t size) {
+    return ceil_divide(size, kStrip) * kStrip + kStrip;
+}
+
 }  // namespace
 
+size_t inverse_floats(size_t size) {
+    return ceil_divide(size * row_floats(size) + spare_floats(size), kStrip) * kStrip;
+}
+
 void add_inverses(size_t batch, size_t size, const Matrices& x, size_t count, uintptr_t shifts,
-                  uintptr_t weights, const Matrices& out, int threads) {
+                  uintptr_t weights, const Matrices& out, size_t together, uintptr_t workspace,
+                  int threads) {
     if (batch == 0 || size == 0) {
         return;
     }
@@ -170,13 +176,13 @@ void add_inverses(size_t batch, size_t size, const Matrices& x, size_t count, ui
     const float* const shift_of = pointer<const float>(shifts, "shifts");
     const float* const weight_of = pointer<const float>(weights, "weights");
     const size_t jobs = batch * count;
-    const size_t wanted =
+    expect(together >= 1, "together: expected at least 1, got ", together);
+    const size_t useful =
         std::min(jobs * size * size * size / 2 / kWorkPerThread + 1, static_cast<size_t>(threads));
-    const size_t workers = size <= kSideBySide || wanted == 2 ? std::min(jobs, wanted) : 1;
-    const int within = workers > 1 ? 1 : static_cast<int>(wanted);
-    // Rows a power of two apart would share their places in the cache.
-    const size_t stride = ceil_divide(size, kStrip) * kStrip + kStrip;
-    const Buffer<float> inverses(size * stride + spare_floats(size), workers);
+    const size_t workers = std::min(together, useful);
+    const int within = workers > 1 ? 1 : static_cast<int>(useful);
+    const size_t stride = row_floats(size), floats = inverse_floats(size);
+    float* const inverses = pointer<float>(workspace, "workspace");
 
     const auto invert = [&](size_t job, float* to) {
         const float* const from = pointer<const float>(x_data, "x") +
@@ -196,14 +202,15 @@ void add_inverses(size_t batch, size_t size, const Matrices& x, size_t count, ui
                                inverse + row * stride, 1, weight_of[job % count], nullptr, size);
         }
     };
+    const size_t parts = std::min(static_cast<size_t>(threads), ceil_divide(size, kStrip));
     for (size_t first = 0; first < jobs; first += workers) {
-        const size_t together = std::min(workers, jobs - first);
-        parallel_for(together, together,
-                     [&](size_t index, size_t) { invert(first + index, inverses.get(index)); });
-        const size_t parts = std::min(static_cast<size_t>(threads), ceil_divide(size, kStrip));
+        const size_t group = std::min(workers, jobs - first);
+        parallel_for(group, group, [&](size_t index, size_t) {
+            invert(first + index, inverses + index * floats);
+        });
         parallel_for(parts, parts, [&](size_t part, size_t) {
-            for (size_t index = 0; index < together; ++index) {
-                add(first + index, inverses.get(index), size * part / parts,
+            for (size_t index = 0; index < group; ++index) {
+                add(first + index, inverses + index * floats, size * part / parts,
                     size * (part + 1) / parts);
             }
         });

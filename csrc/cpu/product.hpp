@@ -46,14 +46,17 @@ void symmetric_product(size_t batch, size_t size, size_t depth,
                        int threads);
 
 // out <- out + sum of weights[i] * (x + shifts[i] I)^-1, where all of these are symmetric positive
-// definite.
+// definite. `together` inverses are taken side by side, a thread each, or one with all threads.
 void add_inverses(size_t batch, size_t size,
-                     const Matrices& x,  // [batch, size, size], rows contiguous
-                     size_t count,
-                     uintptr_t shifts,     // float32 [count]
-                     uintptr_t weights,    // float32 [count]
-                     const Matrices& out,  // [batch, size, size], rows contiguous; not x
-                     int threads);
+                  const Matrices& x,  // [batch, size, size], rows contiguous
+                  size_t count,
+                  uintptr_t shifts,     // float32 [count]
+                  uintptr_t weights,    // float32 [count]
+                  const Matrices& out,  // [batch, size, size], rows contiguous; not x
+                  size_t together,
+                  uintptr_t workspace,  // float32 [together, inverse_floats(size)]
+                  int threads);
+size_t inverse_floats(size_t size);
 
 // out <- X X^T of X = levels[code] * scale of its block of columns, summed in exact integers.
 void code_gram(size_t batch, size_t rows, size_t columns, int bits,

@@ -21,6 +21,7 @@ from lowbit_muon.backends.memory import Checks, has_plain_rows, rows_in_place
 from lowbit_muon.backends.reference import rotation_tensors
 
 ISA_VARIABLE = "LOWBIT_MUON_ISA"
+SIDE_BY_SIDE = 1024  # rows of the largest matrices that more than two threads invert at once
 _GRAD_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # A batch of matrices: its address, and the strides of matrices, rows and columns.
 Memory = tuple[int, ...]
@@ -228,16 +229,24 @@ class CpuBackend(Backend):
             super()._add_inverses(x, poles, weights, out)
             return
         rows = x if has_plain_rows(x) else x.contiguous()
+        batch, size = x.shape[0] if x.ndim == 3 else 1, x.shape[-1]
         numbers = torch.tensor([poles, weights], dtype=torch.float32, device="cpu")
+        threads = torch.get_num_threads()
+        # Side by side is faster; of large matrices there are two copies at most.
+        together = 1 if size > SIDE_BY_SIDE and threads > 2 else min(batch * len(poles), threads)
+        floats = self._extension.inverse_floats(size)
+        workspace = torch.empty(together, floats, dtype=torch.float32, device="cpu")
         self._extension.add_inverses(
-            batch=x.shape[0] if x.ndim == 3 else 1,
-            size=x.shape[-1],
+            batch=batch,
+            size=size,
             x=_memory(rows),
             count=len(poles),
             shifts=numbers[0].data_ptr(),
             weights=numbers[1].data_ptr(),
             out=_memory(out),
-            threads=torch.get_num_threads(),
+            together=together,
+            workspace=workspace.data_ptr(),
+            threads=threads,
         )
 
     def _code_gram(self, codes: PackedCodes, out: Tensor) -> None:

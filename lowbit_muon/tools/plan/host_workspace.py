@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.cpu.adapter import SIDE_BY_SIDE
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS, gram_operator
@@ -32,9 +33,8 @@ FLOAT_BYTES = 4
 # Of csrc/cpu: rows of a strip, steps and rows of a streamed block, words packed at once
 # (kStrip, kFloatSteps, kStreamBlock, kPackedWords).
 _STRIP, _STREAM, _PACKED_WORDS = 16, 192, 2**20
-# Rows of the largest matrices that are inverted side by side, and of those without spare memory
-# (kSideBySide, kSmallInverse).
-_SIDE_BY_SIDE, _SMALL_INVERSE = 1024, 64
+# Rows of the largest matrices that are inverted without spare memory (kSmallInverse).
+_SMALL_INVERSE = 64
 # lowbit_muon/state/operands.py: rows that panels of a Gram matrix have at least.
 _FEWEST_ROWS = 64
 # Coefficients and steps of torch.optim.Muon, our default.
@@ -140,8 +140,8 @@ def _root_floats(m: int, shift: float) -> int:
     if fractions is None:
         return _iterated_root_floats(m, shift)
     threads = torch.get_num_threads()
-    workers = min(len(fractions.poles), threads) if m <= _SIDE_BY_SIDE or threads == 2 else 1
-    return 2 * m * m + workers * (m * (-(-m // _STRIP) + 1) * _STRIP + _inverse_spare(m))
+    together = 1 if m > SIDE_BY_SIDE and threads > 2 else min(len(fractions.poles), threads)
+    return 2 * m * m + together * (m * (-(-m // _STRIP) + 1) * _STRIP + _inverse_spare(m))
 
 
 def _inverse_spare(m: int) -> int:
