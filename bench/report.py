@@ -23,6 +23,7 @@ from bench.training.methods import BASELINE, METHODS, SHIFTS, shifted
 from bench.training.report import Row, bits_of, cells, label
 from bench.training.report import rows as training_rows
 from bench.versions import TESTS
+from lowbit_muon import PRESETS
 from lowbit_muon.tools.benchmark.report import significant
 
 ROOT = Path(__file__).parents[1]
@@ -327,10 +328,15 @@ def training_shifts() -> str:
         for model in dict.fromkeys(label(run) for run in runs.values())
         if model != "llama"
     }
+    widths = {label(run): run["width"] for run in runs.values()}
     lines, notes = [], []
     for name, shifts in SHIFTS.items():
         for shift in shifts:
-            found = [rows.get(shifted(name, shift).name) for rows in models.values()]
+            found = [
+                rows.get(shifted(name, shift).name)
+                or (rows.get(name) if PRESETS[name].shift(widths[model]) == shift else None)
+                for model, rows in models.items()
+            ]
             if any(found):
                 lines.append(
                     [f"`{name}`, {shift:g}", *("" if row is None else gap(row) for row in found)]

@@ -21,7 +21,7 @@ from scipy.optimize import least_squares
 from bench.root_coefficients import companding_gain, eigenvalue_grid
 from lowbit_muon.linalg.root_fractions import RootFractions
 
-TABLE_PLAN = ((0.1, 5), (0.03, 6))  # shift, fractions
+TABLE_PLAN = ((0.1, 4), (0.03, 6))  # shift, fractions
 ROUNDS = 40
 
 Array = NDArray[np.float64]

@@ -42,12 +42,9 @@ def _formats(*names: str) -> list[Method]:
 
 
 def shifted(name: str, shift: float) -> Method:
-    """A spectral format with another shift; its own name where it is the preset's."""
-    f = PRESETS[name]
-    if shift == f.spectral_shift:
-        return Method(name, name)
+    """A spectral format with this shift in matrices of all sizes."""
     new = f"{name}, c = {shift:g}"
-    return Method(new, dataclasses.replace(f, name=new, spectral_shift=shift))
+    return Method(new, dataclasses.replace(PRESETS[name], name=new, spectral_shift=shift))
 
 
 # Trained where they are asked for.

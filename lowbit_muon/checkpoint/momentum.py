@@ -324,7 +324,7 @@ def _largest_values(matrix: QuantizedMatrix, backend: str) -> dict[str, tuple[fl
     unit = _SLACK if f.stores_norm else _LARGEST_OWN
     reason = "of a momentum of norm one" if f.stores_norm else "of a momentum that steps go on from"
     layout = f.code_layout()
-    gain = max(1.0, 1 / f.spectral_shift) if f.spectral else 1.0
+    gain = max(1.0, 1 / f.shift(m)) if f.spectral else 1.0
     limits = {"scales": (layout.clip * unit * gain, reason)}
     if f.has_factors:
         clip = f.factor_layout().clip

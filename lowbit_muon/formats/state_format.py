@@ -40,6 +40,10 @@ INT8_MAX = 127
 LARGEST_PARAMETER = 1e6
 # The smallest shift that the spectral encoder has coefficients for (`linalg.root_iteration`).
 SMALLEST_SHIFT = 0.005
+# The usual shifts: of narrow matrices, and of those with at least so many rows (short side).
+# `bench.training` at widths 128, 512 and 1024 (bench/results/README.md): 0.1 trains worse at 128
+# and no worse in wide matrices, whose encoder then needs a third fewer products.
+NARROW_SHIFT, WIDE_SHIFT, WIDE_ROWS = 0.03, 0.1, 512
 # Codes of a companded scale are expanded by exp in float32, which overflows from 88 on.
 LARGEST_EXPONENT = 80
 
@@ -66,7 +70,8 @@ class StateFormat:
     residual_after: the codes hold what is left after the factors as they are stored, which makes up
       for their quantisation, or, as in MuonQ, after the exact ones.
     spectral, spectral_shift: store Y = U y(S) V^T with y^3 + c*y = s instead of M = U S V^T
-      (singular values scaled to sum of squares one), c = spectral_shift >= 0.005.
+      (singular values scaled to sum of squares one), c = spectral_shift >= 0.005; None for 0.03
+      below 512 rows (short side) and 0.1 from there on (`shift`).
     rotate: codes and factors are taken after a fixed orthogonal transform of their rows, so that a
       few large columns do not spoil a row's scale (`backends.base.Backend.rotate`).
     normalize: gradient and momentum are divided by their Frobenius norms in every step and the
@@ -91,12 +96,18 @@ class StateFormat:
     factor_bits: int = 4
     residual_after: ResidualAfter = "stored"
     spectral: bool = False
-    spectral_shift: float = 0.03
+    spectral_shift: float | None = None
     rotate: bool = False
     normalize: bool = False
 
     def __post_init__(self) -> None:
         _check_format(self)
+
+    def shift(self, rows: int) -> float:
+        """The c of a spectral format for a matrix of so many rows (short side)."""
+        if self.spectral_shift is not None:
+            return self.spectral_shift
+        return WIDE_SHIFT if rows >= WIDE_ROWS else NARROW_SHIFT
 
     @property
     def is_dense(self) -> bool:
@@ -206,6 +217,8 @@ def _check_format(f: StateFormat) -> None:
         _expect(isinstance(getattr(f, field), bool), field, "a bool", getattr(f, field))
     for field in ("mu", "exponent", "clip", "spectral_shift"):
         value = getattr(f, field)
+        if value is None and field == "spectral_shift":
+            continue
         smallest = SMALLEST_SHIFT if field == "spectral_shift" else 1 / LARGEST_PARAMETER
         _expect(
             is_finite_number(value) and smallest <= value <= LARGEST_PARAMETER,

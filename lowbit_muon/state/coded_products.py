@@ -263,8 +263,12 @@ def _integer_times(q: QuantizedMatrix, v: Tensor, backend: Backend) -> Tensor:
 def _decoding_operator(stored: StoredBatch, gram: Tensor) -> Tensor:
     """A [m, m] with M = A Y, from Y Y^T."""
     norm, noise = stored["norm"][:, 0], stored["noise"][:, 0]
-    shift, n = stored.codec.state_format.spectral_shift, stored.codec.n
-    return decoding_operator(gram.unsqueeze(0), norm, noise, shift, n, stored.backend)[0]
+    codec = stored.codec
+    assert isinstance(codec, Spectral)
+    operator = decoding_operator(
+        gram.unsqueeze(0), norm, noise, codec.shift, codec.n, stored.backend
+    )
+    return operator[0]
 
 
 def _coded_part(stored: StoredBatch) -> Dense:

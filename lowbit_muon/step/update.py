@@ -321,7 +321,7 @@ def _stored_operand(
     if isinstance(codec, Spectral) and codec.reads_integers:
         f = codec.state_format
         y = Companded(codec.codes(stored), backend, rotated=f.rotate)
-        lift, steps = 1 / (f.spectral_shift * codec.m ** (1 / 3)), list(rule.coefficients)
+        lift, steps = 1 / (codec.shift * codec.m ** (1 / 3)), list(rule.coefficients)
         while len(steps) > 1 and lift >= steps[0][0]:
             lift /= steps.pop(0)[0]
         scale = torch.where(norm > 0, y.norm() / norm, 1.0)

@@ -248,8 +248,8 @@ def test_crossovers_hold_to_the_end() -> None:
     # the work of 59 largest matrices: 92% of what 64 could do
     assert found["balance below 90%"] == 128
     assert found["the busiest process has no less to do"] == 128
-    # with two, storing the momentum takes longer than computing everything twice
-    assert found["step quicker than all-gather"] == 64
+    # storing the momentum takes less time than computing everything twice
+    assert found["step quicker than all-gather"] == 2
 
 
 # The command --------------------------------------------------------------------------------------

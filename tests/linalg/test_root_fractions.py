@@ -18,7 +18,7 @@ from lowbit_muon.linalg.root_fractions import FRACTIONS_TABLE, RootFractions, ro
 from lowbit_muon.linalg.spectral import encoding_operator
 
 # Of the table, as the module's docstring has it.
-DEFECT = 0.001
+DEFECT = 0.0016
 SHIFTS = (0.03, 0.05, 0.1, 0.5)
 
 

@@ -22,7 +22,8 @@ def stored_spectrum(stored: QuantizedMatrix) -> Tensor:
 
 def steps_left(stored: QuantizedMatrix) -> int:
     """Of five steps: as many fewer as multiply by a what 1/(c m^(1/3)) has lifted already."""
-    lift = 1 / (stored.state_format.spectral_shift * min(stored.shape) ** (1 / 3))
+    rows = min(stored.shape)
+    lift = 1 / (stored.state_format.shift(rows) * rows ** (1 / 3))
     return max(1, 5 - math.floor(math.log(lift, NS_COEFFICIENTS["muon"][0][0])))
 
 

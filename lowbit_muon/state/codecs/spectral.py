@@ -29,6 +29,7 @@ class Spectral(Coded):
         super().__init__(state_format, shape)
         problem = integer_codes_problem(self.book, self.layout, self.m, self.n)
         self.reads_integers = problem is None  # of the codes, by integer products
+        self.shift = state_format.shift(self.m)
 
     def empty(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         """See `Codec.empty`."""
@@ -57,7 +58,7 @@ class Spectral(Coded):
         backend = stored.backend
         assert isinstance(x, Dense)
         matrix = x.matrix
-        shift, divisor = self.state_format.spectral_shift, self.divisor(stored, norm, scale)
+        shift, divisor = self.shift, self.divisor(stored, norm, scale)
         assert divisor is not None
         unit = 1 / math.sqrt(self.m * self.n)
         rounded = dtype != torch.float32 and backend.rounded_dtype is not None
@@ -117,7 +118,7 @@ class _SpectralDecoder(Decoder):
         """See `Decoder.add`."""
         codec, backend = self.codec, self.stored.backend
         codes, norm, noise = codec.codes(self.stored), self.stored["norm"], self.stored["noise"]
-        shift = codec.state_format.spectral_shift
+        shift = codec.shift
         if codec.reads_integers:
             operator = decoding_operator(
                 backend.code_gram(codes), norm[:, 0], noise[:, 0], shift, codec.n, backend

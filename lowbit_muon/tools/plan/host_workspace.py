@@ -95,7 +95,7 @@ def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> tuple[
         )
     packed = max(packed, _packed(m, n, m))
     if f.spectral:
-        phases.append(buffer + _root_floats(m, f.spectral_shift))
+        phases.append(buffer + _root_floats(m, f.shift(m)))
     # the operator, a panel of X if that is not in memory, and for a weight in half precision a
     # panel of the update and the two that torch converts to float32 to add it
     update = 0
