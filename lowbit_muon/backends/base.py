@@ -386,11 +386,11 @@ class Backend(Kernels):
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
 
-        x: float32 [b, m, n]; factor: float32 [b]; out: float32, bfloat16 or float16 [b, m, n], may
+        x: float32 [b, m, n]; factor: float32 or float64 [b], rounded to float32; out: float32, bfloat16 or float16 [b, m, n], may
         be x.
         """
         shape = self.checks.tensor(x, "x", None, torch.float32, dimensions=(3,))
-        self.checks.tensor(factor, "factor", shape[:1], torch.float32, x)
+        self.checks.tensor(factor, "factor", shape[:1], (torch.float32, torch.float64), x)
         self.checks.tensor(out, "out", shape, KERNEL_DTYPES, x, written=True)
         if out.numel():
             self._scaled(x, factor, out)

@@ -357,7 +357,7 @@ class Kernels:
         out.copy_(code_times(codes, v))
 
     def _scaled(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        factor = factor.view(-1, 1, 1)
+        factor = factor.float().view(-1, 1, 1)
         out.copy_(torch.where(factor == 0, 0.0, x * factor))
 
     def _update_weight(

@@ -108,10 +108,11 @@ def iterate_root(
     *,
     overwrite: bool = False,
     rounded: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """C with C (C R C + shift*I) = I to 1%, for R = gram_matrix [m, m] or [b, m, m].
 
-    float32 (or float64) in and out. R must be symmetric with eigenvalues in [0, 1.1], as M M^T of
+    float32 (or float64) in and, unless `dtype` is another, out. R must be symmetric with eigenvalues in [0, 1.1], as M M^T of
     a matrix scaled to Frobenius norm one has; rounding may take them down to
     -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets its memory be used.
     rounded: products may round to the backend's `rounded_dtype` where that is precise enough.
@@ -125,9 +126,9 @@ def iterate_root(
     if gram_matrix.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"gram_matrix: expected float32 or float64, got {gram_matrix.dtype}")
     program = root_coefficients(shift)
-    dtype = backend.rounded_dtype if rounded else None
-    rounded = dtype is not None
-    exact = len(program.chain) if dtype is None else program.exact_stages(dtype)
+    low_dtype = backend.rounded_dtype if rounded else None
+    rounded = low_dtype is not None
+    exact = len(program.chain) if low_dtype is None else program.exact_stages(low_dtype)
     # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
     # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
     p = gram_matrix if overwrite else gram_matrix.clone()
@@ -137,22 +138,32 @@ def iterate_root(
     # New memory costs a host about as much as a product, so results go where nothing is read again.
     # Most are held for the last form: W, the other forms and its two factors.
     spare = [torch.empty_like(p) for _ in range(len(program.forms) + 2)]
-    w = torch.mul(p, program.shift * program.chain[0][1], out=spare.pop())
-    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * program.chain[0][0])
+    before, w = p, p  # the P of the stage before; W, from the second stage on
     for stage, (a, b) in enumerate(program.chain):  # H = aI + bP
         low = stage >= exact
-        if stage > 0:
-            old, w = w, spare.pop()
+        if stage == 1:  # the first two: W = c H_0 H_1 with H_0 = a_0 I + b_0 P_0
+            a0, b0 = (program.shift * number for number in program.chain[0])
+            w = backend.symmetric_product(
+                before, p, alpha=b0 * b, addend=before, beta=b0 * a, other=p, gamma=a0 * b,
+                identity=a0 * a, out=spare.pop(), rounded=low,
+            )  # fmt: skip
+            spare.append(before)
+        elif stage > 1:
+            old, w = w, before
             backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
             spare.append(old)
         # U = P H
         u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop(), rounded=low)
         # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
-        (h2,) = backend.combined([[1.0, a]], [u, p], out=[p])
-        p = backend.symmetric_product(
-            u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
+        (h2,) = backend.combined([[1.0, a]], [u, p], out=[spare.pop()])
+        before, p = (
+            p,
+            backend.symmetric_product(
+                u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
+            ),
         )
         spare += [u, h2]
+    spare.append(before)
     constant, *linear = program.output
     terms = [p, w]
     for index, (left, right) in enumerate(program.forms):
@@ -179,7 +190,7 @@ def iterate_root(
         addend=w,
         beta=constant / shift,
         alpha=linear[0] / shift,
-        out=spare.pop(),
+        out=spare.pop() if dtype is None else torch.empty_like(w, dtype=dtype),
         rounded=rounded,
     )
 

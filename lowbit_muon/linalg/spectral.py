@@ -22,15 +22,20 @@ from lowbit_muon.linalg.root_iteration import iterate_root
 
 
 def encoding_operator(
-    gram: Tensor, shift: float, backend: Backend, *, rounded: bool = False
+    gram: Tensor,
+    shift: float,
+    backend: Backend,
+    *,
+    rounded: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """C [b, m, m] with Y = C M, from M M^T [b, m, m] of M scaled to norm one.
 
-    The Gram matrix may be overwritten. rounded: see `iterate_root`.
+    The Gram matrix may be overwritten. rounded, dtype: of devices, see `iterate_root`.
     """
     f = None if backend.asynchronous else root_fractions(shift)
     if f is None:
-        return iterate_root(gram, shift, backend, overwrite=True, rounded=rounded)
+        return iterate_root(gram, shift, backend, overwrite=True, rounded=rounded, dtype=dtype)
     return backend.partial_fractions(gram, f.constant, f.linear, f.poles, f.weights)
 
 

@@ -195,7 +195,7 @@ class CudaBackend(Backend):
         if not out.is_contiguous():
             super()._scaled(x, factor, out)
             return
-        x, factor = x.contiguous(), factor.contiguous()
+        x, factor = x.contiguous(), factor.float().contiguous()
         self._library.call(
             "lowbit_scaled",
             x.device,

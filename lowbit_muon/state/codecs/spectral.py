@@ -64,10 +64,10 @@ class Spectral(Coded):
         rounded = rounded and self.m >= ROUNDED_ROWS
         if backend.asynchronous:
             half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-            matrix = backend.scaled(matrix, (divisor * unit).reciprocal().float(), out=half)
+            matrix = backend.scaled(matrix, (divisor * unit).reciprocal(), out=half)
             gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
             backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
-            operator = encoding_operator(gram, shift, backend, rounded=rounded).to(dtype)
+            operator = encoding_operator(gram, shift, backend, rounded=rounded, dtype=dtype)
             rounded = False  # both factors of Y are in half precision
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
@@ -96,7 +96,6 @@ class Spectral(Coded):
                     ),
                 )
 
-        stored.blank("noise").zero_()
         self.write_codes(stored, companded)
 
     def measure_noise(self, stored: Stored, rows: slice, values: Tensor) -> None:
@@ -105,7 +104,8 @@ class Spectral(Coded):
         scales = scales.expand(*packed.shape[:2], -1)[:, rows]
         codes = PackedCodes(packed[:, rows], scales, self.book, self.layout, self.n)
         errors = stored.backend.accumulate(values, Terms(-1.0, codes=codes))
-        stored.blank("noise").add_(errors.sum(dim=-1, keepdim=True))
+        noise, new = stored.blank("noise"), errors.sum(dim=-1, keepdim=True)
+        noise.copy_(new if rows.start == 0 else noise + new)
 
 
 @dataclass(frozen=True)

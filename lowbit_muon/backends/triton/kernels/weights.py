@@ -27,7 +27,7 @@ def scaled_kernel(
     stride_xb,
     stride_xm,
     stride_xn,
-    factor_ptr,  # float32 [batch]
+    factor_ptr,  # float32 or float64 [batch]
     stride_fb,
     out_ptr,  # float32, bfloat16 or float16 [batch, rows, columns]
     stride_ob,
@@ -41,7 +41,7 @@ def scaled_kernel(
     """out <- factor * x, zeros where the factor is zero."""
     batch = tl.program_id(1).to(tl.int64)
     row, column, mask = tile_position(rows, columns, BLOCK_M, BLOCK_N)
-    factor = tl.load(factor_ptr + batch * stride_fb)
+    factor = tl.load(factor_ptr + batch * stride_fb).to(tl.float32)
     offset = batch * stride_xb + row * stride_xm + column * stride_xn
     x = tl.load(x_ptr + offset, mask=mask, other=0.0)
     result = tl.where(factor == 0, 0.0, x * factor)
