@@ -65,7 +65,9 @@ def decode(codes: PackedCodes) -> Tensor:
 
 def add_terms(buffer: Tensor, terms: Terms) -> None:
     """`Backend.accumulate` without the sums of squares."""
-    if terms.buffer_weight == 0:
+    if isinstance(terms.buffer_weight, Tensor):
+        buffer.mul_(by_matrix(terms.buffer_weight.float(), buffer.ndim))
+    elif terms.buffer_weight == 0:
         buffer.zero_()
     else:
         buffer.mul_(terms.buffer_weight)

@@ -112,9 +112,10 @@ def iterate_root(
 ) -> Tensor:
     """C with C (C R C + shift*I) = I to 1%, for R = gram_matrix [m, m] or [b, m, m].
 
-    float32 (or float64) in and, unless `dtype` is another, out. R must be symmetric with eigenvalues in [0, 1.1], as M M^T of
-    a matrix scaled to Frobenius norm one has; rounding may take them down to
-    -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets its memory be used.
+    float32 (or float64) in and, unless `dtype` is another, out. R must be symmetric with
+    eigenvalues in [0, 1.1], as M M^T of a matrix scaled to Frobenius norm one has; rounding may
+    take them down to -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets
+    its memory be used.
     rounded: products may round to the backend's `rounded_dtype` where that is precise enough.
     Takes five or six matrices of R's size beside it.
     Raises ValueError for another shape, dtype or a shift below the smallest tabulated one.

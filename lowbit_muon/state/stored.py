@@ -120,6 +120,7 @@ class StoredBatch(Stored):
         Returns Z = w X + v grad for (w, v) = ahead, ||X||_F^2 and ||Z||_F^2; see `add`.
         """
         assert isinstance(self.codec, Coded)
+        assert not isinstance(terms.buffer_weight, Tensor)
         for role in ("codes", "scales"):  # not those that are being read
             self._new[role] = torch.empty_like(self[role])
         z = torch.empty(self.shape, dtype=torch.float32, device=self.device)

@@ -207,7 +207,7 @@ def _add_gradient(
         return panels, panels.squares()
     exact, normalize = rule.ns_input == "exact", codec.state_format.normalize
     if backend.asynchronous and codec.is_plain and exact and not normalize:
-        ahead = (terms.buffer_weight, terms.grad_weight) if rule.nesterov else (1.0, 0.0)
+        ahead = (rule.momentum, terms.grad_weight) if rule.nesterov else (1.0, 0.0)
         matrix, squares, ahead_squares = stored.add_and_encode(terms, ahead)
         return _Ahead(matrix, backend, ahead_squares), squares
     matrix, squares = stored.add(terms)

@@ -142,6 +142,9 @@ ELEMENTWISE: dict[str, Callable[[TritonBackend], object]] = {
     "accumulate-3-tall": lambda b: b.accumulate(
         of(FP32, M, N), Terms(codes=coded("spectral3"), grad=of(FP32, N, M).T)
     ),
+    "accumulate-by-matrix": lambda b: b.accumulate(
+        of(FP32, 2, M, N), Terms(of(torch.float64, 2), grad=of(BF16, 2, M, N))
+    ),
     "accumulate-blocks": lambda b: b.accumulate(of(FP32, M, N), Terms(codes=coded("nf4"))),
     "update-4": update("spectral4", of(FP32, M, N), BF16),
     "update-4-tall": update("spectral4", of(BF16, N, M).T, BF16),

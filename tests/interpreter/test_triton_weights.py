@@ -19,7 +19,9 @@ def test_scaled(dtype: torch.dtype) -> None:
     for layout in (x, x.mT.contiguous().mT):
         out = torch.empty(4, 33, 70, dtype=dtype)
         assert TRITON.scaled(layout, factor, out=out) is out
-        assert_same(out, REFERENCE.scaled(x, factor, out=torch.empty_like(out)))
+        expected = REFERENCE.scaled(x, factor, out=torch.empty_like(out))
+        assert_same(out, expected)
+        assert_same(TRITON.scaled(layout, factor.double(), out=out), expected)
     TRITON.scaled(torch.empty(0, 3, 4), torch.empty(0), out=torch.empty(0, 3, 4))
 
 

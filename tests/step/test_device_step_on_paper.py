@@ -8,7 +8,7 @@ from bench.gpu.roofline import step_on_paper
 
 
 @pytest.mark.parametrize(
-    ("name", "calls", "mebibytes"), [("spectral4", 57, 800), ("linear8", 33, 390)]
+    ("name", "calls", "mebibytes"), [("spectral4", 50, 460), ("linear8", 33, 390)]
 )
 def test_torch_has_little_to_do(name: str, calls: int, mebibytes: float) -> None:
     """For 4096x11008; upper bounds, to be lowered. (121 and 6716 for spectral4 once.)"""

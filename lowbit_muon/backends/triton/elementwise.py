@@ -46,6 +46,8 @@ class Elementwise(Backend):
             bits, scale_block = codes.layout.bits, _scale_block(codes.layout, n)
             levels, _ = tables(codes.codebook, bits, buffer.device)
         source = target if terms.grad is None else terms.grad.flatten(0, -2)
+        weight = terms.buffer_weight
+        by_matrix = isinstance(weight, Tensor)
         block_m, block_n = _tile(source, n)
         span = block_n * rows.ACCUMULATE_STEPS
         squares = torch.empty(m, triton.cdiv(n, span), dtype=torch.float64, device=buffer.device)
@@ -64,10 +66,11 @@ class Elementwise(Backend):
                 squares,
                 m,
                 n,
-                float(terms.buffer_weight),
+                weight.contiguous() if isinstance(weight, Tensor) else float(weight),
                 float(terms.code_weight),
                 float(terms.grad_weight),
-                HAS_BUFFER=terms.buffer_weight != 0,
+                HAS_BUFFER=by_matrix or weight != 0,
+                MATRIX_ROWS=buffer.shape[-2] if by_matrix else 0,
                 HAS_GRAD=terms.grad is not None,
                 BITS=bits,
                 SCALE_BLOCK=scale_block,

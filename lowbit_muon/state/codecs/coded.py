@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -191,6 +192,7 @@ class _CodeDecoder(Decoder):
     def add(self, out: Tensor, terms: Terms, rows: slice) -> Tensor:
         """See `Decoder.add`."""
         f, weight = self.codec.state_format, terms.buffer_weight
+        assert not isinstance(weight, Tensor)
         whole = rows.stop - rows.start == self.codec.m
         codes = self.codes if whole else self.codes.row_slice(rows)
         if f.companded_scale or f.rotate:
@@ -200,9 +202,8 @@ class _CodeDecoder(Decoder):
                 left, right = self.factors
                 self.backend.product(left[:, rows], right.mT, out=out, beta=1.0)
             if self.norm is not None:
-                out.mul_((weight * self.norm).float().view(-1, 1, 1))
-                weight = 1.0
-            terms = Terms(weight, grad=terms.grad, grad_weight=terms.grad_weight)
+                weight = weight * self.norm
+            terms = dataclasses.replace(terms, buffer_weight=weight)
         else:
             buffer_weight = 0.0
             if self.factors is not None:
