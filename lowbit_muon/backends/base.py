@@ -281,8 +281,7 @@ class Backend(Kernels):
     ) -> list[Tensor]:
         """Sums of the terms, each times its number: all results in one pass.
 
-        The first term's number is one. The last result may lie in the place of the first term, a
-        lone one in that of the second, too.
+        The first term's number is one. The last result may lie in the place of the first term.
         """
         first = terms[0]
         shape = self.checks.tensor(first, "terms", None, (torch.float32, torch.float64))

@@ -157,31 +157,33 @@ def iterate_root(
         u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop(), rounded=low)
         # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
         (h2,) = backend.combined([[1.0, a]], [u, p], out=[spare.pop()])
-        before, p = (
-            p,
-            backend.symmetric_product(
-                u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
-            ),
-        )
+        new = spare.pop()
+        backend.symmetric_product(u, h2, addend=u, beta=a * a, alpha=b, out=new, rounded=low)
+        before, p = p, new
         spare += [u, h2]
     spare.append(before)
     constant, *linear = program.output
     terms = [p, w]
     for index, (left, right) in enumerate(program.forms):
-        # (divided by the first number: a pass less, and a product's factor makes up for it)
-        rows = [[c / row[0] for c in row] for row in (left, right)]
-        factors = backend.combined(rows, terms, out=[spare.pop(), spare.pop()])
-        scale, addend = left[0] * right[0], None
+        rows, scale = [left] if left == right else [left, right], left[0] * right[0]
+        factors = out = [spare.pop() for _ in rows]
         if index + 1 == len(program.forms):
             # The last form is the output's last term: all others, in the place of P, are added to
             # it, with the output's first coefficient for a unit.
-            *others, last = linear
-            rows = [[c / linear[0] for c in others]]
-            (addend,) = backend.combined(rows, terms, out=[p])
+            rows.append(program.output[1:-1])
+            out = [*factors, p]
             spare += terms[2:]
-            scale *= last / linear[0]
+            scale *= linear[-1] / linear[0]
+        # (divided by the first number: a pass less, and a product's factor makes up for it)
+        rows = [tuple(c / row[0] for c in row) for row in rows]
+        backend.combined(rows, terms, out=out)
         form = backend.symmetric_product(
-            *factors, addend=addend, alpha=scale, out=spare.pop(), rounded=rounded
+            factors[0],
+            factors[-1],
+            addend=None if out is factors else p,
+            alpha=scale,
+            out=spare.pop(),
+            rounded=rounded,
         )
         spare += factors
         terms.append(form)

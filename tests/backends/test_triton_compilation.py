@@ -163,7 +163,7 @@ ELEMENTWISE: dict[str, Callable[[TritonBackend], object]] = {
     "limbs": lambda b: b.code_product(of(FP32, M, M), coded("spectral4")),
     "levels-3": lambda b: b.code_gram(coded("spectral3", 100)),
     "combined": lambda b: b.combined(
-        [[1.0, 0.5, 0.25, -0.5, 2.0]] * 2, [of(FP32, M, M) for _ in range(5)]
+        [[1.0, 0.5, 0.25, -0.5, 2.0]] * 3, [of(FP32, M, M) for _ in range(5)]
     ),
 }
 PRODUCTS: dict[str, Callable[[TritonBackend], object]] = {

@@ -19,7 +19,7 @@ from lowbit_muon.formats.codebook import CodeLayout
 
 # Of a sum of matrices, and such sums, that the kernel takes at once: a root iteration's
 # (`linalg.root_iteration`).
-MOST_TERMS, MOST_SUMS = 5, 2
+MOST_TERMS, MOST_SUMS = 5, 3
 
 
 class Elementwise(Backend):
@@ -130,18 +130,16 @@ class Elementwise(Backend):
             return
         terms = [term.contiguous() for term in terms]
         padding = [terms[0]] * (MOST_TERMS - len(terms))
-        numbers = [
-            float(number)
-            for row in (coefficients[0], coefficients[-1])
-            for number in (*row[1:], *[0.0] * len(padding))
-        ]
+        missing = MOST_SUMS - len(out)
+        each = [*coefficients, *[coefficients[-1]] * missing]
+        numbers = [float(number) for row in each for number in (*row[1:], *[0.0] * len(padding))]
         size = terms[0].numel()
         with on_device(terms[0]):
             weights.combined_kernel[(triton.cdiv(size, weights.SUM_TILE),)](
                 *terms,
                 *padding,
-                out[0],
-                out[-1],
+                *out,
+                *[out[-1]] * missing,
                 size,
                 *numbers,
                 TERMS=len(terms),
