@@ -117,6 +117,7 @@ def iterate_root(
     take them down to -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets
     its memory be used.
     rounded: products may round to the backend's `rounded_dtype` where that is precise enough.
+    dtype: of the result, no wider than R's, which is the default.
     Takes five or six matrices of R's size beside it.
     Raises ValueError for another shape, dtype or a shift below the smallest tabulated one.
     """
@@ -187,13 +188,16 @@ def iterate_root(
         )
         spare += factors
         terms.append(form)
+    result = spare.pop()
+    if dtype is not None:  # in the same memory, of which it takes a part
+        result = result.view(-1).view(dtype)[: w.numel()].view(w.shape)
     return backend.symmetric_product(
         w,
         terms[-1],
         addend=w,
         beta=constant / shift,
         alpha=linear[0] / shift,
-        out=spare.pop() if dtype is None else torch.empty_like(w, dtype=dtype),
+        out=result,
         rounded=rounded,
     )
 

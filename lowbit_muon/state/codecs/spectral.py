@@ -69,6 +69,7 @@ class Spectral(Coded):
             gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
             backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
             operator = encoding_operator(gram, shift, backend, rounded=rounded, dtype=dtype)
+            del gram  # nobody else holds it
             rounded = False  # both factors of Y are in half precision
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
