@@ -298,9 +298,10 @@ def check_weights(backend: Backend, device: torch.device, sizes: Sizes) -> int:
 
 
 def check_sums(backend: Backend, device: torch.device, sizes: Sizes) -> int:
-    """`combined`: two sums of five matrices. Torch may fuse a product with its sum."""
+    """`combined`: three sums of five matrices. Torch may fuse a product with its sum."""
     count = 0
     numbers = [[1.0, 0.5, -0.3, 2.0, 0.1], [1.0, -1.5, 0.7, 0.2, -0.9]]
+    numbers.append([1.0, 0.3, 1.1, -0.6, 0.8])
     for m, n in sizes.matrices:
         terms = [normal((m, n), seed=seed) for seed in range(5)]
         found = backend.combined(numbers, [term.to(device) for term in terms])

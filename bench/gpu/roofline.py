@@ -91,7 +91,8 @@ class PaperBackend(Backend):
 
     def accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
         packed = None if terms.codes is None else terms.codes.packed
-        read = buffer if terms.buffer_weight else None
+        weight = terms.buffer_weight
+        read = buffer if isinstance(weight, Tensor) or weight else None
         self.ledger.add("accumulate", "none", 0, read, buffer, packed, terms.grad)
         return torch.empty(buffer.shape[:-1], dtype=torch.float64, device="meta")
 

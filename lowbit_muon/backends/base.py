@@ -101,6 +101,10 @@ class Backend(Kernels):
         if any element is not.
         """
         shape = self.checks.tensor(buffer, "buffer", None, torch.float32, written=True)
+        weight = terms.buffer_weight
+        if isinstance(weight, Tensor):
+            dtypes, one_each = (torch.float32, torch.float64), tuple(shape[:-2]) or (1,)
+            self.checks.tensor(weight, "buffer_weight", one_each, dtypes, buffer)
         if terms.grad is not None:
             self.checks.tensor(terms.grad, "grad", shape, KERNEL_DTYPES, buffer)
         if terms.codes is not None:
@@ -277,8 +281,7 @@ class Backend(Kernels):
     ) -> list[Tensor]:
         """Sums of the terms, each times its number: all results in one pass.
 
-        The first term's number is one. The last result may lie in the place of the first term, a
-        lone one in that of the second, too.
+        The first term's number is one. The last result may lie in the place of the first term.
         """
         first = terms[0]
         shape = self.checks.tensor(first, "terms", None, (torch.float32, torch.float64))
@@ -386,11 +389,11 @@ class Backend(Kernels):
     def scaled(self, x: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
         """out <- factor * x for each matrix, and zeros where the factor is zero, whatever x is.
 
-        x: float32 [b, m, n]; factor: float32 [b]; out: float32, bfloat16 or float16 [b, m, n], may
-        be x.
+        x: float32 [b, m, n]; factor: float32 or float64 [b], rounded to float32; out: float32,
+        bfloat16 or float16 [b, m, n], may be x.
         """
         shape = self.checks.tensor(x, "x", None, torch.float32, dimensions=(3,))
-        self.checks.tensor(factor, "factor", shape[:1], torch.float32, x)
+        self.checks.tensor(factor, "factor", shape[:1], (torch.float32, torch.float64), x)
         self.checks.tensor(out, "out", shape, KERNEL_DTYPES, x, written=True)
         if out.numel():
             self._scaled(x, factor, out)

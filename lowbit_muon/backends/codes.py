@@ -50,11 +50,12 @@ class PackedCodes:
 class Terms:
     """buffer_weight * buffer + code_weight * decode(codes) + grad_weight * grad.
 
-    Absent terms are left out; with buffer_weight 0 the buffer is not read. codes and grad are of
-    the buffer's shape; grad is float32, bfloat16 or float16, with any strides.
+    Absent terms are left out; with buffer_weight 0 the buffer is not read. As a tensor, float32 or
+    float64 [b] ([1] of a single matrix), it has a number for each matrix, rounded to float32. codes
+    and grad are of the buffer's shape; grad is float32, bfloat16 or float16, with any strides.
     """
 
-    buffer_weight: float = 0.0
+    buffer_weight: float | Tensor = 0.0
     codes: PackedCodes | None = None
     code_weight: float = 1.0
     grad: Tensor | None = None

@@ -65,7 +65,9 @@ def decode(codes: PackedCodes) -> Tensor:
 
 def add_terms(buffer: Tensor, terms: Terms) -> None:
     """`Backend.accumulate` without the sums of squares."""
-    if terms.buffer_weight == 0:
+    if isinstance(terms.buffer_weight, Tensor):
+        buffer.mul_(by_matrix(terms.buffer_weight.float(), buffer.ndim))
+    elif terms.buffer_weight == 0:
         buffer.zero_()
     else:
         buffer.mul_(terms.buffer_weight)
@@ -357,7 +359,7 @@ class Kernels:
         out.copy_(code_times(codes, v))
 
     def _scaled(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        factor = factor.view(-1, 1, 1)
+        factor = factor.float().view(-1, 1, 1)
         out.copy_(torch.where(factor == 0, 0.0, x * factor))
 
     def _update_weight(

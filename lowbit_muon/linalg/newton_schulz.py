@@ -200,7 +200,7 @@ def standard_form(
 
 def orthogonalize_half(
     x: Tensor,  # float16 or bfloat16 [b, m, n], m <= n, contiguous
-    norm: Tensor,  # float32 [b]
+    norm: Tensor,  # float32 or float64 [b]
     coefficients: Sequence[Triple],
     backend: Backend,
     *,

@@ -20,9 +20,9 @@ which in every step changes its size in a momentum of decay beta by the share E*
     largest defect                               0.11%   0.10%   0.38%   0.68%
     fewest products within 2%: defect         10: 0.7%  15: 1.5%  19: 1.5%  23: 1.7%
 
-At 0.03, the default of narrow matrices, a momentum of decay 0.95 keeps every direction to 2% under a thousand steps of
-feedback beside a constant gradient. With 4-bit codes in the loop the iteration and the exact f(R),
-by eigendecomposition, have the same error after Newton-Schulz.
+At 0.03, the default of narrow matrices, a momentum of decay 0.95 keeps every direction to 2% under
+a thousand steps of feedback beside a constant gradient. With 4-bit codes in the loop the iteration
+and the exact f(R), by eigendecomposition, have the same error after Newton-Schulz.
 
 Where products of half precision are quick the later ones take them
 (`RootCoefficients.exact_stages`), with the diagonals, where the multiples of I are, kept in
@@ -105,13 +105,16 @@ def iterate_root(
     *,
     overwrite: bool = False,
     rounded: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """C with C (C R C + shift*I) = I to 1%, for R = gram_matrix [m, m] or [b, m, m].
 
-    float32 (or float64) in and out. R must be symmetric with eigenvalues in [0, 1.1], as M M^T of
-    a matrix scaled to Frobenius norm one has; rounding may take them down to
-    -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets its memory be used.
+    float32 (or float64) in and, unless `dtype` is another, out. R must be symmetric with
+    eigenvalues in [0, 1.1], as M M^T of a matrix scaled to Frobenius norm one has; rounding may
+    take them down to -root_coefficients(shift).floor. R is not changed, unless `overwrite` lets
+    its memory be used.
     rounded: products may round to the backend's `rounded_dtype` where that is precise enough.
+    dtype: of the result, no wider than R's, which is the default.
     Takes five or six matrices of R's size beside it.
     Raises ValueError for another shape, dtype or a shift below the smallest tabulated one.
     """
@@ -122,9 +125,9 @@ def iterate_root(
     if gram_matrix.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"gram_matrix: expected float32 or float64, got {gram_matrix.dtype}")
     program = root_coefficients(shift)
-    dtype = backend.rounded_dtype if rounded else None
-    rounded = dtype is not None
-    exact = len(program.chain) if dtype is None else program.exact_stages(dtype)
+    low_dtype = backend.rounded_dtype if rounded else None
+    rounded = low_dtype is not None
+    exact = len(program.chain) if low_dtype is None else program.exact_stages(low_dtype)
     # With c_0 the program's shift and k = c_0/shift, f(lambda) = k g(k^3 lambda) if
     # lambda g^3 + c_0 g = 1; so W = c_0 g = shift*f comes out unscaled.
     p = gram_matrix if overwrite else gram_matrix.clone()
@@ -134,49 +137,64 @@ def iterate_root(
     # New memory costs a host about as much as a product, so results go where nothing is read again.
     # Most are held for the last form: W, the other forms and its two factors.
     spare = [torch.empty_like(p) for _ in range(len(program.forms) + 2)]
-    w = torch.mul(p, program.shift * program.chain[0][1], out=spare.pop())
-    w.diagonal(dim1=-2, dim2=-1).add_(program.shift * program.chain[0][0])
+    before, w = p, p  # the P of the stage before; W, from the second stage on
     for stage, (a, b) in enumerate(program.chain):  # H = aI + bP
         low = stage >= exact
-        if stage > 0:
-            old, w = w, spare.pop()
+        if stage == 1:  # the first two: W = c H_0 H_1 with H_0 = a_0 I + b_0 P_0
+            a0, b0 = (program.shift * number for number in program.chain[0])
+            w = backend.symmetric_product(
+                before, p, alpha=b0 * b, addend=before, beta=b0 * a, other=p, gamma=a0 * b,
+                identity=a0 * a, out=spare.pop(), rounded=low,
+            )  # fmt: skip
+            spare.append(before)
+        elif stage > 1:
+            old, w = w, before
             backend.symmetric_product(old, p, addend=old, beta=a, alpha=b, out=w, rounded=low)
             spare.append(old)
         # U = P H
         u = backend.symmetric_product(p, p, addend=p, beta=a, alpha=b, out=spare.pop(), rounded=low)
         # P H^3 = U H^2 with H^2 = a^2 I + b (aP + U)
-        (h2,) = backend.combined([[1.0, a]], [u, p], out=[p])
-        p = backend.symmetric_product(
-            u, h2, addend=u, beta=a * a, alpha=b, out=spare.pop(), rounded=low
-        )
+        (h2,) = backend.combined([[1.0, a]], [u, p], out=[spare.pop()])
+        new = spare.pop()
+        backend.symmetric_product(u, h2, addend=u, beta=a * a, alpha=b, out=new, rounded=low)
+        before, p = p, new
         spare += [u, h2]
+    spare.append(before)
     constant, *linear = program.output
     terms = [p, w]
     for index, (left, right) in enumerate(program.forms):
-        # (divided by the first number: a pass less, and a product's factor makes up for it)
-        rows = [[c / row[0] for c in row] for row in (left, right)]
-        factors = backend.combined(rows, terms, out=[spare.pop(), spare.pop()])
-        scale, addend = left[0] * right[0], None
+        rows, scale = [left] if left == right else [left, right], left[0] * right[0]
+        factors = out = [spare.pop() for _ in rows]
         if index + 1 == len(program.forms):
             # The last form is the output's last term: all others, in the place of P, are added to
             # it, with the output's first coefficient for a unit.
-            *others, last = linear
-            rows = [[c / linear[0] for c in others]]
-            (addend,) = backend.combined(rows, terms, out=[p])
+            rows.append(program.output[1:-1])
+            out = [*factors, p]
             spare += terms[2:]
-            scale *= last / linear[0]
+            scale *= linear[-1] / linear[0]
+        # (divided by the first number: a pass less, and a product's factor makes up for it)
+        rows = [tuple(c / row[0] for c in row) for row in rows]
+        backend.combined(rows, terms, out=out)
         form = backend.symmetric_product(
-            *factors, addend=addend, alpha=scale, out=spare.pop(), rounded=rounded
+            factors[0],
+            factors[-1],
+            addend=None if out is factors else p,
+            alpha=scale,
+            out=spare.pop(),
+            rounded=rounded,
         )
         spare += factors
         terms.append(form)
+    result = spare.pop()
+    if dtype is not None:  # in the same memory, of which it takes a part
+        result = result.view(-1).view(dtype)[: w.numel()].view(w.shape)
     return backend.symmetric_product(
         w,
         terms[-1],
         addend=w,
         beta=constant / shift,
         alpha=linear[0] / shift,
-        out=spare.pop(),
+        out=result,
         rounded=rounded,
     )
 

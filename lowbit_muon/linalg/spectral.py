@@ -22,15 +22,20 @@ from lowbit_muon.linalg.root_iteration import iterate_root
 
 
 def encoding_operator(
-    gram: Tensor, shift: float, backend: Backend, *, rounded: bool = False
+    gram: Tensor,
+    shift: float,
+    backend: Backend,
+    *,
+    rounded: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """C [b, m, m] with Y = C M, from M M^T [b, m, m] of M scaled to norm one.
 
-    The Gram matrix may be overwritten. rounded: see `iterate_root`.
+    The Gram matrix may be overwritten. rounded, dtype: of devices, see `iterate_root`.
     """
     f = None if backend.asynchronous else root_fractions(shift)
     if f is None:
-        return iterate_root(gram, shift, backend, overwrite=True, rounded=rounded)
+        return iterate_root(gram, shift, backend, overwrite=True, rounded=rounded, dtype=dtype)
     return backend.partial_fractions(gram, f.constant, f.linear, f.poles, f.weights)
 
 
@@ -39,19 +44,25 @@ def decoding_operator(
 ) -> Tensor:
     """A [b, m, m] with M = A Y of Frobenius norm `norm`, from Y Y^T [b, m, m].
 
-    A is a multiple of Y Y^T + c I. Noise of decoding would change the norm a little in every step,
-    and that adds up, so the norm is given, float64 [b]; what it would be without is a trace:
-    ||A Y||_F^2 = <A Y Y^T, A>.
+    A is a multiple of `shifted_gram`. Noise of decoding would change the norm a little in every
+    step, and that adds up, so the norm is given, float64 [b]; what it would be without is a trace:
+    ||A Y||_F^2 = <A Y Y^T, A>. (A step decodes without A's factor and measures.)
+    """
+    operator = shifted_gram(gram.clone(), noise, shift, columns)
+    squares = backend.symmetric_product(operator, gram).mul_(operator)
+    decoded = squares.sum(dim=(1, 2), dtype=norm.dtype)
+    gain = torch.where(decoded > 0, norm * decoded.rsqrt(), 0.0)
+    return operator.mul_(gain.float().view(-1, 1, 1))
+
+
+def shifted_gram(gram: Tensor, noise: Tensor, shift: float, columns: int) -> Tensor:
+    """Y Y^T + c I [b, m, m], in the place of Y Y^T.
 
     noise: squared Frobenius norm of the error E that Y [m, n] was quantised with, float64 [b].
     White E of variance v an entry adds (m + n) v Y to the expectation of the cubic (E E^T ~ n v I,
     E^T E ~ m v I), as if the shift were larger; left in, it would amplify the small directions in
     every step, so c is shift - noise * (1/m + 1/n).
     """
-    operator = gram.clone()
-    unbiased = shift - noise * (1 / gram.shape[-1] + 1 / columns)
-    operator.diagonal(dim1=1, dim2=2).add_(unbiased.float().unsqueeze(1))
-    squares = backend.symmetric_product(operator, gram).mul_(operator)
-    decoded = squares.sum(dim=(1, 2), dtype=norm.dtype)
-    gain = torch.where(decoded > 0, norm * decoded.rsqrt(), 0.0)
-    return operator.mul_(gain.float().view(-1, 1, 1))
+    unbiased = torch.rsub(noise, shift, alpha=1 / gram.shape[-1] + 1 / columns)
+    gram.diagonal(dim1=1, dim2=2).add_(unbiased.unsqueeze(1))
+    return gram

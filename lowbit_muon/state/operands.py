@@ -139,7 +139,7 @@ class Dense(Operand):
             values = self.matrix if read_only else self.matrix.clone()
         elif self.backend.asynchronous:  # zeros whatever X is
             values = torch.empty_like(self.matrix)
-            self.backend.scaled(self.matrix, divisor.reciprocal().float(), out=values)
+            self.backend.scaled(self.matrix, divisor.reciprocal(), out=values)
         else:
             values = self.matrix / divisor.float().view(-1, 1, 1)
         yield slice(0, self.shape[1]), values

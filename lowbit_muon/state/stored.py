@@ -94,10 +94,10 @@ class StoredBatch(Stored):
         for role, values in self._new.items():
             if self.accepted is not None:
                 mask = self.accepted.view(-1, *[1] * (values.ndim - 1))
-                values = torch.where(mask, values, self[role])
+                values = torch.where(mask, values, self[role], out=self[role])
             old += self.each(role)
             new += values.unbind()
-        if old:
+        if old and (self.accepted is None or len(self.matrices) > 1):
             torch._foreach_copy_(old, new)
         self._new.clear()
         self._read.clear()
@@ -120,6 +120,7 @@ class StoredBatch(Stored):
         Returns Z = w X + v grad for (w, v) = ahead, ||X||_F^2 and ||Z||_F^2; see `add`.
         """
         assert isinstance(self.codec, Coded)
+        assert not isinstance(terms.buffer_weight, Tensor)
         for role in ("codes", "scales"):  # not those that are being read
             self._new[role] = torch.empty_like(self[role])
         z = torch.empty(self.shape, dtype=torch.float32, device=self.device)

@@ -148,7 +148,8 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
         stored.accepted = accepted if idle is None else accepted > idle
     elif not bool(accepted.all()):
         return _update_in_parts(accepted.tolist(), batch, rule, backend, skipped=True)
-    norm = torch.where(accepted, squares, 0.0).sqrt()
+    refused = ~accepted
+    norm = squares.masked_fill(refused, 0.0).sqrt()
 
     scale, terms = _scale(fresh, norm, terms, stored)
     # Codes that products go on reading are replaced last.
@@ -164,7 +165,7 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
     divisor = x_norm.clamp_min(max(rule.eps, _SMALLEST_DIVISOR))
     if scale is not None:
         divisor = torch.maximum(x_norm, rule.eps * scale).clamp_min(_SMALLEST_DIVISOR)
-    inverse = torch.where(accepted, divisor.reciprocal(), 0.0)
+    inverse = divisor.reciprocal().masked_fill(refused, 0.0)
     _update_weights(batch, _orthogonalize(x, x_norm, inverse, rule), accepted, rule)
     if encode_last:
         _encode(stored, fresh, norm, scale, rule, idle)
@@ -206,7 +207,7 @@ def _add_gradient(
         return panels, panels.squares()
     exact, normalize = rule.ns_input == "exact", codec.state_format.normalize
     if backend.asynchronous and codec.is_plain and exact and not normalize:
-        ahead = (terms.buffer_weight, terms.grad_weight) if rule.nesterov else (1.0, 0.0)
+        ahead = (rule.momentum, terms.grad_weight) if rule.nesterov else (1.0, 0.0)
         matrix, squares, ahead_squares = stored.add_and_encode(terms, ahead)
         return _Ahead(matrix, backend, ahead_squares), squares
     matrix, squares = stored.add(terms)
@@ -289,7 +290,7 @@ def _encode(
     stored.commit()
     if idle is not None and not stored.codec.state_format.normalize:
         assert isinstance(stored.codec, Coded)
-        stored.codec.shrink(stored, torch.where(idle, rule.momentum, 1.0))
+        stored.codec.shrink(stored, idle, rule.momentum)
     if isinstance(fresh, Panels):
         fresh.release()
 
@@ -386,7 +387,7 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
         return _Direction(backend, None, x, operator, inverse, rounded)
     matrix = x.dense()
     if rule.ns_dtype == "float32":
-        backend.scaled(matrix, inverse.float(), out=matrix)
+        backend.scaled(matrix, inverse, out=matrix)
         if not takes_gram_form(x.shape, coefficients, torch.float32, backend):
             return _Direction(backend, standard_form(matrix, coefficients, backend))
         operator = gram_operator(backend.symmetric_product(matrix), coefficients, backend)
@@ -394,12 +395,10 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
     unit = 1 / math.sqrt(x.shape[1] * x.shape[2])
     dtype = torch.bfloat16 if rule.ns_dtype == "bfloat16" else torch.float16
     half = torch.empty(x.shape, dtype=dtype, device=x.device)
-    backend.scaled(matrix, (inverse / unit).float(), out=half)
+    backend.scaled(matrix, inverse / unit, out=half)
     del matrix  # nobody else holds it, and what follows takes as much again
-    unit_norm = (norm * inverse).float()
-    return _Direction(
-        backend, orthogonalize_half(half, unit_norm, coefficients, backend, unit=unit)
-    )
+    update = orthogonalize_half(half, norm * inverse, coefficients, backend, unit=unit)
+    return _Direction(backend, update)
 
 
 def _update_weights(batch: Batch, direction: _Direction, accepted: Tensor, rule: MuonRule) -> None:
@@ -410,10 +409,10 @@ def _update_weights(batch: Batch, direction: _Direction, accepted: Tensor, rule:
     rounding = batch.rounding
     if backend.asynchronous:
         if isinstance(lr, Tensor):  # a CPU scalar would have to be copied to the device
-            lr = lr.reshape(()) if lr.device == accepted.device else float(lr)
+            lr = lr.reshape(()).float() if lr.device == accepted.device else float(lr)
         # Products with the mask and no constants, which would have to be copied to the device.
-        mask = accepted.float()
-        decays, step_sizes = 1 - mask * (lr * rule.weight_decay), mask * (lr * scale)
+        step_sizes = accepted * (lr * scale)
+        decays = torch.rsub(step_sizes, 1.0, alpha=rule.weight_decay / scale)
         update = direction.rows(slice(None))
         for i, weight in enumerate(weights):
             update_weight(weight, update[i], decays[i], step_sizes[i], rounding[i], backend)

@@ -234,6 +234,19 @@ def test_accumulate_of_one_term(backend: CpuBackend) -> None:
     assert torch.equal(buffer, torch.zeros(3, 200))
 
 
+def test_accumulate_with_a_weight_for_each_matrix(backend: CpuBackend) -> None:
+    """Numbers of float64 are rounded to float32 first."""
+    weights = torch.tensor([0.3, 0.0, 1e-30], dtype=torch.float64)
+    for dtype, batch in ((torch.float64, 3), (torch.float32, 3), (torch.float64, 1)):
+        start, grad = torch.randn(2, batch, 7, 1100).unbind()
+        terms = Terms(weights[:batch].to(dtype), grad=grad, grad_weight=0.1)
+        found, expected = start.clone(), start.clone()
+        squares = backend.accumulate(found, terms)
+        assert_same_squares(squares, REFERENCE.accumulate(expected, terms), 1100)
+        assert_same(found, expected)
+        assert_same(found[0], start[0] * weights[0].float() + grad[0] * 0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_precision_gradient(backend: CpuBackend, dtype: torch.dtype) -> None:
     """All 65,536 values of a 16-bit float convert exactly, subnormals and infinities included."""
@@ -321,6 +334,7 @@ def test_wrong_tensors_raise(backend: CpuBackend) -> None:
         (ValueError, "buffer", lambda: backend.accumulate(x[:1].expand(4, 200), Terms())),
         (ValueError, "buffer", lambda: backend.accumulate(x.T, Terms())),
         (TypeError, "buffer", lambda: backend.accumulate(x.half(), Terms())),
+        (ValueError, "buffer_weight", lambda: backend.accumulate(x, Terms(torch.ones(2)))),
         (ValueError, "grad", lambda: backend.accumulate(x, Terms(grad=x.T))),
         (TypeError, "grad", lambda: backend.accumulate(x, Terms(grad=x.int()))),
         (ValueError, "grad", lambda: backend.accumulate(x, Terms(grad=x.to("meta")))),

@@ -196,6 +196,8 @@ def test_accumulate(backend: CudaBackend, dtype: torch.dtype, shape: tuple[int, 
         assert_squares(squares, wanted, columns)
         assert wide[:, columns:].isnan().all()
     assert backend.accumulate(torch.ones(2, 3), Terms(2.0)).tolist() == [12.0, 12.0]
+    weights = torch.tensor([2.0, 1.0])
+    assert backend.accumulate(torch.ones(2, 1, 3), Terms(weights)).tolist() == [[12.0], [3.0]]
 
 
 @pytest.mark.parametrize("bits", CODE_BITS)
@@ -323,6 +325,7 @@ def test_scaled(backend: CudaBackend, dtype: torch.dtype) -> None:
     expected = torch.empty(3, 70, 77, dtype=dtype)
     assert backend.scaled(x, factor, out=out) is out
     assert torch.equal(out, REFERENCE.scaled(x, factor, out=expected))
+    assert torch.equal(backend.scaled(x, factor.double(), out=out), expected)
     assert_guards_intact(raw)
 
 

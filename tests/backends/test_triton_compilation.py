@@ -142,6 +142,9 @@ ELEMENTWISE: dict[str, Callable[[TritonBackend], object]] = {
     "accumulate-3-tall": lambda b: b.accumulate(
         of(FP32, M, N), Terms(codes=coded("spectral3"), grad=of(FP32, N, M).T)
     ),
+    "accumulate-by-matrix": lambda b: b.accumulate(
+        of(FP32, 2, M, N), Terms(of(torch.float64, 2), grad=of(BF16, 2, M, N))
+    ),
     "accumulate-blocks": lambda b: b.accumulate(of(FP32, M, N), Terms(codes=coded("nf4"))),
     "update-4": update("spectral4", of(FP32, M, N), BF16),
     "update-4-tall": update("spectral4", of(BF16, N, M).T, BF16),
@@ -160,7 +163,7 @@ ELEMENTWISE: dict[str, Callable[[TritonBackend], object]] = {
     "limbs": lambda b: b.code_product(of(FP32, M, M), coded("spectral4")),
     "levels-3": lambda b: b.code_gram(coded("spectral3", 100)),
     "combined": lambda b: b.combined(
-        [[1.0, 0.5, 0.25, -0.5, 2.0]] * 2, [of(FP32, M, M) for _ in range(5)]
+        [[1.0, 0.5, 0.25, -0.5, 2.0]] * 3, [of(FP32, M, M) for _ in range(5)]
     ),
 }
 PRODUCTS: dict[str, Callable[[TritonBackend], object]] = {

@@ -142,6 +142,19 @@ def test_accumulate_of_one_term_and_of_wide_rows() -> None:
     assert torch.equal(buffer, torch.zeros(2, 10000))
 
 
+def test_accumulate_with_a_weight_for_each_matrix() -> None:
+    """Numbers of float64 are rounded to float32 first."""
+    weights = torch.tensor([0.3, 0.0, 1e-30], dtype=torch.float64)
+    for dtype, batch in ((torch.float64, 3), (torch.float32, 3), (torch.float64, 1)):
+        start, grad = torch.randn(2, batch, 7, 1100).unbind()
+        terms = Terms(weights[:batch].to(dtype), grad=grad, grad_weight=0.1)
+        found, expected = start.clone(), start.clone()
+        squares = TRITON.accumulate(found, terms)
+        assert_same_squares(squares, REFERENCE.accumulate(expected, terms), 1100)
+        assert_same(found, expected)
+        assert_same(found[0], start[0] * weights[0].float() + grad[0] * 0.1)
+
+
 def test_accumulate_is_that_of_the_cpu() -> None:
     codes, grad = random_codes(3, 515, 3), torch.randn(515, 3).T
     found, expected = torch.randn(2, 3, 515).unbind()

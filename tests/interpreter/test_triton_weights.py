@@ -19,20 +19,22 @@ def test_scaled(dtype: torch.dtype) -> None:
     for layout in (x, x.mT.contiguous().mT):
         out = torch.empty(4, 33, 70, dtype=dtype)
         assert TRITON.scaled(layout, factor, out=out) is out
-        assert_same(out, REFERENCE.scaled(x, factor, out=torch.empty_like(out)))
+        expected = REFERENCE.scaled(x, factor, out=torch.empty_like(out))
+        assert_same(out, expected)
+        assert_same(TRITON.scaled(layout, factor.double(), out=out), expected)
     TRITON.scaled(torch.empty(0, 3, 4), torch.empty(0), out=torch.empty(0, 3, 4))
 
 
 @pytest.mark.parametrize("terms", range(1, 7))
 @pytest.mark.parametrize("shape", [(1, 1), (2, 33, 33), (0, 4), (3, 1500)])
 def test_combined(terms: int, shape: tuple[int, ...]) -> None:
-    """One sum and two, of all numbers of terms, also into the first of them.
+    """One to four sums, of all numbers of terms, also into the first of them.
 
     Torch may fuse a product with its sum: a rounding each of what has been added up so far.
     """
     given = [torch.randn(shape) for _ in range(terms)]
-    numbers = [[1.0, *torch.randn(terms - 1).tolist()] for _ in range(2)]
-    for rows in (numbers[:1], numbers):
+    numbers = [[1.0, *torch.randn(terms - 1).tolist()] for _ in range(4)]
+    for rows in (numbers[:1], numbers[:2], numbers[:3], numbers):
         expected = REFERENCE.combined(rows, given)
         sizes = [sum(abs(c) * x.abs() for c, x in zip(row, given, strict=True)) for row in rows]
         copies = [term.clone() for term in given]

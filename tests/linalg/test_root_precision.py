@@ -91,11 +91,11 @@ class Emulated(Backend):
         """See `Backend.symmetric_product`."""
         assert active is None
         assert not rounded
-        assert identity == 0
         result = self.arithmetic(a, a.mT if b is None else b) * alpha
         result = (result + result.mT) / 2
         result = result if addend is None else result + beta * addend
         result = result if other is None else result + gamma * other
+        result = result + identity * torch.eye(result.shape[-1])
         return result if out is None else out.copy_(result)
 
 

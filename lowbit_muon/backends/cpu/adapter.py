@@ -118,6 +118,10 @@ class CpuBackend(Backend):
         )
 
     def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        weight = terms.buffer_weight
+        if isinstance(weight, Tensor) and weight.numel() > 1:
+            buffer.mul_(weight.float().view(-1, *(1,) * (buffer.ndim - 1)))
+            weight = 1.0
         *batch, rows, columns = buffer.shape
         row_sums = torch.empty((*batch, rows), dtype=torch.float64, device="cpu")
         arguments: dict[str, Any] = {}
@@ -135,7 +139,7 @@ class CpuBackend(Backend):
             columns=columns,
             buffer=buffer.data_ptr(),
             buffer_stride=buffer.stride(-2 if rows > 1 else 0),
-            buffer_weight=terms.buffer_weight,
+            buffer_weight=float(weight),
             row_sums=row_sums.data_ptr(),
             threads=torch.get_num_threads(),
             **arguments,

@@ -104,6 +104,10 @@ class CudaBackend(Backend):
         )
 
     def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
+        weight = terms.buffer_weight
+        if isinstance(weight, Tensor):
+            buffer.mul_(weight.float().view(-1, *(1,) * (buffer.ndim - 1)))
+            weight = 1.0
         target = buffer.flatten(0, -2)
         rows, columns = target.shape
         arguments: dict[str, object] = {"block": 1}
@@ -122,7 +126,7 @@ class CudaBackend(Backend):
             columns=columns,
             buffer=target.data_ptr(),
             buffer_stride=target.stride(0),
-            buffer_weight=terms.buffer_weight,
+            buffer_weight=weight,
             squares=squares.data_ptr(),
             **arguments,
         )
@@ -195,7 +199,7 @@ class CudaBackend(Backend):
         if not out.is_contiguous():
             super()._scaled(x, factor, out)
             return
-        x, factor = x.contiguous(), factor.contiguous()
+        x, factor = x.contiguous(), factor.float().contiguous()
         self._library.call(
             "lowbit_scaled",
             x.device,

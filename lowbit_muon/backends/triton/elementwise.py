@@ -19,7 +19,7 @@ from lowbit_muon.formats.codebook import CodeLayout
 
 # Of a sum of matrices, and such sums, that the kernel takes at once: a root iteration's
 # (`linalg.root_iteration`).
-MOST_TERMS, MOST_SUMS = 5, 2
+MOST_TERMS, MOST_SUMS = 5, 3
 
 
 class Elementwise(Backend):
@@ -46,6 +46,8 @@ class Elementwise(Backend):
             bits, scale_block = codes.layout.bits, _scale_block(codes.layout, n)
             levels, _ = tables(codes.codebook, bits, buffer.device)
         source = target if terms.grad is None else terms.grad.flatten(0, -2)
+        weight = terms.buffer_weight
+        by_matrix = isinstance(weight, Tensor)
         block_m, block_n = _tile(source, n)
         span = block_n * rows.ACCUMULATE_STEPS
         squares = torch.empty(m, triton.cdiv(n, span), dtype=torch.float64, device=buffer.device)
@@ -64,10 +66,11 @@ class Elementwise(Backend):
                 squares,
                 m,
                 n,
-                float(terms.buffer_weight),
+                weight.contiguous() if isinstance(weight, Tensor) else float(weight),
                 float(terms.code_weight),
                 float(terms.grad_weight),
-                HAS_BUFFER=terms.buffer_weight != 0,
+                HAS_BUFFER=by_matrix or weight != 0,
+                MATRIX_ROWS=buffer.shape[-2] if by_matrix else 0,
                 HAS_GRAD=terms.grad is not None,
                 BITS=bits,
                 SCALE_BLOCK=scale_block,
@@ -127,18 +130,16 @@ class Elementwise(Backend):
             return
         terms = [term.contiguous() for term in terms]
         padding = [terms[0]] * (MOST_TERMS - len(terms))
-        numbers = [
-            float(number)
-            for row in (coefficients[0], coefficients[-1])
-            for number in (*row[1:], *[0.0] * len(padding))
-        ]
+        missing = MOST_SUMS - len(out)
+        each = [*coefficients, *[coefficients[-1]] * missing]
+        numbers = [float(number) for row in each for number in (*row[1:], *[0.0] * len(padding))]
         size = terms[0].numel()
         with on_device(terms[0]):
             weights.combined_kernel[(triton.cdiv(size, weights.SUM_TILE),)](
                 *terms,
                 *padding,
-                out[0],
-                out[-1],
+                *out,
+                *[out[-1]] * missing,
                 size,
                 *numbers,
                 TERMS=len(terms),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms
@@ -102,14 +104,12 @@ class Coded(Codec):
     def divisor(self, stored: Stored, norm: Tensor, scale: Tensor | None) -> Tensor | None:
         """What x is divided by, float64 [b], None for one; writes the norm, if one is stored."""
         if self.stores_norm:
-            norm = torch.where(norm >= SMALLEST_NORM, norm, 0.0)
-            stored.blank("norm").copy_(norm.unsqueeze(1))
-            divisor = norm if scale is None else norm * scale
-        elif scale is None and not stored.backend.asynchronous:
+            stored.blank("norm").copy_(threshold(norm, SMALLEST_NORM, 0.0).unsqueeze(1))
+            divisor = threshold(norm, SMALLEST_NORM, math.inf)
+            return divisor if scale is None else divisor * scale
+        if scale is None and not stored.backend.asynchronous:
             return None
-        else:
-            divisor = torch.where(norm > 0, 1.0 if scale is None else scale, 0.0)
-        return divisor.masked_fill(divisor == 0, math.inf)
+        return torch.where(norm > 0, 1.0 if scale is None else scale, math.inf)
 
     def write_codes(self, stored: Stored, panels: ValuePanels) -> None:
         """Quantise what comes in panels."""
@@ -129,8 +129,8 @@ class Coded(Codec):
             if self.state_format.spectral:
                 self.measure_noise(stored, rows, values)
 
-    def shrink(self, stored: Stored, factors: Tensor) -> None:
-        """Multiply what is stored by factors in [0, 1], [b]; its codes stay.
+    def shrink(self, stored: Stored, chosen: Tensor, factor: float) -> None:
+        """Multiply what is stored by a factor in [0, 1] where chosen, bool [b]; its codes stay.
 
         Encoding what only became smaller would round it again, and over many steps lose it.
         """
@@ -139,8 +139,8 @@ class Coded(Codec):
         roles = [role, "left_scales"] if self.rank and not self.stores_norm else [role]
         for role in roles:
             values = stored[role]
-            values = values * factors.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
-            values = torch.where(values < smallest, 0.0, values)
+            smaller = threshold(values * factor, smallest, 0.0)
+            values = torch.where(chosen.view(-1, *[1] * (values.ndim - 1)), smaller, values)
             torch._foreach_copy_(list(stored.each(role)), list(values.unbind()))
 
     def measure_noise(self, stored: Stored, rows: slice, values: Tensor) -> None:
@@ -192,6 +192,7 @@ class _CodeDecoder(Decoder):
     def add(self, out: Tensor, terms: Terms, rows: slice) -> Tensor:
         """See `Decoder.add`."""
         f, weight = self.codec.state_format, terms.buffer_weight
+        assert not isinstance(weight, Tensor)
         whole = rows.stop - rows.start == self.codec.m
         codes = self.codes if whole else self.codes.row_slice(rows)
         if f.companded_scale or f.rotate:
@@ -201,9 +202,8 @@ class _CodeDecoder(Decoder):
                 left, right = self.factors
                 self.backend.product(left[:, rows], right.mT, out=out, beta=1.0)
             if self.norm is not None:
-                out.mul_((weight * self.norm).float().view(-1, 1, 1))
-                weight = 1.0
-            terms = Terms(weight, grad=terms.grad, grad_weight=terms.grad_weight)
+                weight = weight * self.norm
+            terms = dataclasses.replace(terms, buffer_weight=weight)
         else:
             buffer_weight = 0.0
             if self.factors is not None:

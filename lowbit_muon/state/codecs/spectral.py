@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS
-from lowbit_muon.linalg.spectral import decoding_operator, encoding_operator
+from lowbit_muon.linalg.spectral import encoding_operator, shifted_gram
 from lowbit_muon.state.codec import Decoder, Stored
 from lowbit_muon.state.codecs.coded import Coded
 from lowbit_muon.state.operands import Dense, Panels, row_slices
@@ -65,10 +66,11 @@ class Spectral(Coded):
         rounded = rounded and self.m >= ROUNDED_ROWS
         if backend.asynchronous:
             half = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-            matrix = backend.scaled(matrix, (divisor * unit).reciprocal().float(), out=half)
+            matrix = backend.scaled(matrix, (divisor * unit).reciprocal(), out=half)
             gram = torch.empty(*matrix.shape[:2], self.m, device=matrix.device)
             backend.symmetric_product(matrix, alpha=unit * unit, out=gram)
-            operator = encoding_operator(gram, shift, backend, rounded=rounded).to(dtype)
+            operator = encoding_operator(gram, shift, backend, rounded=rounded, dtype=dtype)
+            del gram  # nobody else holds it
             rounded = False  # both factors of Y are in half precision
         else:
             size, unit = divisor.float().view(-1, 1, 1), 1.0
@@ -97,7 +99,6 @@ class Spectral(Coded):
                     ),
                 )
 
-        stored.blank("noise").zero_()
         self.write_codes(stored, companded)
 
     def measure_noise(self, stored: Stored, rows: slice, values: Tensor) -> None:
@@ -106,7 +107,8 @@ class Spectral(Coded):
         scales = scales.expand(*packed.shape[:2], -1)[:, rows]
         codes = PackedCodes(packed[:, rows], scales, self.book, self.layout, self.n)
         errors = stored.backend.accumulate(values, Terms(-1.0, codes=codes))
-        stored.blank("noise").add_(errors.sum(dim=-1, keepdim=True))
+        noise, new = stored.blank("noise"), errors.sum(dim=-1, keepdim=True)
+        noise.copy_(new if rows.start == 0 else noise + new)
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,19 @@ class _SpectralDecoder(Decoder):
         codes, norm, noise = codec.codes(self.stored), self.stored["norm"], self.stored["noise"]
         shift = codec.shift
         if codec.reads_integers:
-            operator = decoding_operator(
-                backend.code_gram(codes), norm[:, 0], noise[:, 0], shift, codec.n, backend
-            )
+            operator = shifted_gram(backend.code_gram(codes), noise[:, 0], shift, codec.n)
             backend.code_product(operator, codes, out=out)
         else:
             y = torch.empty_like(out)
             backend.accumulate(y, Terms(codes=codes))
-            gram = backend.symmetric_product(y)
-            operator = decoding_operator(gram, norm[:, 0], noise[:, 0], shift, codec.n, backend)
+            operator = shifted_gram(backend.symmetric_product(y), noise[:, 0], shift, codec.n)
             backend.product(operator, y, out=out)
+        # Noise of decoding would change the norm a little in every step, and that adds up. (Of rows
+        # in float32, then in float64: within 1e-7.)
+        found = torch.linalg.vector_norm(out, dim=2)
+        found = torch.linalg.vector_norm(found, dim=1, keepdim=True, dtype=norm.dtype)
+        gain = (norm / found).nan_to_num(0.0, 0.0, 0.0)[:, 0]
         if codec.state_format.rotate:
             backend.rotate(out, inverse=True)
+        terms = dataclasses.replace(terms, buffer_weight=terms.buffer_weight * gain)
         return backend.accumulate(out, terms).sum(dim=-1)

@@ -81,10 +81,11 @@ def accumulate_kernel(
     squares_ptr,  # float64 [rows, programs along columns]
     rows,
     columns,
-    buffer_weight,
+    buffer_weight,  # a number, or float32 or float64 [matrices]
     code_weight,
     grad_weight,
     HAS_BUFFER: tl.constexpr,
+    MATRIX_ROWS: tl.constexpr,  # rows that share an element of buffer_weight; 0: it is a number
     HAS_GRAD: tl.constexpr,
     BITS: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
@@ -96,6 +97,9 @@ def accumulate_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     inside = row < rows
     row = row.to(tl.int64)
+    if MATRIX_ROWS > 0:
+        buffer_weight = tl.load(buffer_weight + row // MATRIX_ROWS, mask=inside, other=0.0)
+        buffer_weight = buffer_weight.to(tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
     for step in range(STEPS):
         first = (tl.program_id(1) * STEPS + step) * BLOCK_N

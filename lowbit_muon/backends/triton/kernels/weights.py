@@ -27,7 +27,7 @@ def scaled_kernel(
     stride_xb,
     stride_xm,
     stride_xn,
-    factor_ptr,  # float32 [batch]
+    factor_ptr,  # float32 or float64 [batch]
     stride_fb,
     out_ptr,  # float32, bfloat16 or float16 [batch, rows, columns]
     stride_ob,
@@ -41,7 +41,7 @@ def scaled_kernel(
     """out <- factor * x, zeros where the factor is zero."""
     batch = tl.program_id(1).to(tl.int64)
     row, column, mask = tile_position(rows, columns, BLOCK_M, BLOCK_N)
-    factor = tl.load(factor_ptr + batch * stride_fb)
+    factor = tl.load(factor_ptr + batch * stride_fb).to(tl.float32)
     offset = batch * stride_xb + row * stride_xm + column * stride_xn
     x = tl.load(x_ptr + offset, mask=mask, other=0.0)
     result = tl.where(factor == 0, 0.0, x * factor)
@@ -61,6 +61,7 @@ def combined_kernel(
     x4_ptr,
     first_ptr,  # float32 [size]
     second_ptr,  # float32 [size]
+    third_ptr,  # float32 [size]
     size,
     a1,  # of the first sum
     a2,
@@ -70,37 +71,47 @@ def combined_kernel(
     b2,
     b3,
     b4,
+    c1,  # of the third
+    c2,
+    c3,
+    c4,
     TERMS: tl.constexpr,
     SUMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """first <- x0 + a1 * x1 + a2 * x2 + .., second <- x0 + b1 * x1 + ..
+    """first <- x0 + a1 * x1 + a2 * x2 + .., second <- x0 + b1 * x1 + .., third <- x0 + c1 * x1 + ..
 
     All terms of a tile are read before it is written: results may lie in their place.
     """
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = place < size
     first = tl.load(x0_ptr + place, mask=mask, other=0.0)
-    second = first
+    second, third = first, first
     if TERMS > 1:
         term = tl.load(x1_ptr + place, mask=mask, other=0.0)
         first += a1 * term
         second += b1 * term
+        third += c1 * term
     if TERMS > 2:
         term = tl.load(x2_ptr + place, mask=mask, other=0.0)
         first += a2 * term
         second += b2 * term
+        third += c2 * term
     if TERMS > 3:
         term = tl.load(x3_ptr + place, mask=mask, other=0.0)
         first += a3 * term
         second += b3 * term
+        third += c3 * term
     if TERMS > 4:
         term = tl.load(x4_ptr + place, mask=mask, other=0.0)
         first += a4 * term
         second += b4 * term
+        third += c4 * term
     tl.store(first_ptr + place, first, mask=mask)
     if SUMS > 1:
         tl.store(second_ptr + place, second, mask=mask)
+    if SUMS > 2:
+        tl.store(third_ptr + place, third, mask=mask)
 
 
 @triton.jit
