@@ -137,7 +137,7 @@ BAD_FIELDS: dict[str, tuple[Any, ...]] = {
     "factor_bits": (*NOT_COUNTS, 0, 4.0, 16),
     "residual_after": ("never", None, []),
     "spectral": NOT_BOOLS,
-    "spectral_shift": (*NOT_NUMBERS, 0, -1, 1e-300, 0.0049, 1e300),
+    "spectral_shift": (*NOT_NUMBERS[1:], 0, -1, 1e-300, 0.0049, 1e300),  # None: by size
     "rotate": NOT_BOOLS,
     "normalize": NOT_BOOLS,
 }  # fmt: skip

@@ -19,7 +19,6 @@
 //
 // No function of the C++ library may be used here: see interface.hpp.
 
-#include <math.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -9,7 +9,7 @@ void factor_small(float* x, size_t stride, size_t size) {
         memset(rows[i] + size, 0, (kSmallInverse - size) * sizeof(float));
     }
     for (size_t k = 0; k < size; ++k) {
-        const float inverse = 1.0f / sqrtf(rows[k][k]);
+        const float inverse = 1.0f / __builtin_sqrtf(rows[k][k]);
         rows[k][k] = 1.0f;
         for (size_t j = 0; j < kSmallInverse; ++j) {
             rows[k][j] *= inverse;
