@@ -6,10 +6,11 @@ products (`linalg.root_iteration`):
 
     f(lambda) = constant + linear * lambda + sum_i weight_i / (lambda + pole_i)
 
-An inverse of a symmetric positive definite matrix takes m^3 / 2 multiply-adds (Cholesky), no more
-than one symmetric product, and those of a shift need nothing of each other. All poles and weights
-are positive, so nothing cancels, and with Cholesky's factors rounding moves R by little more than
-its own: the smallest pole is 9e-6 at c = 0.03, where rounding of R in float32 is 1e-7.
+An inverse of a symmetric positive definite matrix takes m^3 / 2 multiply-adds (Cholesky), as many
+as one symmetric product, and ours a third more; those of a shift need nothing of each other. All
+poles and weights are positive, so nothing cancels, and with Cholesky's factors rounding moves R by
+little more than its own: the smallest pole is 9e-6 at c = 0.03, where rounding of R in float32 is
+1e-7.
 
     shift                        0.1    0.03
     fractions                      4       6

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Product, Terms, byte_levels, tables
 from lowbit_muon.backends.memory import Checks, has_plain_rows, rows_in_place
-from lowbit_muon.backends.reference import rotation_tensors
+from lowbit_muon.backends.reference import by_matrix, rotation_tensors
 
 ISA_VARIABLE = "LOWBIT_MUON_ISA"
 SIDE_BY_SIDE = 1024  # rows of the largest matrices that more than two threads invert at once
@@ -120,7 +120,7 @@ class CpuBackend(Backend):
     def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
         weight = terms.buffer_weight
         if isinstance(weight, Tensor) and weight.numel() > 1:
-            buffer.mul_(weight.float().view(-1, *(1,) * (buffer.ndim - 1)))
+            buffer.mul_(by_matrix(weight.float(), buffer.ndim))
             weight = 1.0
         *batch, rows, columns = buffer.shape
         row_sums = torch.empty((*batch, rows), dtype=torch.float64, device="cpu")

@@ -20,6 +20,7 @@ from lowbit_muon.backends.cuda.library import (
     unavailable_reason,
 )
 from lowbit_muon.backends.memory import Checks, plain_rows
+from lowbit_muon.backends.reference import by_matrix
 from lowbit_muon.formats.codebook import Codebook
 
 # The longest row that the rotation holds in shared memory (csrc/cuda/rotation.cu).
@@ -106,7 +107,7 @@ class CudaBackend(Backend):
     def _accumulate(self, buffer: Tensor, terms: Terms) -> Tensor:
         weight = terms.buffer_weight
         if isinstance(weight, Tensor):
-            buffer.mul_(weight.float().view(-1, *(1,) * (buffer.ndim - 1)))
+            buffer.mul_(by_matrix(weight.float(), buffer.ndim))
             weight = 1.0
         target = buffer.flatten(0, -2)
         rows, columns = target.shape
