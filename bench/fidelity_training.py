@@ -15,7 +15,6 @@ averaged over the matrices after the last step:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 from pathlib import Path
@@ -31,9 +30,9 @@ from bench.harness import write_json
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
-from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.stored import orient
-from lowbit_muon.step.update import Batch, MuonRule, update
+from lowbit_muon.step.options import GROUP_DEFAULTS
+from lowbit_muon.step.update import Batch, StepOptions, update
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 from lowbit_muon.tools.finetune.training import FinetuneRun
 
@@ -46,17 +45,7 @@ FORMATS = {
     **{name: PRESETS[name] for name in ("nf4", "linear8", "mulaw8")},
 }
 # With lr -1 a step adds the update to weights of zeros.
-RULE = MuonRule(
-    lr=-1.0,
-    weight_decay=0.0,
-    momentum=0.95,
-    nesterov=True,
-    coefficients=resolve_coefficients("muon", 5),
-    eps=1e-7,
-    adjust_lr_fn=None,
-    ns_input="exact",
-    ns_dtype="float32",
-)
+OPTIONS = {**GROUP_DEFAULTS, "lr": -1.0, "weight_decay": 0.0, "ns_dtype": "float32"}
 
 
 class Watched:
@@ -79,8 +68,8 @@ class Watched:
         for name, momentum in self.stored.items():
             found = torch.zeros_like(grad, dtype=torch.float32)
             # As MuonQ is published, with its own normalisation and without Nesterov.
-            rule = dataclasses.replace(RULE, nesterov=name != BASELINE)
-            update(Batch([found], [grad], [momentum], [None]), rule, backend)
+            options = StepOptions.from_group({**OPTIONS, "nesterov": name != BASELINE})
+            update(Batch([found], [grad], [momentum], [None]), options, backend)
             self.updates[name] = found
 
     def errors(self) -> dict[str, dict[str, float]]:

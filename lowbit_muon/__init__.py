@@ -13,11 +13,14 @@ from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import NonFiniteGradientError
 from lowbit_muon.state.stored import QuantizedMatrix, quantize
+from lowbit_muon.step.rules.recipes import RULES
+from lowbit_muon.step.rules.rule import UpdateRule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "RULES",
     "AutoFormat",
     "Diagnosis",
     "ExchangeError",
@@ -27,6 +30,7 @@ __all__ = [
     "NonFiniteGradientError",
     "QuantizedMatrix",
     "StateFormat",
+    "UpdateRule",
     "__version__",
     "attach_gradient_release",
     "log_diagnoses",

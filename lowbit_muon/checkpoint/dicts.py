@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from lowbit_muon.backends.tensors import accumulation_dtype, error_context, holds_values
 from lowbit_muon.formats.state_format import FORMAT_VERSION
 from lowbit_muon.step.options import AUX_OPTIONS, OPTIONS, SCHEDULER_KEYS
+from lowbit_muon.step.rules.recipes import resolve_rule
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -340,7 +341,16 @@ def _saved_options(group: Group, saved_group: Group) -> Group:
     if convention != "ours":
         known = {*group, *SCHEDULER_KEYS}
         saved = {name: value for name, value in saved.items() if name in known}
-    return {name: value for name, value in saved.items() if name not in _KEPT}
+    kept = _KEPT | _options_of_other_rule(group, saved_group) if uses_muon else _KEPT
+    return {name: value for name, value in saved.items() if name not in kept}
+
+
+def _options_of_other_rule(group: Group, saved_group: Group) -> set[str]:
+    """The options that our group, or the saved one, has by its rule, if these are two rules."""
+    rules = [resolve_rule(each.get("rule", "muon")) for each in (group, saved_group)]
+    if rules[0] == rules[1]:
+        return set()
+    return {name for rule in rules for name, _ in rule.options}
 
 
 def _keys_by_parameter(

@@ -43,14 +43,17 @@ from lowbit_muon.state.parameter import (
     momentum_format,
     quantized_state,
     resolve_group_format,
+    rule_keys,
     write_matrix,
 )
 from lowbit_muon.state.placement import local_part, shape_only
 from lowbit_muon.state.rounding import Compensation
-from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch
+from lowbit_muon.state.stored import RULE_PREFIX, QuantizedMatrix, StoredBatch
 from lowbit_muon.state.update_error import rotated_sample
 from lowbit_muon.step.batches import host_counters
 from lowbit_muon.step.options import LAYOUT_OPTIONS, OPTIONS
+from lowbit_muon.step.rules.recipes import resolve_rule
+from lowbit_muon.step.rules.rule import UpdateRule
 
 # Of a state of ours: a step keeps norms below LARGEST_NORM, and codes may decode to somewhat more.
 _LARGEST_OWN = 1e35
@@ -69,7 +72,9 @@ def convert_momentum(param: Tensor, group: Group, saved: SavedState) -> State:
     if momentum is None:
         return {}
     state_format, choice = _own_format(group, views, momentum)
+    momentum = momentum / _average_factor(group)
     entries = quantized_state(momentum, state_format, views, group)
+    entries |= _rule_state(param, group, views, {})
     counts = {"step": 0, "skipped": 0} | matrix_entries(param, group)
     return counts | choice | entries | _remainder(param, group, None)
 
@@ -106,15 +111,21 @@ def _converted(
     asked = whole_number("asked", entries.pop("asked", None)) if auto is not None else 0
     entries.pop("state_format", None)
     _check_matrix_entries(param, entries, saved_group)
-    state = _checked_copy(param, entries, source, source_views, group["backend"])
+    saved_rule = resolve_rule(saved_group["rule"])
+    state = _checked_copy(param, entries, source, source_views, group["backend"], saved_rule)
     target = resolve_group_format(group)
     keeps = source in target.formats if isinstance(target, AutoFormat) else source == target
-    if keeps and source_views == views:
-        return state | matrix_entries(param, group) | _choice(target, source, asked)
-    momentum = assemble(param, source_views, source, state, group["backend"])
+    factor = 1.0 if source.normalize else _average_factor(saved_group) / _average_factor(group)
+    kept = state if source_views == views else {}
+    of_rule = _rule_state(param, group, views, kept)
+    if keeps and source_views == views and factor == 1:
+        for key in rule_keys(state, views):
+            del state[key]
+        return state | of_rule | matrix_entries(param, group) | _choice(target, source, asked)
+    momentum = assemble(param, source_views, source, state, group["backend"]) * factor
     counts = {name: state[name] for name in ("step", "skipped")} | matrix_entries(param, group)
     if isinstance(target, AutoFormat) and not bool(momentum.any()):
-        return counts | {"asked": 0, "state_format": None}  # chosen with the first gradient
+        return counts | {"asked": 0, "state_format": None} | of_rule  # chosen with a gradient
     loses_size = isinstance(target, AutoFormat) or not target.normalize
     if source.normalize and loses_size and bool(momentum.any()):
         if param.grad is None or not bool(param.grad.isfinite().all()):
@@ -124,9 +135,30 @@ def _converted(
                 "it from, so load between backward() and step()"
             )
         _give_size(momentum, flatten(param.grad, saved_group), source_views, group["momentum"])
+        momentum /= _average_factor(group)
     momentum = momentum.reshape(matrix_shape(param, group))
     state_format, choice = _own_format(group, views, momentum)
-    return counts | choice | quantized_state(momentum, state_format, views, group)
+    return counts | choice | quantized_state(momentum, state_format, views, group) | of_rule
+
+
+def _average_factor(group: Group) -> float:
+    """What a group's momentum is multiplied by to be an average of gradients."""
+    weights = resolve_rule(group["rule"]).momentum.weights(group["momentum"], nesterov=False)
+    return (1 - group["momentum"]) / weights.grad
+
+
+def _rule_state(
+    param: Tensor, group: Group, views: Sequence[MatrixView], state: Mapping[str, Any]
+) -> State:
+    """What a group's rule keeps beside the momentum: of a state where that has it, else zeros."""
+    rule, found = resolve_rule(group["rule"]), {}
+    for view in views:
+        for name, shape in rule.state(view.shape).items():
+            key = view.prefix + RULE_PREFIX + name
+            value = state.get(key)
+            fits = isinstance(value, Tensor) and tuple(value.shape) == shape
+            found[key] = value if fits else torch.zeros(shape, device=param.device)
+    return found
 
 
 def pack_auto_state(param: Tensor, group: Group, state: State) -> State:
@@ -151,7 +183,8 @@ def pack_auto_state(param: Tensor, group: Group, state: State) -> State:
     packed[: len(values)] = values
     no_tensors = dict.fromkeys(_possible_keys(auto, views), 0)
     packed = packed.to(local_part(param).device)
-    return host_counters(state) | no_tensors | {"state_format": packed}
+    of_rule = _rule_state(local_part(param), group, views, state)
+    return host_counters(state) | no_tensors | of_rule | {"state_format": packed}
 
 
 def _unpacked(auto: AutoFormat, views: list[MatrixView], packed: Tensor) -> State:
@@ -268,7 +301,7 @@ def export_momentum(param: Tensor, group: Group, state: State) -> State:
     if state_format.normalize:
         raise ValueError(f"state_format: {_unknown_size(state_format)}; it cannot be exported")
     momentum = assemble(param, matrix_views(param, group), state_format, state, group["backend"])
-    return {"momentum_buffer": momentum.view(param.shape)}
+    return {"momentum_buffer": momentum.view(param.shape) * _average_factor(group)}
 
 
 def _checked_copy(
@@ -277,6 +310,7 @@ def _checked_copy(
     state_format: StateFormat,
     views: list[MatrixView],
     backend: str,
+    rule: UpdateRule,
 ) -> State:
     """A state in our own layout, copied to the parameter's device after checking all of it."""
     rest = dict(entries)
@@ -285,7 +319,8 @@ def _checked_copy(
         found = [key for key in rest if isinstance(key, str) and key.startswith(view.prefix)]
         tensors = {key.removeprefix(view.prefix): rest.pop(key) for key in found}
         with error_context(f"matrix {view.prefix}{list(view.shape)}"):
-            matrix = QuantizedMatrix.from_tensors(view.shape, state_format, tensors)
+            rule_state = rule.state(view.shape)
+            matrix = QuantizedMatrix.from_tensors(view.shape, state_format, tensors, rule_state)
             matrix.tensors = {
                 role: own_copy(value, param.device) for role, value in matrix.tensors.items()
             }

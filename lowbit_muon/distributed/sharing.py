@@ -33,6 +33,7 @@ from lowbit_muon.state.parameter import (
     resolve_group_format,
 )
 from lowbit_muon.state.placement import (
+    in_parts,
     is_dtensor,
     local_part,
     local_shard,
@@ -42,6 +43,7 @@ from lowbit_muon.state.placement import (
 from lowbit_muon.state.rounding import (
     Compensation,
     Rounding,
+    exact_weight,
     rounding_seed,
     seed_of_step,
     update_weight,
@@ -49,7 +51,8 @@ from lowbit_muon.state.rounding import (
 from lowbit_muon.state.stored import orient
 from lowbit_muon.step.batches import step_parameters
 from lowbit_muon.step.options import OPTIONS, UpdateDtype
-from lowbit_muon.step.update import MuonRule
+from lowbit_muon.step.rules.recipes import resolve_rule
+from lowbit_muon.step.update import StepOptions
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -235,7 +238,7 @@ class ShardedParameters(SharedParameters):
         An owner has no weights: it steps zeros by -1, which leaves the update.
         """
         active = set(self._start(group, states))
-        rule = dataclasses.replace(MuonRule.from_group(group), lr=-1.0, weight_decay=0.0)
+        options = dataclasses.replace(StepOptions.from_group(group), lr=-1.0, weight_decay=0.0)
         backend = get_backend(group["backend"], self.exchange.device)
         f = momentum_format(group, {})
 
@@ -259,7 +262,7 @@ class ShardedParameters(SharedParameters):
                 # rounded where they lie.
                 copy = {key: v for key, v in states[param].items() if key != "remainder"}
                 steps.append(ParameterStep(weight, grad, copy, [view], number, f, backend))
-            step_parameters(steps, rule, group)
+            step_parameters(steps, options, group)
             return updates
 
         def apply(unit: Unit, change: Tensor) -> None:
@@ -280,15 +283,15 @@ class ShardedParameters(SharedParameters):
         return local[start:stop]
 
     def _apply(self, unit: Unit, change: Tensor, group: Group, states: States, first: int) -> None:
-        """W <- (1 - lr*wd) W - lr*change, for this process's part of a unit."""
+        """W <- (1 - lr*wd) W - lr*change, or as the rule decays, for this process's part."""
         if not change.numel():
             return
         param = self.params[unit.parameter]
         local = local_part(param.detach())
         matrix = flatten(local, group)
         weight = self._rows(matrix, unit)
-        lr = float(group["lr"])
-        decay = 1 - lr * group["weight_decay"]
+        lr, decays = float(group["lr"]), resolve_rule(group["rule"]).weight_decay
+        decay = decays.factor(lr, group["weight_decay"])
         rounding: Rounding | None = None
         if "remainder" in states[param]:
             rest = flatten(local_part(states[param]["remainder"]), group)
@@ -300,7 +303,12 @@ class ShardedParameters(SharedParameters):
             seed = seed_of_step(start, int(states[param]["step"]))
             rounding = torch.tensor(seed, dtype=torch.int32, device=weight.device)
         backend = get_backend(group["backend"], weight.device)
-        update_weight(orient(weight), orient(change), decay, lr, rounding, backend)
+        step_size = lr
+        if decays.reads_weights:
+            change, step_size = change * lr, 1.0
+            value = exact_weight(orient(weight), rounding)
+            decays.add(orient(change), value, lr, group["weight_decay"], None)
+        update_weight(orient(weight), orient(change), decay, step_size, rounding, backend)
         if matrix.data_ptr() != local.data_ptr():
             local.copy_(matrix.view(local.shape))
 
@@ -322,6 +330,13 @@ def _problem(param: Tensor, group: Group) -> str:
     if not isinstance(resolve_group_format(group), StateFormat):
         # A checkpoint is loaded into a state that is there, and this one's sizes may change.
         return "expected a fixed state_format where several processes share, got 'auto'"
+    rule = resolve_rule(group["rule"])
+    stage = rule.needs("weights") or rule.needs("rate")
+    if stage and in_parts(param):
+        return (
+            f"expected a rule that looks at no whole weights and is proportional to the learning "
+            f"rate where several processes hold parts, got '{rule.name}' ({stage})"
+        )
     try:
         local_shard(param, _row_dims(param, group))
         check_parameter(param, group)

@@ -21,6 +21,7 @@ from lowbit_muon.state.parameter import MatrixView, matrix_views, momentum_forma
 from lowbit_muon.state.placement import in_parts, is_dtensor, shape_only
 from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.step.rules.recipes import resolve_rule
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DeviceMesh, DTensor, Placement
@@ -37,7 +38,8 @@ def prepare_shared_state(
     """Make what is missing of a shared parameter's state; index: of the parameter in its group."""
     views = matrix_views(shape_only(param), group)
     owned = [shared.owner(index, matrix) == shared.exchange.rank for matrix in range(len(views))]
-    prepare_state(state, param, group, views, owned)
+    rule = resolve_rule(group["rule"])
+    prepare_state(state, param, group, views, owned, rule.state)
     main = "dense" if momentum_format(group, {}).is_dense else "codes"
     if any(view.prefix + main not in state for view in views):
         for key, _ in _layout(param, group, views):
@@ -90,9 +92,15 @@ def _layout(
     param: Tensor, group: Group, views: Sequence[MatrixView]
 ) -> Iterator[tuple[str, tuple[int, Tensor]]]:
     """(key, (matrix, meta tensor)) of what one process keeps of a shared parameter's state."""
-    meta = torch.device("meta")
+    meta, rule = torch.device("meta"), resolve_rule(group["rule"])
     for matrix, view in enumerate(views):
-        zeros = QuantizedMatrix.zeros(view.shape, momentum_format(group, {}), seed=0, device=meta)
+        zeros = QuantizedMatrix.zeros(
+            view.shape,
+            momentum_format(group, {}),
+            seed=0,
+            device=meta,
+            rule_state=rule.state(view.shape),
+        )
         for role, tensor in zeros.tensors.items():
             yield view.prefix + role, (matrix, tensor)
     if group["compensation"] and Compensation.applies_to(param) and not in_parts(param):

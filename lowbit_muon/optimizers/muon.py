@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -61,18 +61,23 @@ from lowbit_muon.step.batches import host_counters, step_parameters
 from lowbit_muon.step.options import (
     DEFAULT_COEFFICIENTS,
     DEFAULT_EPS,
+    GROUP_DEFAULTS,
     OPTIONS,
     AdjustLr,
     NonFinite,
     NsDtype,
     NsInput,
     UpdateDtype,
+    apply_rule,
     check_keys,
     check_loaded,
+    check_rule,
     check_values,
     plain_options,
 )
-from lowbit_muon.step.update import MuonRule, check_ns_dtype
+from lowbit_muon.step.rules.recipes import resolve_rule
+from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.update import StepOptions, check_ns_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,7 +107,12 @@ class Muon(Optimizer):
         ns_steps: Newton-Schulz steps.
         adjust_lr_fn: "original" (or None): lr * sqrt(max(1, rows/columns)), KellerJordan's;
             "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's;
-            "spectral_unclamped": lr * sqrt(rows/columns), Bernstein's (torch 2.14 and newer).
+            "spectral_unclamped": lr * sqrt(rows/columns), Bernstein's (torch 2.14 and newer);
+            "megatron": lr * sqrt(max(rows, columns)); "none": lr.
+        rule: what is done with the momentum: a name (`lowbit_muon.RULES`) or an `UpdateRule`. What
+            a rule says of momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn and
+            weight_decay (`UpdateRule.options`) goes for those that were left at their defaults;
+            its group shows what came of it.
         state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`), a
             `StateFormat`, or "auto" or an `AutoFormat`, which choose for each parameter the fewest
             bits that keep the error of its update below a target, and look again every so often.
@@ -154,6 +164,9 @@ class Muon(Optimizer):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
+    # Defaults of a group's options; a rule may bring values of its own in their place.
+    _usual: ClassVar[dict[str, Any]] = GROUP_DEFAULTS
+
     def __init__(
         self,
         params: ParamsT,
@@ -166,6 +179,7 @@ class Muon(Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: AdjustLr | None = None,
         *,
+        rule: str | UpdateRule = "muon",
         state_format: str | StateFormat | AutoFormat = "spectral4",
         ns_input: NsInput = "exact",
         ns_dtype: NsDtype = "auto",
@@ -185,6 +199,7 @@ class Muon(Optimizer):
         self._sharing = Sharing(process_group, update_dtype)
         defaults = {option.name: given[option.name] for option in OPTIONS if option.in_group}
         defaults["state_format"] = resolve_group_format(defaults).to_dict()
+        defaults["rule"] = resolve_rule(rule).to_dict()
         super().__init__(params, defaults)
 
     @plain_modes()
@@ -202,6 +217,7 @@ class Muon(Optimizer):
         check_values(OPTIONS, group)
         # Plain values only, so that a state_dict loads under weights_only=True.
         group["state_format"] = resolve_group_format(group).to_dict()
+        group = apply_rule(group, param_group, self._usual)
         super().add_param_group(group)
         try:
             for name, param in zip(parameter_names(group), group["params"], strict=True):
@@ -310,12 +326,12 @@ class Muon(Optimizer):
             finish_copies(device)
 
     def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
-        rule = MuonRule.from_group(group)
+        options = StepOptions.from_group(group)
         for name, param in zip(parameter_names(group), group["params"], strict=True):
             state = host_counters(self.state.get(param, {}))
             if has_momentum(state):
                 yield from diagnose_parameter(
-                    param, state, group, name, rule.momentum, rule.coefficients
+                    param, state, group, name, options.momentum, options.coefficients
                 )
 
     @plain_modes()
@@ -389,6 +405,7 @@ class Muon(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_loaded(OPTIONS, group)
+        check_rule(group)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], saved: checkpoint.SavedState
@@ -478,11 +495,13 @@ class Muon(Optimizer):
                 revise_format(auto, grad, self.state[param], views, group, name)
             state = self.state[param]
             if "rows" not in state or isinstance(auto, AutoFormat):
-                prepare_state(state, param, group, views)
+                prepare_state(
+                    state, param, group, views, rule_state=resolve_rule(group["rule"]).state
+                )
             f = auto if isinstance(auto, StateFormat) else momentum_format(group, state)
             backend = get_backend(group["backend"], grad.device)
             steps.append(ParameterStep(weight, grad, state, views, first + index, f, backend))
-        step_parameters(steps, MuonRule.from_group(group), group)
+        step_parameters(steps, StepOptions.from_group(group), group)
 
     def _only_makes_states(self) -> bool:
         """Whether this step is meant to make states and no more.
@@ -520,7 +539,8 @@ class Muon(Optimizer):
             if not param.requires_grad or self.state.get(param):
                 continue
             views = [] if is_auto else matrix_views(shape_only(param), group)
-            prepare_state(self.state[param], param, group, views)
+            rule = resolve_rule(group["rule"])
+            prepare_state(self.state[param], param, group, views, rule_state=rule.state)
             if is_auto:  # a format is chosen with the first gradient
                 self.state[param].update(asked=0, state_format=None)
 

@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.step.options import (
     AUX_DEFAULTS,
     AUX_OPTIONS,
+    GROUP_DEFAULTS,
     AuxAdam,
     MuonOptions,
     check_keys,
@@ -64,7 +65,7 @@ class MuonWithAuxAdam(Muon):
             8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
             else torch.optim.AdamW, with one warning that says why. For float16 parameters
             torch.optim.AdamW has an eps of 6e-8 at least, since a smaller one is zero there.
-        nesterov, ns_coefficients, ns_steps, adjust_lr_fn, state_format, ns_input, ns_dtype,
+        nesterov, ns_coefficients, ns_steps, adjust_lr_fn, rule, state_format, ns_input, ns_dtype,
             stochastic_rounding, compensation, backend, batch_experts, row_splits, seed, offload: as
             for `Muon`, for the groups that do not set them.
         process_group, update_dtype: as for `Muon`; AdamW's state is not shared.
@@ -74,6 +75,8 @@ class MuonWithAuxAdam(Muon):
         ValueError, TypeError: naming the option or group, what was expected and what came.
         RuntimeError: aux_adam="adamw8bit" where bitsandbytes does not work.
     """
+
+    _usual: ClassVar[dict[str, Any]] = {**GROUP_DEFAULTS, **MUON_DEFAULTS}
 
     def __init__(
         self,

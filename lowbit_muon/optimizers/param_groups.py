@@ -34,6 +34,7 @@ _OVERRIDABLE = {
     True: set(GROUP_DEFAULTS) - {"batch_experts", "row_splits"},
     False: set(AUX_DEFAULTS),
 }
+_LEFT_TO_MUON = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.0, "adjust_lr_fn": None}
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm
@@ -166,14 +167,15 @@ def muon_param_groups(
             f"model: expected matrices for Muon, got none among {len(uses)} trainable parameters "
             f"of {type(model).__name__}; use AdamW alone"
         )
-    options = {
-        "use_muon": True,
-        "lr": lr,
+    given = {
         "momentum": momentum,
         "nesterov": nesterov,
         "weight_decay": weight_decay,
         "adjust_lr_fn": adjust_lr_fn,
     }
+    # What is left at MuonWithAuxAdam's defaults is left to it, and to its update rule.
+    options = {"use_muon": True, "lr": lr}
+    options |= {name: value for name, value in given.items() if value != _LEFT_TO_MUON[name]}
     aux_options = {
         "use_muon": False,
         "lr": aux_lr,

@@ -162,11 +162,11 @@ class Panels(Operand):
         """Multiply all by a factor."""
         self._terms = self._weighted(factor, factor)
 
-    def ahead(self, momentum: float) -> Panels:
-        """momentum * X + grad_weight * G as another object, which shares the scratch memory."""
+    def ahead(self, momentum: float, share: float) -> Panels:
+        """momentum * X + share * grad_weight * G as another object; shares the scratch memory."""
         other = copy.copy(self)
-        # momentum * (momentum*M + w*G) + w*G
-        other._terms = self._weighted(momentum, 1 + momentum)
+        # momentum * (momentum*M + w*G) + share*w*G
+        other._terms = self._weighted(momentum, share + momentum)
         return other
 
     def _weighted(self, stored: float, grad: float) -> Terms:

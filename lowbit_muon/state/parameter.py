@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,13 @@ from lowbit_muon.formats.auto import AutoFormat, format_of_json, resolve_format_
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.placement import FSDP1_ADVICE, in_parts, is_flattened, local_part
 from lowbit_muon.state.rounding import Compensation
-from lowbit_muon.state.stored import ROLES, QuantizedMatrix, quantize
+from lowbit_muon.state.stored import (
+    ROLES,
+    RULE_PREFIX,
+    QuantizedMatrix,
+    RuleState,
+    quantize,
+)
 
 
 @dataclass(frozen=True)
@@ -203,13 +209,25 @@ def read_matrix(
     """The stored matrix of a view; its tensors are those of the state, or copies on `device`."""
     keys = ((role, view.prefix + role) for role in ROLES)
     tensors = {role: state[key].to(device) for role, key in keys if key in state}
+    for key in state:
+        if key.startswith(view.prefix + RULE_PREFIX):
+            tensors[key.removeprefix(view.prefix)] = state[key].to(device)
     return QuantizedMatrix(state_format, view.shape, tensors)
 
 
 def stored_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[str]:
-    """The keys of all tensors of stored matrices in a parameter's state."""
+    """The keys of all tensors of stored matrices in a parameter's state.
+
+    What an update rule keeps beside them is not among them (`rule_keys`).
+    """
     keys = (view.prefix + role for view in views for role in ROLES)
     return [key for key in keys if state.get(key) is not None]  # which another process keeps
+
+
+def rule_keys(state: Mapping[str, Any], views: Sequence[MatrixView]) -> list[str]:
+    """The keys of what an update rule keeps of a parameter's matrices."""
+    prefixes = tuple(view.prefix + RULE_PREFIX for view in views)
+    return [key for key in state if key.startswith(prefixes) and state[key] is not None]
 
 
 def resolve_group_format(group: Mapping[str, Any]) -> StateFormat | AutoFormat:
@@ -277,10 +295,12 @@ def prepare_state(
     group: dict[str, Any],
     views: list[MatrixView],
     own: Sequence[bool] | None = None,
+    rule_state: Callable[[tuple[int, int]], RuleState] | None = None,
 ) -> None:
     """Make what is missing of a parameter's state.
 
-    own: which of its matrices this process keeps, if others keep the rest.
+    own: which of its matrices this process keeps, if others keep the rest. rule_state: of a
+    matrix's shape, what the group's update rule keeps beside its momentum.
     """
     local = local_part(param)
     for name in ("step", "skipped"):
@@ -297,6 +317,7 @@ def prepare_state(
             seed=group["seed"] + index,
             device=local.device,
             backend=group["backend"],
+            rule_state=None if rule_state is None else rule_state(view.shape),
         )
         write_matrix(state, view, matrix)
     # Remainders lie beside the weights: with the owner of whole ones, and with every part.
@@ -311,7 +332,7 @@ def prepare_state(
 
 def keep_on_host(state: dict[str, Any], views: Sequence[MatrixView]) -> None:
     """Move a parameter's stored matrices to host memory, pinned if there is an accelerator."""
-    for key in stored_keys(state, views):
+    for key in (*stored_keys(state, views), *rule_keys(state, views)):
         if state[key].device.type != "cpu":
             host = state[key].cpu()
             state[key] = host.pin_memory() if torch.accelerator.is_available() else host

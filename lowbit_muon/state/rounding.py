@@ -118,6 +118,13 @@ def restore(weight: Tensor, remainder: Tensor) -> Tensor:
     return remainder.float().mul_(spacing(weight)).div_(_PARTS).add_(weight)
 
 
+def exact_weight(weight: Tensor, rounding: Rounding | None) -> Tensor:
+    """A weight in float32, with what rounding left over of it; [m, n], the short side first."""
+    if isinstance(rounding, Compensation):
+        return restore(weight, rounding.remainder)
+    return weight.float()
+
+
 def split(value: Tensor, weight: Tensor, remainder: Tensor) -> None:
     """Write float32 values as weights and remainders; `restore` gives them back, rounded.
 

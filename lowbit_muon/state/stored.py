@@ -29,11 +29,18 @@ _SAFE_NORMS = (1e-12, 1e15)
 # Warm-started iterations reach this in a few optimizer steps; a one-off quantise does them at once.
 _ONE_OFF_ITERATIONS = 8
 
+_NEVER_NEGATIVE = ("scales", "norm", "noise")
+
 # Of a stored matrix's tensors; see `QuantizedMatrix`.
 ROLES = (
     "dense", "codes", "scales", "norm", "noise", "left_codes", "left_scales", "right_codes",
     "right_scales",
 )  # fmt: skip
+
+# Before the roles of what an update rule keeps of a matrix beside its momentum: float32, of shapes
+# that the rule knows.
+RULE_PREFIX = "rule."
+RuleState = Mapping[str, tuple[int, ...]]  # name -> shape
 
 
 def orient(matrix: Tensor) -> Tensor:
@@ -102,6 +109,13 @@ class StoredBatch(Stored):
         self._new.clear()
         self._read.clear()
 
+    def replace(self, role: str, values: Tensor, accepted: Tensor) -> None:
+        """Replace the tensors of a role by values [b, ..], where accepted (bool [b])."""
+        mask = accepted.view(-1, *[1] * (values.ndim - 1))
+        new = torch.where(mask, values, self[role])
+        torch._foreach_copy_(self.each(role), list(new.unbind()))
+        self._read.pop(role)
+
     def add(self, terms: Terms) -> tuple[Tensor, Tensor]:
         """(X, ||X||_F^2) of X = buffer_weight * M + grad_weight * grad, decoded as a whole.
 
@@ -146,7 +160,8 @@ class QuantizedMatrix:
       noise float64 [1]: squared Frobenius norm of the quantisation error of a spectral format's Y
       (both float32 on devices without float64);
       left_codes, right_codes uint8 [rank, bytes] and left_scales, right_scales float32 [rank, 1]:
-      the factors of rows and of columns.
+      the factors of rows and of columns;
+      rule.*, float32: what an update rule keeps beside the momentum (`Stage.state`).
     """
 
     state_format: StateFormat
@@ -162,23 +177,34 @@ class QuantizedMatrix:
         seed: int,
         device: torch.device,
         backend: str = "auto",
+        rule_state: RuleState | None = None,
     ) -> QuantizedMatrix:
         """A stored zero matrix; `seed` draws the start of the power iteration."""
         codec = codec_of(state_format, shape)
-        matrix = cls(state_format, shape, codec.empty(device, seed))
+        tensors = codec.empty(device, seed)
+        for name, size in (rule_state or {}).items():
+            tensors[RULE_PREFIX + name] = torch.zeros(size, dtype=torch.float32, device=device)
+        matrix = cls(state_format, shape, tensors)
         if isinstance(codec, LowRank) and device.type != "meta":
             codec.start(StoredBatch([matrix], get_backend(backend, device)), seed)
         return matrix
 
     @classmethod
     def from_tensors(
-        cls, shape: tuple[int, int], state_format: StateFormat, tensors: Mapping[str, object]
+        cls,
+        shape: tuple[int, int],
+        state_format: StateFormat,
+        tensors: Mapping[str, object],
+        rule_state: RuleState | None = None,
     ) -> QuantizedMatrix:
         """Wrap stored tensors after checking roles, dtypes, shapes and that scales are finite.
 
         Raises ValueError naming the role.
         """
-        layout_of = cls.zeros(shape, state_format, seed=0, device=torch.device("meta")).tensors
+        meta = torch.device("meta")
+        layout_of = cls.zeros(
+            shape, state_format, seed=0, device=meta, rule_state=rule_state
+        ).tensors
         missing, unknown = set(layout_of) - set(tensors), set(tensors) - set(layout_of)
         if missing or unknown:
             raise ValueError(
@@ -196,7 +222,7 @@ class QuantizedMatrix:
             value = check_tensor(role, value, dtype, tuple(expected.shape))
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"{role}: expected finite values, got inf or nan")
-            if role.endswith(("scales", "norm", "noise")) and bool((value < 0).any()):
+            if role.endswith(_NEVER_NEGATIVE) and bool((value < 0).any()):
                 raise ValueError(f"{role}: expected values >= 0, got {float(value.min())}")
             checked[role] = value
         return cls(state_format, shape, checked)

@@ -15,7 +15,7 @@ from lowbit_muon.state.offload import Fetched
 from lowbit_muon.state.parameter import ParameterStep, part_of, read_matrix
 from lowbit_muon.state.rounding import Compensation, Rounding, rounding_seed, seed_of_step
 from lowbit_muon.state.stored import QuantizedMatrix, orient
-from lowbit_muon.step.update import Batch, MuonRule, update
+from lowbit_muon.step.update import Batch, StepOptions, update
 
 State = dict[str, Any]
 
@@ -39,7 +39,9 @@ class _Item:
     usable: Tensor | None  # for a parameter of several matrices: whether its whole gradient is
 
 
-def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[str, Any]) -> None:
+def step_parameters(
+    steps: Sequence[ParameterStep], options: StepOptions, group: dict[str, Any]
+) -> None:
     """One step of parameters of one group, each with its gradient."""
     buckets: dict[Hashable, list[_Item]] = defaultdict(list)
     for one in steps:
@@ -58,8 +60,9 @@ def step_parameters(steps: Sequence[ParameterStep], rule: MuonRule, group: dict[
             momenta or [item.momentum for item in items],
             [item.rounding for item in items],
             _flags(items) if any(item.usable is not None for item in items) else None,
+            [] if options.rule.is_fused else [_steps(item) for item in items],
         )
-        _count(items, update(batch, rule, items[0].one.backend))
+        _count(items, update(batch, options, items[0].one.backend))
         for item, weight in zip(items, weights, strict=True):
             if weight.data_ptr() != item.weight.data_ptr():  # in channels_last it is a copy
                 item.weight.copy_(weight.view(item.weight.shape))
@@ -140,6 +143,13 @@ def _flags(items: Sequence[_Item]) -> Tensor:
     flags = [item.usable for item in items]
     some = next(flag for flag in flags if flag is not None)
     return torch.stack([torch.ones_like(some) if flag is None else flag for flag in flags])
+
+
+def _steps(item: _Item) -> int | Tensor:
+    """How many steps an item's parameter has taken; a tensor where the host does not know it."""
+    if item.one.backend.asynchronous:
+        return _counter(item.one.state, "step", item.weight.device)
+    return int(item.one.state["step"])
 
 
 def _count(items: Sequence[_Item], accepted: Tensor) -> None:

@@ -11,7 +11,7 @@ import difflib
 import functools
 import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -23,11 +23,13 @@ from lowbit_muon.backends.tensors import is_real_number
 from lowbit_muon.formats.auto import AutoFormat, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS, Coefficients, resolve_coefficients
+from lowbit_muon.step.rules.recipes import resolve_rule
+from lowbit_muon.step.rules.rule import UpdateRule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-AdjustLr = Literal["original", "match_rms_adamw", "spectral_unclamped"]
+AdjustLr = Literal["original", "match_rms_adamw", "spectral_unclamped", "megatron", "none"]
 NsInput = Literal["exact", "stored"]
 NsDtype = Literal["auto", "float32", "float16", "bfloat16"]
 NonFinite = Literal["skip", "raise"]
@@ -77,6 +79,7 @@ class MuonOptions(TypedDict, total=False):
     ns_coefficients: Coefficients
     ns_steps: int
     adjust_lr_fn: AdjustLr | None
+    rule: str | UpdateRule
     state_format: str | StateFormat | AutoFormat
     ns_input: NsInput
     ns_dtype: NsDtype
@@ -201,6 +204,7 @@ OPTIONS = (
         "adjust_lr_fn", None, _one_of(None, *get_args(AdjustLr)),
         "adjust_lr use_adjusted_lr scale_mode muon_scale_mode rms_scaling rms_rescaling", "saved",
     ),
+    Option("rule", "muon", lambda values, name: resolve_rule(values[name]), load="converted"),
     Option(
         "state_format", "spectral4", lambda values, name: resolve_format_option(values[name]),
         "storage_dtype momentum_dtype state_precision optim_bits", "converted",
@@ -312,6 +316,37 @@ def check_values(table: Sequence[Option], values: Values) -> None:
     for option in table:
         if option.name in values:
             option.check(values, option.name)
+
+
+def apply_rule(group: Values, given: Container[str], usual: Values) -> dict[str, Any]:
+    """A group of Muon whose options are those of its rule where they were left at their defaults.
+
+    given: the options that the group set itself; usual: the defaults. Its rule becomes a plain
+    dict. Raises ValueError where the rule does not go with another option.
+    """
+    rule = resolve_rule(group["rule"])
+    left = {n: v for n, v in rule.options if n not in given and group[n] == usual[n]}
+    result = {**group, **left, "rule": rule.to_dict()}
+    check_rule(result)
+    return result
+
+
+def check_rule(group: Values) -> None:
+    """Raise ValueError where a group's rule does not go with another of its options."""
+    rule = resolve_rule(group["rule"])
+    rule.momentum.weights(float(group["momentum"]), nesterov=group["nesterov"])
+    state_format = resolve_format_option(group["state_format"])
+    stage = rule.needs("size")
+    if stage and isinstance(state_format, StateFormat) and state_format.normalize:
+        raise ValueError(
+            f"rule: '{rule.name}' needs the momentum's size ({stage}), which '{state_format.name}' "
+            "divides out in every step; expected another state_format"
+        )
+    if group["ns_input"] == "stored" and not rule.takes_stored:
+        raise ValueError(
+            f"ns_input: expected 'exact' with the rule '{rule.name}', which looks at the momentum "
+            "itself, got 'stored'"
+        )
 
 
 def check_loaded(table: Sequence[Option], group: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +36,11 @@ from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.state.operands import SCRATCH_FLOATS, Companded, Dense, Operand, Panels, row_slices
 from lowbit_muon.state.rounding import Compensation, Rounding, update_weight
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient, rescaling
+from lowbit_muon.step.by_rule import Given, step_by_rule
 from lowbit_muon.step.options import AdjustLr, NsDtype, plain_value
+from lowbit_muon.step.rules.momentum import Weights, weights_of
+from lowbit_muon.step.rules.recipes import rule_of_json
+from lowbit_muon.step.rules.rule import UpdateRule
 
 _T = TypeVar("_T")
 
@@ -45,22 +50,24 @@ _SMALLEST_DIVISOR = 1e-30
 
 
 @dataclass(frozen=True)
-class MuonRule:
+class StepOptions:
     """A group's options, as a step of its matrices needs them. lr may be a tensor on the device."""
 
     lr: float | Tensor
     weight_decay: float
     momentum: float
-    nesterov: bool
     coefficients: tuple[Triple, ...]
     eps: float
     adjust_lr_fn: AdjustLr | None
     ns_input: Literal["exact", "stored"]
     ns_dtype: NsDtype
+    rule: UpdateRule
+    weights: Weights  # of momentum and gradient
 
     @classmethod
-    def from_group(cls, group: dict[str, Any]) -> MuonRule:
-        names = (field.name for field in dataclasses.fields(cls) if field.name in group)
+    def from_group(cls, group: dict[str, Any]) -> StepOptions:
+        names = (name for name in _OPTION_NAMES if name in group)
+        rule = rule_of_json(json.dumps(group["rule"]))
         given = group["ns_coefficients"], group["ns_steps"]
         try:
             coefficients = cached_coefficients(*given)
@@ -70,17 +77,26 @@ class MuonRule:
         for name, value in values.items():
             if type(value) not in _PLAIN:
                 values[name] = plain_value(value)
-        return cls(coefficients=coefficients, **values)
+        weights = weights_of(rule.momentum, values["momentum"], group["nesterov"])
+        return cls(coefficients=coefficients, rule=rule, weights=weights, **values)
+
+
+_OPTION_NAMES = [
+    field.name for field in dataclasses.fields(StepOptions) if field.name not in ("rule", "weights")
+]
+_SCALES: dict[str | None, Callable[[int, int], float]] = {
+    None: lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
+    "megatron": lambda rows, columns: math.sqrt(max(rows, columns)),
+    "none": lambda rows, columns: 1.0,
+}
 
 
 def update_scale(adjust_lr_fn: AdjustLr | None, shape: Sequence[int]) -> float:
     """Factor of the learning rate for a matrix [rows, columns] (see `lowbit_muon.Muon`)."""
-    rows, columns = shape
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    if adjust_lr_fn == "spectral_unclamped":
-        return math.sqrt(rows / columns)
-    return math.sqrt(max(1.0, rows / columns))
+    return _SCALES[adjust_lr_fn](*shape)
 
 
 def check_ns_dtype(group: dict[str, Any], backend: Backend) -> None:
@@ -102,6 +118,7 @@ class Batch:
 
     weights, grads: [rows, columns] each, any float dtype and strides. rounding: of the new weights;
     to the nearest where None. allowed: bool [b], False for those that are to be left as they are.
+    steps: that their parameters have taken so far, for rules that are not fused.
     """
 
     weights: Sequence[Tensor]
@@ -109,6 +126,7 @@ class Batch:
     momenta: Sequence[QuantizedMatrix]
     rounding: Sequence[Rounding | None]
     allowed: Tensor | None = None
+    steps: Sequence[int | Tensor] = ()
 
     def where(self, chosen: Sequence[bool]) -> Batch:
         """Those that are chosen, all of them allowed."""
@@ -116,7 +134,14 @@ class Batch:
         def some(values: Sequence[_T]) -> list[_T]:
             return list(itertools.compress(values, chosen))
 
-        return Batch(some(self.weights), some(self.grads), some(self.momenta), some(self.rounding))
+        chosen_steps = some(self.steps) if self.steps else ()
+        return Batch(
+            some(self.weights),
+            some(self.grads),
+            some(self.momenta),
+            some(self.rounding),
+            steps=chosen_steps,
+        )
 
     def stacked_gradients(self) -> Tensor:
         """[b, m, n], in a dtype that kernels take; a view if there is one matrix."""
@@ -124,11 +149,12 @@ class Batch:
         return grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
 
 
-def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
+def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
     """Update momenta and weights; returns which matrices were accepted, bool [b].
 
     M <- momentum*M + (1 - momentum)*G; W <- (1 - lr*wd)*W - lr*scale*orthogonalize(X) with X = M,
-    or with Nesterov momentum*M + (1 - momentum)*G, or what the codes hold then (`ns_input`). A
+    or with Nesterov momentum*M + (1 - momentum)*G, or what the codes hold then (`ns_input`). Other
+    rules than Muon's may do otherwise with all but the stored momentum (`step.by_rule`). A
     format with `normalize` divides G by its norm, sums, and divides M by its norm
     (arXiv 2605.11396). Where G is zero, M becomes smaller and its codes stay.
     """
@@ -136,9 +162,9 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
     grads = batch.stacked_gradients()
     idle = _idle(grads, stored)
     if isinstance(idle, list):
-        return _update_in_parts(idle, batch, rule, backend)
-    terms = _terms(grads, stored, rule)
-    fresh, squares = _add_gradient(stored, terms, rule)
+        return _update_in_parts(idle, batch, options, backend)
+    terms = _terms(grads, stored, options)
+    fresh, squares = _add_gradient(stored, terms, options)
 
     accepted = squares <= LARGEST_NORM**2  # false for nan
     if batch.allowed is not None:
@@ -147,28 +173,34 @@ def update(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
         idle = None if idle is None else idle & accepted
         stored.accepted = accepted if idle is None else accepted > idle
     elif not bool(accepted.all()):
-        return _update_in_parts(accepted.tolist(), batch, rule, backend, skipped=True)
+        return _update_in_parts(accepted.tolist(), batch, options, backend, skipped=True)
     refused = ~accepted
     norm = squares.masked_fill(refused, 0.0).sqrt()
 
     scale, terms = _scale(fresh, norm, terms, stored)
     # Codes that products go on reading are replaced last.
-    encode_last = isinstance(fresh, Panels) and rule.ns_input == "exact"
+    encode_last = isinstance(fresh, Panels) and options.ns_input == "exact"
     if not encode_last:
-        _encode(stored, fresh, norm, scale, rule, idle)
-    if rule.ns_input == "stored":
-        x, x_norm, scale, rule = _stored_operand(stored, norm, rule)
-    elif rule.nesterov:
-        x, x_norm = _look_ahead(fresh, terms, rule)
+        _encode(stored, fresh, norm, scale, options, idle)
+    if options.ns_input == "stored":
+        x, x_norm, scale, options = _stored_operand(stored, norm, options)
+    elif options.weights.ahead is not None:
+        x, x_norm = _look_ahead(fresh, terms, options.weights.ahead)
     else:
         x, x_norm = fresh, norm if scale is None else norm * scale
-    divisor = x_norm.clamp_min(max(rule.eps, _SMALLEST_DIVISOR))
+    divisor = x_norm.clamp_min(max(options.eps, _SMALLEST_DIVISOR))
     if scale is not None:
-        divisor = torch.maximum(x_norm, rule.eps * scale).clamp_min(_SMALLEST_DIVISOR)
+        divisor = torch.maximum(x_norm, options.eps * scale).clamp_min(_SMALLEST_DIVISOR)
     inverse = divisor.reciprocal().masked_fill(refused, 0.0)
-    _update_weights(batch, _orthogonalize(x, x_norm, inverse, rule), accepted, rule)
+    if options.rule.is_fused:
+        _update_weights(batch, _orthogonalize(x, x_norm, inverse, options), accepted, options)
+    else:
+        size = x_norm.masked_fill(refused, 0.0)
+        momentum = Given(x, size if scale is None else size / scale, size, inverse)
+        lr_scale = update_scale(options.adjust_lr_fn, batch.weights[0].shape)
+        step_by_rule(batch, momentum, stored, accepted, options, lr_scale, _orthogonalize)
     if encode_last:
-        _encode(stored, fresh, norm, scale, rule, idle)
+        _encode(stored, fresh, norm, scale, options, idle)
     return accepted
 
 
@@ -180,12 +212,12 @@ class _Ahead(Dense):
         self.squares = squares
 
 
-def _terms(grads: Tensor, stored: StoredBatch, rule: MuonRule) -> Terms:
+def _terms(grads: Tensor, stored: StoredBatch, options: StepOptions) -> Terms:
     """What the new momentum is the sum of."""
     if not stored.codec.state_format.normalize:
-        return Terms(rule.momentum, grad=grads, grad_weight=1 - rule.momentum)
+        return Terms(options.momentum, grad=grads, grad_weight=options.weights.grad)
     norms = torch.stack([frobenius_norm(grad) for grad in grads])
-    return _weighted(Terms(rule.momentum, grad=grads), 1 / (norms + NORM_EPS), stored.backend)
+    return _weighted(Terms(options.momentum, grad=grads), 1 / (norms + NORM_EPS), stored.backend)
 
 
 def _weighted(terms: Terms, weights: Tensor, backend: Backend) -> Terms:
@@ -198,21 +230,22 @@ def _weighted(terms: Terms, weights: Tensor, backend: Backend) -> Terms:
 
 
 def _add_gradient(
-    stored: StoredBatch, terms: Terms, rule: MuonRule
+    stored: StoredBatch, terms: Terms, options: StepOptions
 ) -> tuple[Dense | Panels, Tensor]:
     """The new momentum, and its sums of squares, float64 [b], not finite where it is not."""
     codec, backend = stored.codec, stored.backend
     if codec.by_rows and len(row_slices(stored.shape, backend)) > 1:
         panels = Panels(stored, terms)
         return panels, panels.squares()
-    exact, normalize = rule.ns_input == "exact", codec.state_format.normalize
+    exact, normalize = options.ns_input == "exact", codec.state_format.normalize
     if backend.asynchronous and codec.is_plain and exact and not normalize:
-        ahead = (rule.momentum, terms.grad_weight) if rule.nesterov else (1.0, 0.0)
+        momentum, share = options.weights.ahead or (1.0, 0.0)
+        ahead = (momentum, share * terms.grad_weight)
         matrix, squares, ahead_squares = stored.add_and_encode(terms, ahead)
         return _Ahead(matrix, backend, ahead_squares), squares
     matrix, squares = stored.add(terms)
     # Without a look-ahead the encoder and the iteration start from the same Gram matrix.
-    return Dense(matrix, backend, keep_gram=exact and not rule.nesterov), squares
+    return Dense(matrix, backend, keep_gram=exact and options.weights.ahead is None), squares
 
 
 def _idle(grads: Tensor, stored: StoredBatch) -> Tensor | list[bool] | None:
@@ -234,7 +267,12 @@ def _idle(grads: Tensor, stored: StoredBatch) -> Tensor | list[bool] | None:
 
 
 def _update_in_parts(
-    flags: list[bool], batch: Batch, rule: MuonRule, backend: Backend, *, skipped: bool = False
+    flags: list[bool],
+    batch: Batch,
+    options: StepOptions,
+    backend: Backend,
+    *,
+    skipped: bool = False,
 ) -> Tensor:
     """`update` of those with a flag and, unless they are skipped, of the others by themselves.
 
@@ -244,7 +282,7 @@ def _update_in_parts(
     for kind in (True,) if skipped else (True, False):
         chosen = [flag == kind for flag in flags]
         if any(chosen):
-            accepted[torch.tensor(chosen)] = update(batch.where(chosen), rule, backend)
+            accepted[torch.tensor(chosen)] = update(batch.where(chosen), options, backend)
     return accepted
 
 
@@ -276,7 +314,7 @@ def _encode(
     fresh: Dense | Panels,
     norm: Tensor,
     scale: Tensor | None,
-    rule: MuonRule,
+    options: StepOptions,
     idle: Tensor | None,
 ) -> None:
     """Store the new momentum, of which `fresh` is `scale` times."""
@@ -285,33 +323,37 @@ def _encode(
         if stored.codec.state_format.normalize and scale is not None:
             norm, scale = norm * scale, None  # what is stored is the scaled momentum itself
         # bfloat16 would be a tenth of 4-bit noise after the encoder has enlarged it
-        dtype = torch.float32 if rule.ns_dtype == "float32" else torch.float16
+        dtype = torch.float32 if options.ns_dtype == "float32" else torch.float16
         stored.codec.encode(stored, fresh, norm, scale, dtype)
     stored.commit()
     if idle is not None and not stored.codec.state_format.normalize:
         assert isinstance(stored.codec, Coded)
-        stored.codec.shrink(stored, idle, rule.momentum)
+        stored.codec.shrink(stored, idle, options.momentum)
     if isinstance(fresh, Panels):
         fresh.release()
 
 
 def _look_ahead(
-    fresh: Dense | Panels, terms: Terms, rule: MuonRule
+    fresh: Dense | Panels, terms: Terms, ahead: tuple[float, float]
 ) -> tuple[Dense | Panels, Tensor]:
-    """momentum*M + (1 - momentum)*G, in the place of M if that is in memory, and its norm."""
+    """u of `Weights`, in the place of M if that is in memory, and its norm."""
     if isinstance(fresh, _Ahead):
         return fresh, fresh.squares.sqrt()
     if isinstance(fresh, Panels):
-        ahead = fresh.ahead(rule.momentum)
-        return ahead, ahead.squares().sqrt()
+        panels = fresh.ahead(*ahead)
+        return panels, panels.squares().sqrt()
+    momentum, share = ahead
+    terms = dataclasses.replace(
+        terms, buffer_weight=momentum, grad_weight=share * terms.grad_weight
+    )
     squares = fresh.backend.accumulate(fresh.matrix, terms).sum(dim=-1)
     return fresh, squares.sqrt()
 
 
 def _stored_operand(
-    stored: StoredBatch, norm: Tensor, rule: MuonRule
-) -> tuple[Operand, Tensor, Tensor | None, MuonRule]:
-    """What the codes hold, its norm, its size relative to the momentum, and the rule for it.
+    stored: StoredBatch, norm: Tensor, options: StepOptions
+) -> tuple[Operand, Tensor, Tensor | None, StepOptions]:
+    """What the codes hold, its norm, its size relative to the momentum, and the options for it.
 
     Of a spectral format that is the codes' own matrix Y, whose polar factor is the momentum's. Its
     small singular values are 1/(c ||Y||) times larger, both of norm one, and ||Y|| is at most
@@ -322,11 +364,11 @@ def _stored_operand(
     if isinstance(codec, Spectral) and codec.reads_integers:
         f = codec.state_format
         y = Companded(codec.codes(stored), backend, rotated=f.rotate)
-        lift, steps = 1 / (codec.shift * codec.m ** (1 / 3)), list(rule.coefficients)
+        lift, steps = 1 / (codec.shift * codec.m ** (1 / 3)), list(options.coefficients)
         while len(steps) > 1 and lift >= steps[0][0]:
             lift /= steps.pop(0)[0]
         scale = torch.where(norm > 0, y.norm() / norm, 1.0)
-        return y, y.norm(), scale, dataclasses.replace(rule, coefficients=tuple(steps))
+        return y, y.norm(), scale, dataclasses.replace(options, coefficients=tuple(steps))
     if codec.by_rows and len(row_slices(stored.shape, backend)) > 1:
         panels = Panels(stored, Terms(1.0))
         x: Dense | Panels = panels
@@ -338,7 +380,7 @@ def _stored_operand(
     if factors is not None:
         _multiply(x, factors)
         x_norm = x_norm * factors
-    return x, x_norm, factors, rule
+    return x, x_norm, factors, options
 
 
 @dataclass(frozen=True)
@@ -366,15 +408,15 @@ class _Direction:
         return self.x.multiply(a, out, alpha=self.inverse, diagonal=diagonal)
 
 
-def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) -> _Direction:
+def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, options: StepOptions) -> _Direction:
     """The Newton-Schulz direction of inverse * X; x is used up.
 
     norm: of X, float64 [b]; inverse: float64 [b], 0 for zeros.
     """
-    backend, coefficients = x.backend, rule.coefficients
+    backend, coefficients = x.backend, options.coefficients
     if not backend.asynchronous:
         factor = inverse.float()
-        rounded = rule.ns_dtype != "float32" and backend.rounded_dtype is not None
+        rounded = options.ns_dtype != "float32" and backend.rounded_dtype is not None
         rounded = rounded and x.shape[1] >= ROUNDED_ROWS
         if not takes_gram_form(x.shape, coefficients, torch.float32, backend, rounded=rounded):
             matrix = x.dense().mul_(factor.view(-1, 1, 1))
@@ -386,14 +428,14 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
         operator = gram_operator(r, coefficients, backend, rounded=rounded)
         return _Direction(backend, None, x, operator, inverse, rounded)
     matrix = x.dense()
-    if rule.ns_dtype == "float32":
+    if options.ns_dtype == "float32":
         backend.scaled(matrix, inverse, out=matrix)
         if not takes_gram_form(x.shape, coefficients, torch.float32, backend):
             return _Direction(backend, standard_form(matrix, coefficients, backend))
         operator = gram_operator(backend.symmetric_product(matrix), coefficients, backend)
         return _Direction(backend, backend.product(operator, matrix))
     unit = 1 / math.sqrt(x.shape[1] * x.shape[2])
-    dtype = torch.bfloat16 if rule.ns_dtype == "bfloat16" else torch.float16
+    dtype = torch.bfloat16 if options.ns_dtype == "bfloat16" else torch.float16
     half = torch.empty(x.shape, dtype=dtype, device=x.device)
     backend.scaled(matrix, inverse / unit, out=half)
     del matrix  # nobody else holds it, and what follows takes as much again
@@ -401,24 +443,26 @@ def _orthogonalize(x: Operand, norm: Tensor, inverse: Tensor, rule: MuonRule) ->
     return _Direction(backend, update)
 
 
-def _update_weights(batch: Batch, direction: _Direction, accepted: Tensor, rule: MuonRule) -> None:
+def _update_weights(
+    batch: Batch, direction: _Direction, accepted: Tensor, options: StepOptions
+) -> None:
     """W <- (1 - lr*wd)*W - lr*scale*O, where accepted."""
-    backend, lr = direction.backend, rule.lr
+    backend, lr = direction.backend, options.lr
     weights = [orient(weight) for weight in batch.weights]
-    scale = update_scale(rule.adjust_lr_fn, batch.weights[0].shape)
+    scale = update_scale(options.adjust_lr_fn, batch.weights[0].shape)
     rounding = batch.rounding
     if backend.asynchronous:
         if isinstance(lr, Tensor):  # a CPU scalar would have to be copied to the device
             lr = lr.reshape(()).float() if lr.device == accepted.device else float(lr)
         # Products with the mask and no constants, which would have to be copied to the device.
         step_sizes = accepted * (lr * scale)
-        decays = torch.rsub(step_sizes, 1.0, alpha=rule.weight_decay / scale)
+        decays = torch.rsub(step_sizes, 1.0, alpha=options.weight_decay / scale)
         update = direction.rows(slice(None))
         for i, weight in enumerate(weights):
             update_weight(weight, update[i], decays[i], step_sizes[i], rounding[i], backend)
         return
     lr = float(lr)
-    decay, step_size = 1 - lr * rule.weight_decay, lr * scale
+    decay, step_size = 1 - lr * options.weight_decay, lr * scale
     plain = all(w.dtype == torch.float32 for w in weights) and not any(
         each is not None for each in rounding
     )

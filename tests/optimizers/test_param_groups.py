@@ -481,7 +481,7 @@ def test_overrides_reach_both_kinds_by_the_options_that_they_have() -> None:
     by_function = muon_param_groups(
         model, overrides=lambda name, param: {"weight_decay": 0.5} if param.ndim == 1 else "nf4"
     )
-    decays = {name: g["weight_decay"] for g in by_function for name in g["param_names"]}
+    decays = {name: g.get("weight_decay", 0.0) for g in by_function for name in g["param_names"]}
     assert decays == {
         "fc.weight": 0.0, "fc.bias": 0.5, "norm.weight": 0.5, "norm.bias": 0.5, "emb.weight": 0.0
     }  # fmt: skip
@@ -513,7 +513,7 @@ def test_no_decay_spares_vectors_and_norms() -> None:
         model, weight_decay=0.1, aux_weight_decay=0.2, no_decay=True,
         overrides={"fc.bias": {"weight_decay": 0.3}},
     )  # fmt: skip
-    decays = {name: g["weight_decay"] for g in groups for name in g["param_names"]}
+    decays = {name: g.get("weight_decay", 0.0) for g in groups for name in g["param_names"]}
     assert decays == {
         "fc.weight": 0.1, "fc.bias": 0.3, "norm.weight": 0.0, "norm.bias": 0.0, "emb.weight": 0.2
     }  # fmt: skip

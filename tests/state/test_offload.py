@@ -30,7 +30,7 @@ from lowbit_muon.state import parameter as parameter_module
 from lowbit_muon.state.offload import Fetched
 from lowbit_muon.state.parameter import MatrixView, keep_on_host, stored_keys
 from lowbit_muon.step import batches
-from lowbit_muon.step.update import Batch, MuonRule
+from lowbit_muon.step.update import Batch, StepOptions
 
 __all__ = ["on_device"]  # a fixture
 
@@ -126,7 +126,7 @@ def log(monkeypatch: pytest.MonkeyPatch, on_device: Callable[[], None]) -> list[
     monkeypatch.setattr(Tensor, "record_stream", lambda *call: used.append(call), raising=False)
     update = batches.update
 
-    def watched(batch: Batch, rule: MuonRule, backend: Backend) -> Tensor:
+    def watched(batch: Batch, rule: StepOptions, backend: Backend) -> Tensor:
         assert {id(t) for momentum in batch.momenta for t in momentum.tensors.values()} <= {
             id(tensor) for tensor, stream in used if stream is compute
         }

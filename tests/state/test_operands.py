@@ -108,7 +108,7 @@ def test_products_read_panel_by_panel(backend: str, name: str, shape: tuple[int,
 @pytest.mark.parametrize("name", FORMATS)
 def test_it_is_scaled_and_looks_ahead_without_a_copy(name: str) -> None:
     x, sums = operand((40, 170), name, get_backend("reference", CPU))
-    ahead = x.ahead(0.95)  # 0.95 X - 0.3 G
+    ahead = x.ahead(0.95, 1.0)  # 0.95 X - 0.3 G
     close(ahead.dense(), *sums(0.95 * 0.9, -(1 + 0.95) * 0.3), 0)
     x.scale(0.7)
     close(x.dense(), *sums(0.7 * 0.9, -0.7 * 0.3), 0)
@@ -124,7 +124,7 @@ def test_an_operand_without_a_gradient_is_the_stored_matrix(backend: str, name: 
     x = Panels(StoredBatch([stored], kernels), Terms(0.9))
     close(x.dense(), exact, exact.abs(), 0)
     close(x.gram(), exact @ exact.mT, exact.abs() @ exact.abs().mT, 170)
-    close(x.ahead(0.5).dense(), 0.5 * exact, 0.5 * exact.abs(), 0)
+    close(x.ahead(0.5, 1.0).dense(), 0.5 * exact, 0.5 * exact.abs(), 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_muon import AutoFormat, Muon, MuonWithAuxAdam, StateFormat
+from lowbit_muon import RULES, AutoFormat, Muon, MuonWithAuxAdam, StateFormat
 from lowbit_muon.checkpoint.dicts import convert_state_dict
 from lowbit_muon.step import options as module
 from lowbit_muon.step.options import AUX_OPTIONS, GROUP_DEFAULTS, OPTIONS, MuonOptions
@@ -96,6 +96,7 @@ def test_every_row_of_adamw_checks_its_value(option: module.Option) -> None:
 OTHER_VALUES: dict[str, Any] = {
     "lr": 0.5, "weight_decay": 0.5, "momentum": 0.5, "nesterov": False, "eps": 0.5, "ns_steps": 3,
     "ns_coefficients": "polar_express", "adjust_lr_fn": "original", "state_format": "linear8",
+    "rule": RULES["normuon"].to_dict(),
     "batch_experts": True, "row_splits": (1, 2), "ns_input": "stored", "ns_dtype": "float32",
     "stochastic_rounding": True, "compensation": True, "backend": "reference", "nonfinite": "raise",
     "seed": 3, "offload": True,

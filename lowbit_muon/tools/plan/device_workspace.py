@@ -28,7 +28,7 @@ from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.parameter import ParameterStep, matrix_views, write_matrix
 from lowbit_muon.state.stored import QuantizedMatrix
 from lowbit_muon.step.batches import DEVICE_ELEMENTS, step_parameters
-from lowbit_muon.step.update import MuonRule
+from lowbit_muon.step.update import StepOptions
 
 META = torch.device("meta")
 # Of the Triton kernels of integer products (backends/triton/kernels/{gram,limbs,levels}.py, which a
@@ -237,5 +237,5 @@ def muon_step_bytes(
         existing += [param, grad, *(v for v in state.values() if isinstance(v, Tensor))]
     with torch.no_grad(), LiveBytes() as memory:
         memory.ignore(existing)
-        step_parameters(steps, MuonRule.from_group(group), group)
+        step_parameters(steps, StepOptions.from_group(group), group)
     return memory.peak

@@ -1,0 +1,188 @@
+"""The part of a step that rules other than Muon's change: from the momentum to the weights.
+
+The update exists as a matrix here, which stages look at and change; Muon's own step never forms it
+(`step.update`). Nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.state.operands import Dense, Operand
+from lowbit_muon.state.rounding import Rounding, exact_weight, update_weight
+from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
+from lowbit_muon.step.rules.direction import Polar
+from lowbit_muon.step.rules.precondition import to_norm_one
+from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.rules.stage import TINY, Matrices
+
+if TYPE_CHECKING:
+    from lowbit_muon.step.update import Batch, StepOptions
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is to be made a direction.
+
+    x: [b, m, n], used up by whoever takes it; size: Frobenius norms of the momentum that it is a
+    multiple of; norm: its own; inverse: 1 / max(norm, eps), 0 where nothing is to move. All
+    float64 [b].
+    """
+
+    x: Operand
+    size: Tensor
+    norm: Tensor
+    inverse: Tensor
+
+
+class Rows(Protocol):
+    """Matrices that come by rows."""
+
+    def rows(self, rows: slice) -> Tensor:
+        """These rows, any float dtype [b, rows, n]."""
+
+
+# Newton-Schulz of (x, norm, inverse, options).
+PolarMap = Callable[[Operand, Tensor, Tensor, "StepOptions"], Rows]
+
+
+def step_by_rule(
+    batch: Batch,
+    given: Given,
+    stored: StoredBatch,
+    accepted: Tensor,
+    options: StepOptions,
+    scale: float,
+    polar: PolarMap,
+) -> None:
+    """Move the weights, and what stages keep of them, where accepted (bool [b]).
+
+    scale: of the learning rate, by the matrices' shape.
+    """
+    rule = options.rule
+    matrices = _matrices(batch, given, stored, accepted, options)
+    update = _direction(given, matrices, options, polar)
+    for stage in rule.scaling:
+        update = stage.apply(update, matrices)
+    values: list[Tensor] = []
+    if rule.reads_weights:
+        values = [
+            _value(weight, rounding)
+            for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
+        ]
+    change = rule.step_size.apply(update, scale, values, matrices)
+    for index, weight in enumerate(batch.weights):
+        value = values[index] if values else None
+        decay = _decay(rule, change[index], value, index, matrices)
+        _subtract(weight, change[index], decay, accepted[index], batch.rounding[index], given.x)
+    for name, new in matrices.state.items():
+        stored.replace(RULE_PREFIX + name, new, accepted)
+
+
+def _matrices(
+    batch: Batch, given: Given, stored: StoredBatch, accepted: Tensor, options: StepOptions
+) -> Matrices:
+    """What the stages see."""
+    rows, columns = batch.weights[0].shape
+    asynchronous = given.x.backend.asynchronous
+    grads = batch.stacked_gradients()
+    if asynchronous:
+        grads = torch.where(accepted.view(-1, 1, 1), grads, 0)
+    lr = options.lr
+    if isinstance(lr, Tensor):  # one on the host would have to be copied to the device
+        same = asynchronous and lr.device == accepted.device
+        lr = lr.reshape(()).float() if same else float(lr)
+    counts = batch.steps
+    if asynchronous:
+        steps = torch.stack([torch.as_tensor(count) for count in counts]).float()
+    else:
+        steps = torch.tensor([float(count) for count in counts])
+    names = options.rule.state((rows, columns))
+    return Matrices(
+        (rows, columns),
+        _as_parameters(grads, rows, columns),
+        given.size.float().view(-1, 1, 1),
+        (steps + 1).view(-1, 1, 1),
+        lr,
+        options.weight_decay,
+        options.momentum,
+        {name: stored[RULE_PREFIX + name] for name in names},
+    )
+
+
+def _as_parameters(x: Tensor, rows: int, columns: int) -> Tensor:
+    """A view of matrices [b, m, n], which have the short side first, as [b, rows, columns]."""
+    return x if rows <= columns else x.mT
+
+
+def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: PolarMap) -> Tensor:
+    """The direction map of the preconditioned momentum, float32 [b, rows, columns]."""
+    rule, (rows, columns) = options.rule, matrices.shape
+    is_polar = type(rule.direction) is Polar
+    if is_polar and not rule.precondition and not rule.needs("momentum"):
+        update = polar(given.x, given.norm, given.inverse, options).rows(slice(None))
+        return _as_parameters(update.float(), rows, columns)
+    backend, matrix = given.x.backend, given.x.dense()
+    inverse = given.norm.clamp_min(TINY).reciprocal().masked_fill(given.inverse == 0, 0.0)
+    if backend.asynchronous:  # zeros whatever it is
+        backend.scaled(matrix, inverse, out=matrix)
+    else:
+        matrix.mul_(inverse.float().view(-1, 1, 1))
+    x = _as_parameters(matrix, rows, columns)
+    for stage in rule.precondition:
+        x = to_norm_one(stage.apply(x, matrices))
+    if rule.needs("momentum"):
+        matrices.momentum = x.clone()
+    if not is_polar:
+        return rule.direction.apply(x, matrices)
+    # (what is below eps is not brought to norm one)
+    ones = (given.norm * given.inverse).clamp_max(1.0)
+    operand = Dense(_as_parameters(x, rows, columns).contiguous(), backend)
+    update = polar(operand, torch.ones_like(ones), ones, options).rows(slice(None))
+    return _as_parameters(update.float(), rows, columns)
+
+
+def _value(weight: Tensor, rounding: Rounding | None) -> Tensor:
+    """A weight in float32 [rows, columns], with what rounding left over of it."""
+    value = exact_weight(orient(weight), rounding)
+    return value if weight.shape[0] <= weight.shape[1] else value.mT
+
+
+def _decay(
+    rule: UpdateRule, change: Tensor, value: Tensor | None, index: int, matrices: Matrices
+) -> float | Tensor:
+    """What a weight is multiplied by; what else is to be taken off is added to the change."""
+    lr, weight_decay = matrices.lr, matrices.weight_decay
+    decay = rule.weight_decay.factor(lr, weight_decay)
+    if value is None:
+        return decay
+    if rule.weight_decay.reads_weights:
+        rate = None if matrices.rate is None else matrices.rate[index]
+        rule.weight_decay.add(change, value, lr, weight_decay, rate)
+    if rule.constraint is None:
+        return decay
+    new = rule.constraint.apply(value * decay - change, value)
+    torch.sub(value, new, out=change)
+    return 1.0
+
+
+def _subtract(
+    weight: Tensor,
+    change: Tensor,
+    decay: float | Tensor,
+    accepted: Tensor,
+    rounding: Rounding | None,
+    x: Operand,
+) -> None:
+    """weight <- decay * weight - change, where accepted."""
+    one: float | Tensor = 1.0
+    if x.backend.asynchronous:  # products with the mask, and no constants to be copied there
+        one = accepted.float()
+        decay = 1 - one * (1 - decay)
+        change = torch.where(accepted, change, 0)
+    update_weight(orient(weight), orient(change), decay, one, rounding, x.backend)

@@ -1,0 +1,1 @@
+"""What is done with a momentum: one file a stage of an update rule, one class a choice."""

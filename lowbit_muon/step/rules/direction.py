@@ -1,0 +1,155 @@
+"""From a momentum to a direction: the polar factor, or what a rule takes in its place.
+
+A linear minimisation oracle, or steepest descent under a norm: the spectral norm leads to the polar
+factor, the largest row's to rows of norm one, the largest element's to signs.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect
+
+# Singular values below this share of the largest have no direction in float32.
+_NO_DIRECTION = 1e-7
+
+
+class Direction(Stage):
+    """The stage that makes a direction of a momentum."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """The direction of x, float32 [b, rows, columns] of norm one, which may be overwritten."""
+
+
+@dataclass(frozen=True)
+class Polar(Direction):
+    """Newton-Schulz by the group's `ns_coefficients` and `ns_steps`: close to U V^T.
+
+    The step computes it itself (`step.update`), in the fastest form that is precise.
+    """
+
+    kind: ClassVar[str] = "polar"
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """Not called."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ExactPolar(Direction):
+    """U V^T by a singular value decomposition in float64; a GPU's host waits for it.
+
+    Directions below 1e-7 of the largest singular value are left out.
+    """
+
+    kind: ClassVar[str] = "exact_polar"
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Direction.apply`."""
+        u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        largest = s.amax(dim=1, keepdim=True) if s.shape[1] else s
+        kept = (s > _NO_DIRECTION * largest).to(u.dtype)
+        return ((u * kept.unsqueeze(1)) @ vh).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rows(Direction):
+    """Rows, or columns, of norm one (RMNP, arXiv 2603.20527; Scion's RowNorm and ColNorm).
+
+    axis: "row" or "column".
+    """
+
+    kind: ClassVar[str] = "normalize"
+    axis: str = "row"
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        axes = ("row", "column")
+        expect(self.axis in axes, "normalize: axis", f"one of {axes}", self.axis)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Direction.apply`."""
+        across = 2 if self.axis == "row" else 1
+        return x.div_(torch.linalg.vector_norm(x, dim=across, keepdim=True).clamp_min_(TINY))
+
+
+@dataclass(frozen=True)
+class Signs(Direction):
+    """Signs of all elements (Lion, Signum); over the number of columns with `by_columns` (Scion's
+    oracle for heads, arXiv 2502.07529)."""
+
+    kind: ClassVar[str] = "sign"
+    by_columns: bool = False
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Direction.apply`."""
+        x = x.sign_()
+        return x.div_(matrices.shape[1]) if self.by_columns else x
+
+
+@dataclass(frozen=True)
+class Sinkhorn(Direction):
+    """Rows and columns of one norm each, by turns: sqrt(columns) and sqrt(rows), so that elements
+    have a mean square of one (ARO's usual function, arXiv 2602.09006)."""
+
+    kind: ClassVar[str] = "sinkhorn"
+    rounds: int = 5
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        whole = isinstance(self.rounds, int) and self.rounds >= 1
+        expect(whole, "sinkhorn: rounds", "a whole number >= 1", self.rounds)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Direction.apply`."""
+        for _ in range(self.rounds):
+            for across in (2, 1):
+                sizes = torch.linalg.vector_norm(x, dim=across, keepdim=True).clamp_min_(TINY)
+                x = x.div_(sizes).mul_(math.sqrt(x.shape[across]))
+        return x
+
+
+@dataclass(frozen=True)
+class Itself(Direction):
+    """The momentum as it is, with its size."""
+
+    kind: ClassVar[str] = "itself"
+    needs_size: ClassVar[bool] = True
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Direction.apply`."""
+        return x.mul_(matrices.size)
+
+
+@dataclass(frozen=True)
+class SoftClip(Direction):
+    """Singular values s to s / sqrt(1 + s^2 / limit^2) (SPECTRA, arXiv 2603.14315).
+
+    By an eigendecomposition of I + X X^T / limit^2 in float64, in place of the paper's coupled
+    Newton-Schulz iteration; a GPU's host waits for it.
+    """
+
+    kind: ClassVar[str] = "soft_clip"
+    needs_size: ClassVar[bool] = True
+    limit: float = 10.0
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        expect(self.limit > 0, "soft_clip: limit", "a number > 0", self.limit)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Direction.apply`."""
+        rows, columns = matrices.shape
+        x = x.mul_(matrices.size)
+        short = (x if rows <= columns else x.mT).double() / self.limit
+        values, vectors = torch.linalg.eigh(short @ short.mT)
+        root = (1 + values.clamp_min(0)).rsqrt()
+        operator = ((vectors * root.unsqueeze(1)) @ vectors.mT).to(x.dtype)
+        return operator @ x if rows <= columns else x @ operator

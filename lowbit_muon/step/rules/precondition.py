@@ -1,0 +1,81 @@
+"""What a momentum goes through before the direction map."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, norm
+
+_SMALLEST_ROW = 1e-6  # of nanochat's equilibration, relative to the matrix's norm here
+_FEWEST_AGREEING = 1e-3
+
+
+class Preconditioner(Stage):
+    """A stage before the direction map."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """x, float32 [b, rows, columns] of norm one, which may be overwritten; any norm then."""
+
+
+@dataclass(frozen=True)
+class Equilibrate(Preconditioner):
+    """Rows, columns or both brought to one norm.
+
+    axis: "row": X_i <- X_i (||X|| / sqrt(rows)) / ||X_i|| (nanochat's optim.py; MuonEq, arXiv
+    2603.28254); "column" alike; "both": rows, then columns. Rows below 1e-6 of the whole stay so
+    much smaller.
+    """
+
+    kind: ClassVar[str] = "equilibrate"
+    axis: str = "row"
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        axes = ("row", "column", "both")
+        expect(self.axis in axes, "equilibrate: axis", f"one of {axes}", self.axis)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Preconditioner.apply`."""
+        for axis, across in (("row", 2), ("column", 1)):
+            if self.axis in (axis, "both"):
+                sizes = torch.linalg.vector_norm(x, dim=across, keepdim=True)
+                x = x.div_(sizes.clamp_min_(_SMALLEST_ROW))
+        return x
+
+
+@dataclass(frozen=True)
+class Sign(Preconditioner):
+    """The signs of all elements (AdaMuon, arXiv 2507.11005)."""
+
+    kind: ClassVar[str] = "sign"
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Preconditioner.apply`."""
+        return x.sign_()
+
+
+@dataclass(frozen=True)
+class Agreeing(Preconditioner):
+    """Only what has the gradient's sign: X <- X [X G > 0] (C-Muon, arXiv 2411.16085).
+
+    There it is divided by the share of those, which changes no direction; here as well, for rules
+    that look at sizes.
+    """
+
+    kind: ClassVar[str] = "agreeing"
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Preconditioner.apply`."""
+        mask = (x.sign() * matrices.grads.sign() > 0).to(x.dtype)
+        return x.mul_(mask).div_(mask.mean(dim=(1, 2), keepdim=True).clamp_min_(_FEWEST_AGREEING))
+
+
+def to_norm_one(x: Tensor) -> Tensor:
+    """Matrices divided by their norms, in place; zeros stay."""
+    return x.div_(norm(x).clamp_min_(TINY))

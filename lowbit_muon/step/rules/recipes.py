@@ -1,0 +1,174 @@
+"""The update rules by name, each as its stages that are not the default."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lowbit_muon.step.rules.constraint import FrobeniusSphere
+from lowbit_muon.step.rules.direction import (
+    ExactPolar,
+    Itself,
+    Rows,
+    Signs,
+    SoftClip,
+)
+from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
+from lowbit_muon.step.rules.precondition import Agreeing, Equilibrate, Sign
+from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.rules.scaling import (
+    Brake,
+    ColumnSignalToNoise,
+    ElementMoment,
+    FixedNorm,
+    GradientNorms,
+    NuclearNorm,
+    SignalToNoise,
+    VectorMoment,
+)
+from lowbit_muon.step.rules.step_size import Bounded, RelativeToWeights
+from lowbit_muon.step.rules.weight_decay import ByRate, Cautious
+
+_SUM = SumMomentum()
+_RMS = ("adjust_lr_fn", "match_rms_adamw")
+_SPECTRAL = ("adjust_lr_fn", "spectral_unclamped")
+_UNSCALED = ("adjust_lr_fn", "none")
+_PLAIN = ("nesterov", False)
+_POLAR_EXPRESS = ("ns_coefficients", "polar_express")
+_SCION = (("momentum", 0.9), _PLAIN, ("weight_decay", 1.0))
+_LONG_SIDE = VectorMoment(axis="long", beta=0.9)
+
+RULES: dict[str, UpdateRule] = {
+    rule.name: rule
+    for rule in (
+        # torch.optim.Muon, KellerJordan/Muon
+        UpdateRule("muon"),
+        # MoonshotAI/Moonlight (arXiv 2502.16982)
+        UpdateRule("moonlight", momentum=_SUM, options=(_RMS,)),
+        # microsoft/dion, dion/muon.py
+        UpdateRule("dion_muon", momentum=_SUM, options=(_PLAIN, _POLAR_EXPRESS, _SPECTRAL)),
+        # Kimi K2's optimizer without QK-clip (arXiv 2507.20534)
+        UpdateRule("muonclip", momentum=_SUM, options=(_PLAIN, _RMS)),
+        # zichongli5/NorMuon (arXiv 2510.05491)
+        UpdateRule("normuon", scaling=(VectorMoment(),)),
+        # modded-nanogpt, train_gpt.py
+        UpdateRule(
+            "normuon_speedrun",
+            scaling=(_LONG_SIDE,),
+            weight_decay=Cautious(squared=True),
+            options=(_POLAR_EXPRESS,),
+        ),
+        # karpathy/nanochat, nanochat/optim.py
+        UpdateRule(
+            "nanochat",
+            precondition=(Equilibrate(),),
+            scaling=(FixedNorm(), _LONG_SIDE),
+            weight_decay=Cautious(),
+            options=(_POLAR_EXPRESS,),
+        ),
+        # arXiv 2603.28254
+        UpdateRule("muoneq", precondition=(Equilibrate(),)),
+        # Muon+ (family of nanochat's renormalisation)
+        UpdateRule("muon_plus", scaling=(FixedNorm(),)),
+        # kyleliang919/C-Optim (arXiv 2411.16085)
+        UpdateRule("cautious_muon", precondition=(Agreeing(),)),
+        # Chongjie-Si/AdaMuon (arXiv 2507.11005)
+        UpdateRule(
+            "adamuon",
+            precondition=(Sign(),),
+            scaling=(ElementMoment(), FixedNorm("rms")),
+            options=(_UNSCALED,),
+        ),
+        # minxin-zhg/namo (arXiv 2602.17080)
+        UpdateRule(
+            "namo",
+            scaling=(SignalToNoise(),),
+            step_size=Bounded(highest=1.0),
+            weight_decay=ByRate(),
+            options=(_RMS,),
+        ),
+        UpdateRule(
+            "namo_d",
+            scaling=(ColumnSignalToNoise(),),
+            step_size=Bounded(highest=1.0),
+            weight_decay=ByRate(),
+            options=(_RMS,),
+        ),
+        # arXiv 2509.02981; its epsilon of the step size is published per task
+        UpdateRule("adago", scaling=(GradientNorms(),), options=(_UNSCALED,)),
+        # timlautk/polargrad (arXiv 2505.21799), momentum first
+        UpdateRule(
+            "polargrad",
+            direction=ExactPolar(),
+            scaling=(NuclearNorm(),),
+            options=(_PLAIN, _UNSCALED),
+        ),
+        # Dominator-Index/RMNP (arXiv 2603.20527)
+        UpdateRule("rmnp", momentum=_SUM, direction=Rows()),
+        # ryyzn9/AuON (arXiv 2509.24320)
+        UpdateRule("auon", direction=Itself(), scaling=(Brake(),), options=(_UNSCALED,)),
+        UpdateRule("auon_hybrid", scaling=(Brake(),), options=(_UNSCALED,)),
+        # LIONS-EPFL/scion (arXiv 2502.07529), constrained: W <- (1 - lr) W - lr * O, which is a
+        # weight decay of one; hidden matrices, then heads and embeddings
+        UpdateRule("scion", options=(*_SCION, _SPECTRAL)),
+        UpdateRule("scion_sign", direction=Signs(by_columns=True), options=(*_SCION, _UNSCALED)),
+        UpdateRule("scion_columns", direction=Rows("column"), options=(*_SCION, _UNSCALED)),
+        # arXiv 2302.06675
+        UpdateRule(
+            "lion",
+            momentum=TwoDecays(),
+            direction=Signs(),
+            options=(("momentum", 0.99), _PLAIN, _UNSCALED),
+        ),
+        UpdateRule("signum", direction=Signs(), options=(_PLAIN, _UNSCALED)),
+        # microsoft/ArchScale (arXiv 2603.28743)
+        UpdateRule(
+            "muonh",
+            step_size=RelativeToWeights(),
+            constraint=FrobeniusSphere(),
+            options=(("weight_decay", 0.0),),
+        ),
+        # mlolab/llm-spectral-clipping on momentum (arXiv 2603.14315)
+        UpdateRule("spectra", direction=SoftClip(), options=(_PLAIN, _UNSCALED)),
+    )
+}
+
+
+def pion(k: int, steps: int = 5) -> UpdateRule:
+    """Pion's high-pass: singular values below a limit go to zero, others to one.
+
+    arXiv 2605.19282: k steps of (1.875, -1.25, 0.375), then steps - k of (0, 2.5, -1.5). Relative
+    to the momentum's norm the limit is about 0.5, 0.25, 0.13 and 0.06 for k = 1, 2, 3 and 4; which
+    of them serves a task is not published.
+    """
+    if not (isinstance(k, int) and isinstance(steps, int) and 0 <= k <= steps and steps >= 1):
+        raise ValueError(
+            f"k: expected a whole number from 0 to steps, got k={k!r}, steps={steps!r}"
+        )
+    coefficients = ((1.875, -1.25, 0.375),) * k + ((0.0, 2.5, -1.5),) * (steps - k)
+    options = (_PLAIN, ("ns_coefficients", coefficients), ("ns_steps", steps))
+    return UpdateRule(f"pion {k} of {steps}", momentum=_SUM, options=options)
+
+
+def resolve_rule(value: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:
+    """The rule meant by a name, given as it is, or as `UpdateRule.to_dict` made it.
+
+    Raises ValueError for an unknown name or a bad field and TypeError for anything else.
+    """
+    if isinstance(value, UpdateRule):
+        return value
+    if isinstance(value, Mapping):
+        return UpdateRule.from_dict(value)
+    if not isinstance(value, str):
+        raise TypeError(f"rule: expected a name or an UpdateRule, got {type(value).__name__}")
+    if value not in RULES:
+        raise ValueError(f"rule: expected one of {sorted(RULES)}, got {value!r}")
+    return RULES[value]
+
+
+@functools.lru_cache(maxsize=256)
+def rule_of_json(text: str) -> UpdateRule:
+    """`resolve_rule` of plain values, once for each of them."""
+    return resolve_rule(json.loads(text))

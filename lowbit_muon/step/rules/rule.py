@@ -1,0 +1,170 @@
+"""`UpdateRule`: what is done with a momentum, as `StateFormat` says how it is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowbit_muon.step.rules.constraint import Constraint
+from lowbit_muon.step.rules.direction import Direction, Polar
+from lowbit_muon.step.rules.momentum import Momentum
+from lowbit_muon.step.rules.precondition import Preconditioner
+from lowbit_muon.step.rules.scaling import Scaling
+from lowbit_muon.step.rules.stage import Stage, expect
+from lowbit_muon.step.rules.step_size import StepSize
+from lowbit_muon.step.rules.weight_decay import WeightDecay
+
+# A group's options that a rule may bring values of its own for.
+RULE_OPTIONS = (
+    "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "weight_decay",
+)  # fmt: skip
+# The stages of Muon itself.
+_MOMENTUM, _POLAR, _STEP_SIZE, _WEIGHT_DECAY = Momentum(), Polar(), StepSize(), WeightDecay()
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """What a step does with a momentum: stages in a fixed order, each with a default.
+
+    Frozen and hashable; `to_dict`/`from_dict` round-trip. `dataclasses.replace` makes another of
+    one in `RULES`.
+
+    Attributes:
+        name: for tables and messages.
+        momentum: how the momentum takes a gradient.
+        precondition: what the momentum goes through before it is made a direction, in turn.
+        direction: the map from a momentum to a direction.
+        scaling: what the direction is scaled by, in turn.
+        step_size: how far weights move.
+        weight_decay: what of the weights is taken off.
+        constraint: where weights are brought back to, or None.
+        options: ((name, value), ...) of `RULE_OPTIONS`: what a group's options are where they were
+            left at their defaults.
+    """
+
+    name: str
+    momentum: Momentum = _MOMENTUM
+    precondition: tuple[Preconditioner, ...] = ()
+    direction: Direction = _POLAR
+    scaling: tuple[Scaling, ...] = ()
+    step_size: StepSize = _STEP_SIZE
+    weight_decay: WeightDecay = _WEIGHT_DECAY
+    constraint: Constraint | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        expect(isinstance(self.name, str) and bool(self.name), "name", "a string", self.name)
+        for field, (kind, several) in _STAGES.items():
+            value = getattr(self, field)
+            if several:
+                good = isinstance(value, tuple) and all(isinstance(each, kind) for each in value)
+                expect(good, field, f"a tuple of {kind.__name__} stages", value)
+            else:
+                optional = field == "constraint" and value is None
+                expect(optional or isinstance(value, kind), field, f"a {kind.__name__}", value)
+        names = [name for stage in self.stages() for name in stage.state((1, 1))]
+        expect(len(set(names)) == len(names), "stages", "states of different names", names)
+        good = all(name in RULE_OPTIONS for name, _ in self.options)
+        expect(good, "options", f"values of {', '.join(RULE_OPTIONS)}", self.options)
+
+    def stages(self) -> Iterator[Stage]:
+        """All stages in their order."""
+        for field in _STAGES:
+            value = getattr(self, field)
+            if isinstance(value, tuple):
+                yield from value
+            elif value is not None:
+                yield value
+
+    @functools.cached_property
+    def is_fused(self) -> bool:
+        """Whether a step is W <- decay * W - lr * scale * polar(u), without an update matrix."""
+        return (
+            not self.precondition
+            and not self.scaling
+            and self.constraint is None
+            and type(self.direction) is Polar
+            and type(self.step_size) is StepSize
+            and not self.weight_decay.reads_weights
+        )
+
+    @functools.cached_property
+    def takes_stored(self) -> bool:
+        """Whether a direction of what the codes hold serves (`ns_input="stored"`)."""
+        return (
+            type(self.direction) is Polar
+            and not self.precondition
+            and not (self.needs("momentum") or self.needs("size"))
+        )
+
+    @functools.cached_property
+    def reads_weights(self) -> bool:
+        """Whether a stage looks at the weights."""
+        return self.weight_decay.reads_weights or bool(self.needs("weights"))
+
+    def needs(self, what: str) -> str:
+        """The kind of the first stage that needs something (`Stage`), or an empty string."""
+        return next((s.kind for s in self.stages() if getattr(s, f"needs_{what}")), "")
+
+    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float32 tensors that it keeps of a matrix [rows, columns], by name."""
+        return {n: size for stage in self.stages() for n, size in stage.state(shape).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only: the name, and what differs from the defaults."""
+        values: dict[str, Any] = {"name": self.name}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _STAGES and value != field.default:
+                several = isinstance(value, tuple)
+                values[field.name] = (
+                    [each.to_dict() for each in value] if several else value.to_dict()
+                )
+        if self.options:
+            values["options"] = json.loads(json.dumps(dict(self.options)))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UpdateRule:
+        """Inverse of `to_dict`. Raises ValueError naming an unknown, missing or bad field."""
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown or "name" not in values:
+            raise ValueError(
+                f"rule: expected a name and stages, unknown {sorted(map(str, unknown))}"
+            )
+        made = dict(values)
+        for field in made.keys() & _STAGES.keys():
+            kind, several = _STAGES[field]
+            try:
+                given = made[field]
+                made[field] = (
+                    tuple(map(kind.from_dict, given))
+                    if several and isinstance(given, Sequence)
+                    else kind.from_dict(given)
+                )
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"rule: {field}: {error}") from None
+        options = made.get("options", {})
+        expect(isinstance(options, Mapping), "rule: options", "a mapping", options)
+        made["options"] = tuple((name, _hashable(value)) for name, value in options.items())
+        return cls(**made)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+# Field -> (class of its stage, whether it holds several), in the order of a step.
+_STAGES: dict[str, tuple[type[Stage], bool]] = {
+    "momentum": (Momentum, False),
+    "precondition": (Preconditioner, True),
+    "direction": (Direction, False),
+    "scaling": (Scaling, True),
+    "step_size": (StepSize, False),
+    "weight_decay": (WeightDecay, False),
+    "constraint": (Constraint, False),
+}

@@ -1,0 +1,152 @@
+"""What all stages of an update rule have in common, and what they see of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.tensors import is_real_number
+
+StageT = TypeVar("StageT", bound="Stage")
+
+# Below the square of anything that a matrix of norm one has, and a float32.
+TINY = 1e-30
+AXES = ("row", "column", "long", "short")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of an `UpdateRule`: a frozen dataclass whose fields are numbers, strings and bools.
+
+    A subclass with a `kind` of its own is known to `from_dict` from its definition on.
+
+    Attributes:
+        kind: its name among the choices of its stage.
+        needs_size: it looks at the size of the momentum, which some formats do not keep.
+        needs_momentum: it looks at what the direction map is given (`Matrices.momentum`).
+        needs_weights: it looks at the weights as a whole, not element by element.
+        needs_rate: the step it leads to is not proportional to the learning rate.
+    """
+
+    kind: ClassVar[str] = ""
+    needs_size: ClassVar[bool] = False
+    needs_momentum: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+    needs_rate: ClassVar[bool] = False
+    _kinds: ClassVar[dict[tuple[type, str], type[Stage]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            place = next(base for base in cls.__mro__ if Stage in base.__bases__)
+            Stage._kinds[place, cls.kind] = cls
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value, name = getattr(self, each.name), f"{self.kind}: {each.name}"
+            if is_real_number(each.default) and not isinstance(each.default, bool):
+                good = is_real_number(value) and math.isfinite(value) and value >= 0
+                expect(good, name, "a number >= 0", value)
+            elif isinstance(each.default, bool):
+                expect(isinstance(value, bool), name, "a bool", value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for a field that makes no sense (its type is checked already)."""
+
+    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float32 tensors that it keeps of a matrix [rows, columns], by name.
+
+        They start as zeros. No two stages of a rule may have the same names.
+        """
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls: type[StageT], values: object) -> StageT:
+        """Inverse of `to_dict`. Raises ValueError naming an unknown kind, or a bad field."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"expected a mapping of fields, got {values!r}")
+        kinds = {kind: found for (stage, kind), found in Stage._kinds.items() if stage is cls}
+        fields = dict(values)
+        found = kinds.get(fields.pop("kind", None))
+        if found is None:
+            raise ValueError(f"kind: expected one of {sorted(kinds)}, got {values.get('kind')!r}")
+        unknown = set(fields) - {each.name for each in dataclasses.fields(found)}
+        if unknown:
+            raise ValueError(f"{found.kind}: unknown fields {sorted(map(str, unknown))}")
+        made = found(**fields)
+        assert isinstance(made, cls)
+        return made
+
+
+def expect(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise ValueError unless a condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass
+class Matrices:
+    """A batch of b matrices of one shape in the middle of a step, as stages see them.
+
+    All have the parameter's orientation, and all numbers of a matrix are float32 [b, 1, 1].
+
+    Attributes:
+        shape: (rows, columns).
+        grads: gradients [b, rows, columns], any float dtype, zeros where they are refused.
+        size: Frobenius norms of what the direction map is given.
+        steps: how many steps each parameter has taken, with this one.
+        lr, weight_decay, beta: options of the group; beta is its `momentum`.
+        state: what stages keep, [b, ..] by name (`Stage.state`); to be replaced, not changed.
+        momentum: what the direction map was given, float32 [b, rows, columns], scaled to norm one;
+            only where a stage asks for it (`Stage.needs_momentum`).
+        rate: what stages multiply the learning rate by, [b, 1, 1], or [b, 1, columns].
+    """
+
+    shape: tuple[int, int]
+    grads: Tensor
+    size: Tensor
+    steps: Tensor
+    lr: float | Tensor
+    weight_decay: float
+    beta: float
+    state: dict[str, Tensor] = field(default_factory=dict)
+    momentum: Tensor | None = None
+    rate: Tensor | None = None
+
+    def multiply_rate(self, factor: Tensor) -> None:
+        """Multiply the learning rate, for this step alone."""
+        self.rate = factor if self.rate is None else self.rate * factor
+
+    def averaged(self, name: str, value: Tensor, beta: float) -> Tensor:
+        """state[name] <- beta * state[name] + (1 - beta) * value, which is returned."""
+        self.state[name] = torch.lerp(value, self.state[name], beta)
+        return self.state[name]
+
+
+def norm(x: Tensor) -> Tensor:
+    """Frobenius norms of [b, rows, columns], float32 [b, 1, 1]."""
+    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+
+
+def dimension(axis: str, shape: tuple[int, int]) -> int:
+    """Of [b, rows, columns], the dimension that runs along an axis: whose index tells its members.
+
+    axis: "row" for one value a row, "column" for one a column, "long" for whichever there are more
+    of (rows of a square matrix), "short" for the other.
+    """
+    rows, columns = shape
+    if axis == "long":
+        axis = "row" if rows >= columns else "column"
+    elif axis == "short":
+        axis = "column" if rows >= columns else "row"
+    return 1 if axis == "row" else 2

@@ -1,0 +1,96 @@
+"""What of the weights a step takes off: decoupled weight decay and its variants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.step.rules.stage import Stage
+
+
+@dataclass(frozen=True)
+class WeightDecay(Stage):
+    """W <- (1 - lr * weight_decay) * W - change."""
+
+    kind: ClassVar[str] = "decoupled"
+    # Whether it looks at the weights' elements, and adds to the change.
+    reads_weights: ClassVar[bool] = False
+
+    def factor(self, lr: float | Tensor, weight_decay: float) -> float | Tensor:
+        """What the weights are multiplied by."""
+        return 1 - lr * weight_decay
+
+    def add(
+        self,
+        change: Tensor,
+        weight: Tensor,
+        lr: float | Tensor,
+        weight_decay: float,
+        rate: Tensor | None,
+    ) -> None:
+        """Add a part of the weights to what is subtracted from them; only if it `reads_weights`.
+
+        change, weight: float32 of one matrix, [rows, columns]; rate: of its learning rate, [1, 1]
+        or [1, columns], None for one.
+        """
+
+
+@dataclass(frozen=True)
+class Cautious(WeightDecay):
+    """W <- W - change - lr * weight_decay * W where W and the change have one sign.
+
+    arXiv 2510.12402; `squared`: lr^2 * weight_decay, as modded-nanogpt has it.
+    """
+
+    kind: ClassVar[str] = "cautious"
+    reads_weights: ClassVar[bool] = True
+    squared: bool = False
+
+    def factor(self, lr: float | Tensor, weight_decay: float) -> float | Tensor:
+        """See `WeightDecay.factor`."""
+        return 1.0
+
+    def add(
+        self,
+        change: Tensor,
+        weight: Tensor,
+        lr: float | Tensor,
+        weight_decay: float,
+        rate: Tensor | None,
+    ) -> None:
+        """See `WeightDecay.add`."""
+        strength = lr * lr * weight_decay if self.squared else lr * weight_decay
+        # (of signs, since products of small numbers are zero)
+        change.add_(weight * (change.sign() * weight.sign() >= 0) * strength)
+
+
+@dataclass(frozen=True)
+class ByRate(WeightDecay):
+    """W <- (1 - weight_decay * min(lr * rate, 1)) * W - change, for each column where rates are.
+
+    NAMO and NAMO-D (arXiv 2602.17080).
+    """
+
+    kind: ClassVar[str] = "by_rate"
+    reads_weights: ClassVar[bool] = True
+    needs_rate: ClassVar[bool] = True
+
+    def factor(self, lr: float | Tensor, weight_decay: float) -> float | Tensor:
+        """See `WeightDecay.factor`."""
+        return 1.0
+
+    def add(
+        self,
+        change: Tensor,
+        weight: Tensor,
+        lr: float | Tensor,
+        weight_decay: float,
+        rate: Tensor | None,
+    ) -> None:
+        """See `WeightDecay.add`."""
+        rates = torch.ones((), device=weight.device) if rate is None else rate
+        share = (rates * lr).clamp(max=1.0) * weight_decay
+        change.add_(weight * share.clamp(max=1.0))
