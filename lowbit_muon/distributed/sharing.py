@@ -52,7 +52,7 @@ from lowbit_muon.state.stored import orient
 from lowbit_muon.step.batches import step_parameters
 from lowbit_muon.step.options import OPTIONS, UpdateDtype
 from lowbit_muon.step.rules.recipes import resolve_rule
-from lowbit_muon.step.update import StepOptions
+from lowbit_muon.step.update import StepOptions, update_scale
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -290,7 +290,8 @@ class ShardedParameters(SharedParameters):
         local = local_part(param.detach())
         matrix = flatten(local, group)
         weight = self._rows(matrix, unit)
-        lr, decays = float(group["lr"]), resolve_rule(group["rule"]).weight_decay
+        rule = resolve_rule(group["rule"])
+        lr, decays = float(group["lr"]), rule.weight_decay
         decay = decays.factor(lr, group["weight_decay"])
         rounding: Rounding | None = None
         if "remainder" in states[param]:
@@ -307,7 +308,8 @@ class ShardedParameters(SharedParameters):
         if decays.reads_weights:
             change, step_size = change * lr, 1.0
             value = exact_weight(orient(weight), rounding)
-            decays.add(orient(change), value, lr, group["weight_decay"], None)
+            scale = rule.step_size.factor * update_scale(group["adjust_lr_fn"], unit.shape)
+            decays.add(orient(change), value, lr, group["weight_decay"], scale=scale, rate=None)
         update_weight(orient(weight), orient(change), decay, step_size, rounding, backend)
         if matrix.data_ptr() != local.data_ptr():
             local.copy_(matrix.view(local.shape))

@@ -167,14 +167,14 @@ def muon_param_groups(
             f"model: expected matrices for Muon, got none among {len(uses)} trainable parameters "
             f"of {type(model).__name__}; use AdamW alone"
         )
-    given = {
+    given: Group = {
         "momentum": momentum,
         "nesterov": nesterov,
         "weight_decay": weight_decay,
         "adjust_lr_fn": adjust_lr_fn,
     }
     # What is left at MuonWithAuxAdam's defaults is left to it, and to its update rule.
-    options = {"use_muon": True, "lr": lr}
+    options: Group = {"use_muon": True, "lr": lr}
     options |= {name: value for name, value in given.items() if value != _LEFT_TO_MUON[name]}
     aux_options = {
         "use_muon": False,

@@ -31,13 +31,14 @@ class Given:
 
     x: [b, m, n], used up by whoever takes it; size: Frobenius norms of the momentum that it is a
     multiple of; norm: its own; inverse: 1 / max(norm, eps), 0 where nothing is to move. All
-    float64 [b].
+    float64 [b]. rate: of the learning rate, by the gradient's transform, [b, 1, 1] or None.
     """
 
     x: Operand
     size: Tensor
     norm: Tensor
     inverse: Tensor
+    rate: Tensor | None
 
 
 class Rows(Protocol):
@@ -78,7 +79,7 @@ def step_by_rule(
     change = rule.step_size.apply(update, scale, values, matrices)
     for index, weight in enumerate(batch.weights):
         value = values[index] if values else None
-        decay = _decay(rule, change[index], value, index, matrices)
+        decay = _decay(rule, change[index], value, index, matrices, scale)
         _subtract(weight, change[index], decay, accepted[index], batch.rounding[index], given.x)
     for name, new in matrices.state.items():
         stored.replace(RULE_PREFIX + name, new, accepted)
@@ -112,6 +113,7 @@ def _matrices(
         options.weight_decay,
         options.momentum,
         {name: stored[RULE_PREFIX + name] for name in names},
+        rate=given.rate,
     )
 
 
@@ -154,7 +156,12 @@ def _value(weight: Tensor, rounding: Rounding | None) -> Tensor:
 
 
 def _decay(
-    rule: UpdateRule, change: Tensor, value: Tensor | None, index: int, matrices: Matrices
+    rule: UpdateRule,
+    change: Tensor,
+    value: Tensor | None,
+    index: int,
+    matrices: Matrices,
+    scale: float,
 ) -> float | Tensor:
     """What a weight is multiplied by; what else is to be taken off is added to the change."""
     lr, weight_decay = matrices.lr, matrices.weight_decay
@@ -163,7 +170,7 @@ def _decay(
         return decay
     if rule.weight_decay.reads_weights:
         rate = None if matrices.rate is None else matrices.rate[index]
-        rule.weight_decay.add(change, value, lr, weight_decay, rate)
+        rule.weight_decay.add(change, value, lr, weight_decay, scale=scale, rate=rate)
     if rule.constraint is None:
         return decay
     new = rule.constraint.apply(value * decay - change, value)

@@ -163,6 +163,15 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
     idle = _idle(grads, stored)
     if isinstance(idle, list):
         return _update_in_parts(idle, batch, options, backend)
+    rate = None
+    if options.rule.gradient is not None:
+        usable = torch.linalg.vector_norm(grads, ord=math.inf, dim=(1, 2)) <= LARGEST_NORM
+        if not backend.asynchronous and not bool(usable.all()):
+            return _update_in_parts(usable.tolist(), batch, options, backend, skipped=True)
+        grads = torch.where(usable.view(-1, 1, 1), grads, 0)
+        allowed = usable if batch.allowed is None else batch.allowed & usable
+        batch = dataclasses.replace(batch, allowed=allowed)
+        grads, rate = options.rule.gradient.apply(grads)
     terms = _terms(grads, stored, options)
     fresh, squares = _add_gradient(stored, terms, options)
 
@@ -196,8 +205,9 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
         _update_weights(batch, _orthogonalize(x, x_norm, inverse, options), accepted, options)
     else:
         size = x_norm.masked_fill(refused, 0.0)
-        momentum = Given(x, size if scale is None else size / scale, size, inverse)
-        lr_scale = update_scale(options.adjust_lr_fn, batch.weights[0].shape)
+        momentum = Given(x, size if scale is None else size / scale, size, inverse, rate)
+        lr_scale = options.rule.step_size.factor
+        lr_scale *= update_scale(options.adjust_lr_fn, batch.weights[0].shape)
         step_by_rule(batch, momentum, stored, accepted, options, lr_scale, _orthogonalize)
     if encode_last:
         _encode(stored, fresh, norm, scale, options, idle)
@@ -450,6 +460,7 @@ def _update_weights(
     backend, lr = direction.backend, options.lr
     weights = [orient(weight) for weight in batch.weights]
     scale = update_scale(options.adjust_lr_fn, batch.weights[0].shape)
+    scale *= options.rule.step_size.factor
     rounding = batch.rounding
     if backend.asynchronous:
         if isinstance(lr, Tensor):  # a CPU scalar would have to be copied to the device

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect
 
 # Singular values below this share of the largest have no direction in float32.
@@ -53,21 +54,19 @@ class ExactPolar(Direction):
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Direction.apply`."""
-        u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
-        largest = s.amax(dim=1, keepdim=True) if s.shape[1] else s
-        kept = (s > _NO_DIRECTION * largest).to(u.dtype)
-        return ((u * kept.unsqueeze(1)) @ vh).to(x.dtype)
+        return exact_polar(x)
 
 
 @dataclass(frozen=True)
 class Rows(Direction):
     """Rows, or columns, of norm one (RMNP, arXiv 2603.20527; Scion's RowNorm and ColNorm).
 
-    axis: "row" or "column".
+    axis: "row" or "column"; rms: so that their elements have a root mean square of one.
     """
 
     kind: ClassVar[str] = "normalize"
     axis: str = "row"
+    rms: bool = False
 
     def check(self) -> None:
         """See `Stage.check`."""
@@ -77,7 +76,8 @@ class Rows(Direction):
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Direction.apply`."""
         across = 2 if self.axis == "row" else 1
-        return x.div_(torch.linalg.vector_norm(x, dim=across, keepdim=True).clamp_min_(TINY))
+        sizes = torch.linalg.vector_norm(x, dim=across, keepdim=True).clamp_min_(TINY)
+        return x.div_(sizes / math.sqrt(x.shape[across]) if self.rms else sizes)
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,16 @@ class SoftClip(Direction):
         """See `Direction.apply`."""
         rows, columns = matrices.shape
         x = x.mul_(matrices.size)
-        short = (x if rows <= columns else x.mT).double() / self.limit
+        short = (x if rows <= columns else x.mT).to(accumulation_dtype(x.device)) / self.limit
         values, vectors = torch.linalg.eigh(short @ short.mT)
         root = (1 + values.clamp_min(0)).rsqrt()
         operator = ((vectors * root.unsqueeze(1)) @ vectors.mT).to(x.dtype)
         return operator @ x if rows <= columns else x @ operator
+
+
+def exact_polar(x: Tensor) -> Tensor:
+    """See `ExactPolar`; x: finite, [b, rows, columns]."""
+    u, s, vh = torch.linalg.svd(x.to(accumulation_dtype(x.device)), full_matrices=False)
+    largest = s.amax(dim=1, keepdim=True) if s.shape[1] else s
+    kept = (s > _NO_DIRECTION * largest).to(u.dtype)
+    return ((u * kept.unsqueeze(1)) @ vh).to(x.dtype)

@@ -15,6 +15,7 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
+from lowbit_muon.step.rules.gradient import PolarFactor
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
 from lowbit_muon.step.rules.precondition import Agreeing, Equilibrate, Sign
 from lowbit_muon.step.rules.rule import UpdateRule
@@ -28,7 +29,7 @@ from lowbit_muon.step.rules.scaling import (
     SignalToNoise,
     VectorMoment,
 )
-from lowbit_muon.step.rules.step_size import Bounded, RelativeToWeights
+from lowbit_muon.step.rules.step_size import Bounded, RelativeToWeights, StepSize
 from lowbit_muon.step.rules.weight_decay import ByRate, Cautious
 
 _SUM = SumMomentum()
@@ -57,7 +58,7 @@ RULES: dict[str, UpdateRule] = {
         UpdateRule(
             "normuon_speedrun",
             scaling=(_LONG_SIDE,),
-            weight_decay=Cautious(squared=True),
+            weight_decay=Cautious(scaled=True, squared=True),
             options=(_POLAR_EXPRESS,),
         ),
         # karpathy/nanochat, nanochat/optim.py
@@ -65,15 +66,15 @@ RULES: dict[str, UpdateRule] = {
             "nanochat",
             precondition=(Equilibrate(),),
             scaling=(FixedNorm(), _LONG_SIDE),
-            weight_decay=Cautious(),
+            weight_decay=Cautious(scaled=True),
             options=(_POLAR_EXPRESS,),
         ),
         # arXiv 2603.28254
-        UpdateRule("muoneq", precondition=(Equilibrate(),)),
-        # Muon+ (family of nanochat's renormalisation)
+        UpdateRule("muoneq", momentum=_SUM, precondition=(Equilibrate(),), options=(_RMS,)),
+        # Muon+ as nanochat and modded-nanogpt read it: one norm of the whole update
         UpdateRule("muon_plus", scaling=(FixedNorm(),)),
         # kyleliang919/C-Optim (arXiv 2411.16085)
-        UpdateRule("cautious_muon", precondition=(Agreeing(),)),
+        UpdateRule("cautious_muon", precondition=(Agreeing(),), options=(_PLAIN,)),
         # Chongjie-Si/AdaMuon (arXiv 2507.11005)
         UpdateRule(
             "adamuon",
@@ -96,13 +97,24 @@ RULES: dict[str, UpdateRule] = {
             weight_decay=ByRate(),
             options=(_RMS,),
         ),
-        # arXiv 2509.02981; its epsilon of the step size is published per task
-        UpdateRule("adago", scaling=(GradientNorms(),), options=(_UNSCALED,)),
+        # arXiv 2509.02981; its numbers are those of pytorch-optimizer
+        UpdateRule(
+            "adago",
+            scaling=(GradientNorms(),),
+            step_size=Bounded(lowest=5e-4),
+            options=(_PLAIN, _UNSCALED),
+        ),
         # timlautk/polargrad (arXiv 2505.21799), momentum first
         UpdateRule(
             "polargrad",
             direction=ExactPolar(),
             scaling=(NuclearNorm(),),
+            options=(_PLAIN, _UNSCALED),
+        ),
+        UpdateRule(
+            "polargrad_polar_first",
+            gradient=PolarFactor(),
+            direction=Itself(),
             options=(_PLAIN, _UNSCALED),
         ),
         # Dominator-Index/RMNP (arXiv 2603.20527)
@@ -112,9 +124,16 @@ RULES: dict[str, UpdateRule] = {
         UpdateRule("auon_hybrid", scaling=(Brake(),), options=(_UNSCALED,)),
         # LIONS-EPFL/scion (arXiv 2502.07529), constrained: W <- (1 - lr) W - lr * O, which is a
         # weight decay of one; hidden matrices, then heads and embeddings
-        UpdateRule("scion", options=(*_SCION, _SPECTRAL)),
-        UpdateRule("scion_sign", direction=Signs(by_columns=True), options=(*_SCION, _UNSCALED)),
-        UpdateRule("scion_columns", direction=Rows("column"), options=(*_SCION, _UNSCALED)),
+        UpdateRule("scion", step_size=StepSize(50.0), options=(*_SCION, _SPECTRAL)),
+        UpdateRule(
+            "scion_sign",
+            direction=Signs(by_columns=True),
+            step_size=StepSize(3000.0),
+            options=(*_SCION, _UNSCALED),
+        ),
+        UpdateRule(
+            "scion_columns", direction=Rows("column", rms=True), options=(*_SCION, _UNSCALED)
+        ),
         # arXiv 2302.06675
         UpdateRule(
             "lion",
@@ -122,7 +141,7 @@ RULES: dict[str, UpdateRule] = {
             direction=Signs(),
             options=(("momentum", 0.99), _PLAIN, _UNSCALED),
         ),
-        UpdateRule("signum", direction=Signs(), options=(_PLAIN, _UNSCALED)),
+        UpdateRule("signum", direction=Signs(), options=(("momentum", 0.9), _PLAIN, _UNSCALED)),
         # microsoft/ArchScale (arXiv 2603.28743)
         UpdateRule(
             "muonh",
@@ -131,7 +150,7 @@ RULES: dict[str, UpdateRule] = {
             options=(("weight_decay", 0.0),),
         ),
         # mlolab/llm-spectral-clipping on momentum (arXiv 2603.14315)
-        UpdateRule("spectra", direction=SoftClip(), options=(_PLAIN, _UNSCALED)),
+        UpdateRule("spectra", direction=SoftClip(), options=(_PLAIN,)),
     )
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lowbit_muon.step.rules.constraint import Constraint
 from lowbit_muon.step.rules.direction import Direction, Polar
+from lowbit_muon.step.rules.gradient import GradientTransform
 from lowbit_muon.step.rules.momentum import Momentum
 from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.scaling import Scaling
@@ -22,6 +23,7 @@ from lowbit_muon.step.rules.weight_decay import WeightDecay
 RULE_OPTIONS = (
     "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "weight_decay",
 )  # fmt: skip
+_OPTIONAL = ("gradient", "constraint")
 # The stages of Muon itself.
 _MOMENTUM, _POLAR, _STEP_SIZE, _WEIGHT_DECAY = Momentum(), Polar(), StepSize(), WeightDecay()
 
@@ -35,6 +37,7 @@ class UpdateRule:
 
     Attributes:
         name: for tables and messages.
+        gradient: what a gradient goes through first, or None.
         momentum: how the momentum takes a gradient.
         precondition: what the momentum goes through before it is made a direction, in turn.
         direction: the map from a momentum to a direction.
@@ -47,6 +50,7 @@ class UpdateRule:
     """
 
     name: str
+    gradient: GradientTransform | None = None
     momentum: Momentum = _MOMENTUM
     precondition: tuple[Preconditioner, ...] = ()
     direction: Direction = _POLAR
@@ -64,7 +68,7 @@ class UpdateRule:
                 good = isinstance(value, tuple) and all(isinstance(each, kind) for each in value)
                 expect(good, field, f"a tuple of {kind.__name__} stages", value)
             else:
-                optional = field == "constraint" and value is None
+                optional = field in _OPTIONAL and value is None
                 expect(optional or isinstance(value, kind), field, f"a {kind.__name__}", value)
         names = [name for stage in self.stages() for name in stage.state((1, 1))]
         expect(len(set(names)) == len(names), "stages", "states of different names", names)
@@ -84,7 +88,8 @@ class UpdateRule:
     def is_fused(self) -> bool:
         """Whether a step is W <- decay * W - lr * scale * polar(u), without an update matrix."""
         return (
-            not self.precondition
+            self.gradient is None
+            and not self.precondition
             and not self.scaling
             and self.constraint is None
             and type(self.direction) is Polar
@@ -160,6 +165,7 @@ def _hashable(value: Any) -> Any:
 
 # Field -> (class of its stage, whether it holds several), in the order of a step.
 _STAGES: dict[str, tuple[type[Stage], bool]] = {
+    "gradient": (GradientTransform, False),
     "momentum": (Momentum, False),
     "precondition": (Preconditioner, True),
     "direction": (Direction, False),

@@ -172,7 +172,7 @@ class GradientNorms(Scaling):
 
     kind: ClassVar[str] = "gradient_norms"
     limit: float = 10.0
-    start: float = 0.0
+    start: float = 1e-6
 
     def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """See `Stage.state`."""

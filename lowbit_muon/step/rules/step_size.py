@@ -14,17 +14,19 @@ from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, norm
 
 @dataclass(frozen=True)
 class StepSize(Stage):
-    """change = lr * rate * scale * O, with the scale of `adjust_lr_fn` and what stages made of the
-    learning rate."""
+    """change = lr * rate * scale * O: `factor` times the scale of `adjust_lr_fn`, and the rate that
+    stages made of the learning rate."""
 
     kind: ClassVar[str] = "shape"
+    factor: float = 1.0
 
     def apply(
         self, update: Tensor, scale: float, weights: list[Tensor], matrices: Matrices
     ) -> Tensor:
         """What is subtracted from the weights, [b, rows, columns]; the update may be overwritten.
 
-        weights: float32 [rows, columns] each; empty unless the stage `needs_weights`.
+        scale: by the matrices' shape, with `factor` in it; weights: float32 [rows, columns] each,
+        empty unless the stage `needs_weights`.
         """
         return update.mul_(self._factor(scale, matrices))
 

@@ -29,12 +29,14 @@ class WeightDecay(Stage):
         weight: Tensor,
         lr: float | Tensor,
         weight_decay: float,
+        *,
+        scale: float,
         rate: Tensor | None,
     ) -> None:
         """Add a part of the weights to what is subtracted from them; only if it `reads_weights`.
 
-        change, weight: float32 of one matrix, [rows, columns]; rate: of its learning rate, [1, 1]
-        or [1, columns], None for one.
+        change, weight: float32 of one matrix, [rows, columns]. scale: of the learning rate by the
+        matrix's shape; rate: what stages made of it, [1, 1] or [1, columns], None for one.
         """
 
 
@@ -42,11 +44,13 @@ class WeightDecay(Stage):
 class Cautious(WeightDecay):
     """W <- W - change - lr * weight_decay * W where W and the change have one sign.
 
-    arXiv 2510.12402; `squared`: lr^2 * weight_decay, as modded-nanogpt has it.
+    arXiv 2510.12402. scaled: by the learning rate with its factor of the matrix's shape, as in
+    nanochat; squared: times the learning rate once more, as modded-nanogpt has it.
     """
 
     kind: ClassVar[str] = "cautious"
     reads_weights: ClassVar[bool] = True
+    scaled: bool = False
     squared: bool = False
 
     def factor(self, lr: float | Tensor, weight_decay: float) -> float | Tensor:
@@ -59,10 +63,16 @@ class Cautious(WeightDecay):
         weight: Tensor,
         lr: float | Tensor,
         weight_decay: float,
+        *,
+        scale: float,
         rate: Tensor | None,
     ) -> None:
         """See `WeightDecay.add`."""
-        strength = lr * lr * weight_decay if self.squared else lr * weight_decay
+        strength = lr * weight_decay
+        if self.scaled:
+            strength = strength * scale
+        if self.squared:
+            strength = strength * lr
         # (of signs, since products of small numbers are zero)
         change.add_(weight * (change.sign() * weight.sign() >= 0) * strength)
 
@@ -88,6 +98,8 @@ class ByRate(WeightDecay):
         weight: Tensor,
         lr: float | Tensor,
         weight_decay: float,
+        *,
+        scale: float,
         rate: Tensor | None,
     ) -> None:
         """See `WeightDecay.add`."""

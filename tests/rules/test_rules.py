@@ -1,0 +1,439 @@
+"""Every update rule with every way of storing, batching, saving and loading a momentum."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from device_reference import DeviceReference
+from torch import Tensor, nn
+
+from lowbit_muon import (
+    PRESETS,
+    RULES,
+    Muon,
+    MuonWithAuxAdam,
+    NonFiniteGradientError,
+    StateFormat,
+    UpdateRule,
+    muon_param_groups,
+)
+from lowbit_muon.optimizers import muon as muon_module
+from lowbit_muon.state.rounding import restore
+from lowbit_muon.state.stored import RULE_PREFIX
+from lowbit_muon.step.rules.direction import Polar, Rows, Signs
+from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
+from lowbit_muon.step.rules.recipes import pion, resolve_rule
+from lowbit_muon.step.rules.scaling import FixedNorm, Scaling, VectorMoment
+from lowbit_muon.step.rules.stage import Matrices, Stage
+from lowbit_muon.step.rules.step_size import Bounded
+
+SHAPES = ((24, 40), (40, 24), (24, 40), (16, 16), (1, 7), (7, 1))
+ALL = {**RULES, "pion 2 of 5": pion(2)}
+
+
+def sizes_needed(rule: UpdateRule) -> bool:
+    return bool(rule.needs("size"))
+
+
+# Rules with formats that they go with; which do not is tested below.
+PAIRS = [
+    (rule, name)
+    for rule in ALL
+    for name, state_format in PRESETS.items()
+    if not (state_format.normalize and sizes_needed(ALL[rule]))
+]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        nn.Parameter((0.1 * torch.randn(shape, generator=generator)).to(dtype)) for shape in SHAPES
+    ]
+
+
+def give_gradients(params: list[nn.Parameter], step: int) -> None:
+    """With a common part, as training has; zeros in the second step of the first two."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for index, param in enumerate(params):
+        rows, columns = param.shape
+        thin = torch.randn(rows, 2, generator=generator) @ torch.randn(
+            2, columns, generator=generator
+        )
+        grad = thin + 0.3 * torch.randn(param.shape, generator=generator)
+        if step == 1 and index < 2:
+            grad.zero_()
+        param.grad = grad.to(param.dtype)
+
+
+def train(optimizer: Muon, params: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        give_gradients(params, step)
+        optimizer.step()
+
+
+def values(optimizer: Muon) -> dict[str, Any]:
+    """All weights and all of the state."""
+    found: dict[str, Any] = {}
+    for number, (param, state) in enumerate(optimizer.state.items()):
+        found[f"{number}"] = param.detach().clone()
+        found |= {f"{number} {key}": copy.deepcopy(value) for key, value in state.items()}
+    return found
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        same = torch.equal(ours[key], value) if isinstance(value, Tensor) else ours[key] == value
+        assert same, key
+
+
+def options_of(rule: str, state_format: str) -> dict[str, Any]:
+    return {"rule": ALL[rule], "state_format": state_format, "lr": 0.01}
+
+
+# --- every rule with every format ---
+
+
+@pytest.mark.parametrize(("rule", "state_format"), PAIRS)
+def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(rule: str, state_format: str) -> None:
+    params = parameters()
+    whole = Muon(params, **options_of(rule, state_format))
+    train(whole, params, range(2))
+    file = io.BytesIO()
+    torch.save({"weights": [p.detach() for p in params], "optimizer": whole.state_dict()}, file)
+    train(whole, params, range(2, 4))
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed_params = [nn.Parameter(weight) for weight in saved["weights"]]
+    resumed = Muon(resumed_params, **options_of(rule, state_format))
+    resumed.load_state_dict(saved["optimizer"])
+    train(resumed, resumed_params, range(2, 4))
+    assert_equal(values(resumed), values(whole))
+    assert all(bool(p.isfinite().all()) for p in params)
+    for param in params:
+        kept = {k for k in whole.state[param] if k.startswith(RULE_PREFIX)}
+        assert kept == {RULE_PREFIX + n for n in ALL[rule].state((param.shape[0], param.shape[1]))}
+
+
+@pytest.mark.parametrize("rule", ALL)
+def test_a_batch_steps_as_each_matrix_alone(rule: str) -> None:
+    params, alone = parameters(), parameters()
+    together = Muon(params, **options_of(rule, "fp32"))
+    optimizers = [Muon([param], **options_of(rule, "fp32")) for param in alone]
+    for step in range(3):
+        give_gradients(params, step)
+        give_gradients(alone, step)
+        together.step()
+        for optimizer in optimizers:
+            optimizer.step()
+    for ours, theirs in zip(params, alone, strict=True):
+        # Sums in another order: some rounding of float32, lifted by Newton-Schulz (a^5 = 485) where
+        # a direction is small beside the others.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ALL)
+def test_a_device_steps_as_the_host(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = parameters()
+    train(Muon(host, **options_of(rule, "fp32")), host, range(3))
+    monkeypatch.setattr(muon_module, "get_backend", lambda *_: DeviceReference())
+    params = parameters()
+    train(Muon(params, ns_dtype="float32", **options_of(rule, "fp32")), params, range(3))
+    for ours, theirs, start in zip(params, host, parameters(), strict=True):
+        # float32 Newton-Schulz is within 2.4e-3 of float64 whatever the order of its sums.
+        moved = float((theirs.detach() - start.detach()).norm())
+        assert float((ours.detach() - theirs.detach()).norm()) <= 2 * 2.4e-3 * moved
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("rule", ALL)
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    rule: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_device:
+        monkeypatch.setattr(muon_module, "get_backend", lambda *_: DeviceReference())
+    params = parameters()
+    optimizer = Muon(params, **options_of(rule, "linear8"))
+    train(optimizer, params, range(1))
+    before = values(optimizer)
+    give_gradients(params, 2)
+    for param in params:
+        assert param.grad is not None
+        param.grad[0, 0] = torch.nan
+    if on_device:
+        optimizer.step()
+    else:
+        with pytest.warns(RuntimeWarning, match="inf or nan"):
+            optimizer.step()
+    after = values(optimizer)
+    counts = {key for key in before if key.endswith("skipped")}
+    assert all(int(after[key]) == 1 for key in counts)
+    assert_equal(
+        {k: v for k, v in after.items() if k not in counts},
+        {k: v for k, v in before.items() if k not in counts},
+    )
+    raising = Muon(params, nonfinite="raise", **options_of(rule, "linear8"))
+    with pytest.raises(NonFiniteGradientError):
+        raising.step()
+
+
+@pytest.mark.parametrize("rule", ALL)
+def test_compensation_keeps_half_precision_weights_close_to_float32_ones(rule: str) -> None:
+    params = parameters(torch.bfloat16)
+    wide = [nn.Parameter(param.detach().float()) for param in params]
+    optimizer = Muon(params, compensation=True, **options_of(rule, "fp32"))
+    exact = Muon(wide, **options_of(rule, "fp32"))
+    largest = [param.detach().abs() for param in wide]
+    for step in range(3):
+        give_gradients(params, step)
+        for param, other in zip(params, wide, strict=True):
+            assert param.grad is not None
+            other.grad = param.grad.float()
+        optimizer.step()
+        exact.step()
+        largest = [torch.maximum(a, b.detach().abs()) for a, b in zip(largest, wide, strict=True)]
+    for param, other, most in zip(params, wide, largest, strict=True):
+        found = restore(param.detach(), optimizer.state[param]["remainder"])
+        # A remainder counts 256ths of the weight's spacing, which is at most 2^-7 of it, in each of
+        # three steps, and ends at 127, one of them before the next weight; the rest is float32's.
+        bound = 3 * 2.0**-15 * most + 3 * 2.0**-21 * 0.1
+        assert bool(((found - other).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("rule", ALL)
+def test_stochastic_rounding_ends_beside_the_exact_weight(rule: str) -> None:
+    params = parameters(torch.bfloat16)
+    wide = [nn.Parameter(param.detach().float()) for param in params]
+    give_gradients(params, 0)
+    for param, other in zip(params, wide, strict=True):
+        assert param.grad is not None
+        other.grad = param.grad.float()
+    Muon(params, stochastic_rounding=True, **options_of(rule, "fp32")).step()
+    Muon(wide, **options_of(rule, "fp32")).step()
+    for param, other in zip(params, wide, strict=True):
+        # at most one spacing, 2^-7 of the larger end
+        bound = 2.0**-7 * torch.maximum(param.abs().float(), other.abs()) + 2.0**-21
+        assert bool(((param.float() - other).abs() <= bound).all())
+
+
+def test_splits_and_experts_have_states_of_their_own() -> None:
+    whole = nn.Parameter(torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0)))
+    parts = [nn.Parameter(part.clone()) for part in whole.detach()]
+    stacked = Muon([{"params": [whole], "batch_experts": True}], lr=0.01, rule="normuon")
+    apart = Muon(parts, lr=0.01, rule="normuon")
+    for step in range(3):
+        grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(step))
+        whole.grad = grad
+        for part, own in zip(parts, grad, strict=True):
+            part.grad = own.clone()
+        stacked.step()
+        apart.step()
+    for index, part in enumerate(parts):
+        torch.testing.assert_close(whole.detach()[index], part.detach(), rtol=1e-5, atol=1e-6)
+        ours = stacked.state[whole][f"{index}.{RULE_PREFIX}vector_moment"]
+        torch.testing.assert_close(ours, apart.state[part][f"{RULE_PREFIX}vector_moment"])
+
+
+# --- rules as values ---
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rules_round_trip(name: str) -> None:
+    rule = ALL[name]
+    assert rule.name == name
+    assert UpdateRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    assert hash(copy.deepcopy(rule)) == hash(rule)
+
+
+def test_a_group_shows_what_its_rule_says() -> None:
+    params = parameters()
+    optimizer = Muon(
+        [{"params": params[:1]}, {"params": params[1:2], "rule": "lion", "momentum": 0.98}],
+        rule="dion_muon",
+        weight_decay=0.2,
+    )
+    dion, lion = optimizer.param_groups
+    assert (dion["nesterov"], dion["ns_coefficients"]) == (False, "polar_express")
+    assert (dion["adjust_lr_fn"], dion["momentum"]) == ("spectral_unclamped", 0.95)
+    assert (lion["nesterov"], lion["ns_coefficients"][0]) == (False, 3.4445)
+    assert (lion["adjust_lr_fn"], lion["momentum"]) == ("none", 0.98)
+    assert dion["weight_decay"] == lion["weight_decay"] == 0.2
+    assert dion["rule"] == RULES["dion_muon"].to_dict()
+    assert resolve_rule(lion["rule"]) == RULES["lion"]
+
+
+def test_groups_of_a_model_take_rules() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    groups = muon_param_groups(model, overrides={"1.weight": {"rule": "rmnp"}})
+    optimizer = MuonWithAuxAdam(groups, rule="scion", aux_adam="adamw")
+    by_name = {n: g for g in optimizer.param_groups for n in g["param_names"]}
+    assert by_name["0.weight"]["rule"]["name"] == "scion"
+    assert (by_name["0.weight"]["momentum"], by_name["0.weight"]["weight_decay"]) == (0.9, 1.0)
+    assert by_name["1.weight"]["rule"]["name"] == "rmnp"
+    assert by_name["1.weight"]["momentum"] == 0.95
+    assert "rule" not in by_name["0.bias"]
+
+
+@dataclass(frozen=True)
+class Halved(Scaling):
+    """A choice that the library does not have."""
+
+    kind: ClassVar[str] = "halved"
+    by: float = 2.0
+
+    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        return {"halved": (1, 1)}
+
+    def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
+        matrices.state["halved"] = matrices.state["halved"] + 1
+        return update / self.by
+
+
+def test_a_recipe_from_outside_needs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "halved", UpdateRule("halved", scaling=(Halved(4.0),)))
+    params, plain = parameters(), parameters()
+    optimizer = Muon(params, lr=0.04, weight_decay=0.0, rule="halved")
+    train(optimizer, params, range(2))
+    train(Muon(plain, lr=0.01, weight_decay=0.0), plain, range(2))
+    for ours, theirs in zip(params, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert float(optimizer.state[params[2]][f"{RULE_PREFIX}halved"]) == 2
+    again = Muon(params, rule="halved")
+    again.load_state_dict(optimizer.state_dict())
+    assert float(again.state[params[2]][f"{RULE_PREFIX}halved"]) == 2
+
+
+# --- conversions ---
+
+
+def test_a_momentum_goes_over_to_another_rule() -> None:
+    params = parameters()
+    average = Muon(params, rule="normuon", state_format="fp32")
+    train(average, params, range(2))
+    total = Muon(params, rule="moonlight", state_format="fp32")
+    total.load_state_dict(average.state_dict())
+    back = Muon(params, rule="normuon", state_format="fp32")
+    back.load_state_dict(total.state_dict())
+    for param in params:
+        ours, theirs = total.state[param]["dense"], average.state[param]["dense"]
+        torch.testing.assert_close(ours, theirs / 0.05)
+        torch.testing.assert_close(back.state[param]["dense"], theirs)
+        # what only one of them keeps starts anew
+        assert not [key for key in total.state[param] if key.startswith(RULE_PREFIX)]
+        assert not back.state[param][f"{RULE_PREFIX}vector_moment"].any()
+    same = Muon(params, rule=replace(RULES["normuon"], name="mine"), state_format="spectral4")
+    same.load_state_dict(average.state_dict())
+    moment = f"{RULE_PREFIX}vector_moment"
+    assert all(torch.equal(same.state[p][moment], average.state[p][moment]) for p in params)
+
+
+def test_options_of_a_rule_stay_where_another_rule_is_loaded() -> None:
+    params = parameters()
+    plain = Muon(params, momentum=0.9)
+    train(plain, params, range(1))
+    lion = Muon(params, rule="lion")
+    lion.load_state_dict(plain.state_dict())
+    (group,) = lion.param_groups
+    assert (group["momentum"], group["nesterov"], group["adjust_lr_fn"]) == (0.99, False, "none")
+    train(lion, params, range(1, 2))
+
+
+def test_sums_are_exported_as_averages() -> None:
+    params = parameters()
+    total = Muon(params, rule="moonlight", adjust_lr_fn="original", state_format="fp32")
+    average = Muon(copy.deepcopy(params), state_format="fp32")
+    train(total, params, range(2))
+    train(average, average.param_groups[0]["params"], range(2))
+    ours, theirs = total.export_full_precision(), average.export_full_precision()
+    for key, entries in theirs["state"].items():
+        torch.testing.assert_close(
+            ours["state"][key]["momentum_buffer"], entries["momentum_buffer"]
+        )
+    torch.optim.Muon(params).load_state_dict(ours)
+
+
+# --- what is refused ---
+
+NORMALIZED = PRESETS["muonq4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "normuan"}, "rule: expected one of .*'normuon'.* got 'normuan'"),
+        ({"rule": 3}, "rule: expected a name or an UpdateRule, got int"),
+        ({"rule": {"name": "x", "direction": {"kind": "polr"}}}, "direction: kind: expected one"),
+        ({"rule": {"name": "x", "scaling": [{"kind": "vector_moment", "beta": 1.5}]}}, "beta: exp"),
+        ({"rule": {"name": "x", "scaling": [{"kind": "brake", "odd": 1}]}}, "unknown fields"),
+        ({"rule": {"direction": {"kind": "polar"}}}, "expected a name and stages"),
+        ({"rule": "lion", "momentum": 0.0}, r"momentum: expected a number in \(0, 1\)"),
+        ({"rule": "namo", "state_format": NORMALIZED}, "needs the momentum's size .*'muonq4'"),
+        ({"rule": "rmnp", "ns_input": "stored"}, "ns_input: expected 'exact' with the rule 'rmnp'"),
+        ({"rule": "polargrad", "ns_input": "stored"}, "ns_input: expected 'exact' with the rule"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Muon(parameters(), **options)
+
+
+def test_lion_has_no_look_ahead_of_nesterov() -> None:
+    with pytest.raises(ValueError, match="nesterov: expected False"):
+        Muon([{"params": parameters(), "nesterov": True}], rule="lion")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in ALL if sizes_needed(ALL[rule])])
+def test_rules_that_need_sizes_refuse_formats_without(rule: str) -> None:
+    with pytest.raises(ValueError, match="which 'muonq4' divides out in every step"):
+        Muon(parameters(), rule=ALL[rule], state_format="muonq4")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UpdateRule(""), "name: expected a string"),
+        (lambda: UpdateRule("x", scaling=FixedNorm()), "scaling: expected a tuple of Scaling"),
+        (lambda: UpdateRule("x", direction=FixedNorm()), "direction: expected a Direction"),
+        (lambda: UpdateRule("x", scaling=(VectorMoment(), VectorMoment())), "different names"),
+        (lambda: UpdateRule("x", options=(("lr", 1.0),)), "options: expected values of momentum"),
+        (lambda: VectorMoment(axis="rows"), "vector_moment: axis: expected one of"),
+        (lambda: VectorMoment(beta=True), "vector_moment: beta: expected a number >= 0"),
+        (lambda: Rows("both"), "normalize: axis"),
+        (lambda: Signs(by_columns=1), "sign: by_columns: expected a bool"),
+        (lambda: Bounded(lowest=-1.0), "bounded: lowest: expected a number >= 0"),
+        (lambda: TwoDecays(1.0), r"two_decays: beta: expected a number in \[0, 1\)"),
+        (lambda: pion(6), "k: expected a whole number from 0 to steps"),
+        (lambda: Stage.from_dict(3), "expected a mapping of fields, got 3"),
+    ],
+)
+def test_stages_check_their_fields(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_muon_itself_forms_no_update() -> None:
+    fused = {name for name, rule in ALL.items() if rule.is_fused}
+    assert fused == {"muon", "moonlight", "dion_muon", "muonclip", "scion", "pion 2 of 5"}
+    assert not replace(RULES["muon"], direction=Rows()).is_fused
+    assert replace(RULES["muon"], momentum=SumMomentum(), direction=Polar()).is_fused
+
+
+def test_state_bytes_count_what_a_rule_keeps() -> None:
+    """NorMuon's vector: 32 bits a row, 0.1 bits an element at most from 320 columns on."""
+    param = nn.Parameter(torch.zeros(64, 640))
+    sizes = []
+    for rule in ("muon", "normuon"):
+        optimizer = Muon([param], rule=rule)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        sizes.append(optimizer.state_bytes())
+    assert sizes[1] - sizes[0] == 4 * 64
+    assert isinstance(PRESETS["spectral4"], StateFormat)
