@@ -153,11 +153,13 @@ def _rule_state(
     """What a group's rule keeps beside the momentum: of a state where that has it, else zeros."""
     rule, found = resolve_rule(group["rule"]), {}
     for view in views:
-        for name, shape in rule.state(view.shape).items():
+        for name, kept in rule.state(view.shape).items():
             key = view.prefix + RULE_PREFIX + name
             value = state.get(key)
-            fits = isinstance(value, Tensor) and tuple(value.shape) == shape
-            found[key] = value if fits else torch.zeros(shape, device=param.device)
+            if isinstance(value, Tensor) and (tuple(value.shape), value.dtype) == kept:
+                found[key] = value
+            else:
+                found[key] = torch.zeros(kept.shape, dtype=kept.dtype, device=param.device)
     return found
 
 

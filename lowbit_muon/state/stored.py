@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +38,18 @@ ROLES = (
     "right_scales",
 )  # fmt: skip
 
-# Before the roles of what an update rule keeps of a matrix beside its momentum: float32, of shapes
-# that the rule knows.
+# Before the roles of what an update rule keeps of a matrix beside its momentum.
 RULE_PREFIX = "rule."
-RuleState = Mapping[str, tuple[int, ...]]  # name -> shape
+
+
+class Kept(NamedTuple):
+    """A tensor that an update rule keeps of a matrix; zeros at first."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+RuleState = dict[str, Kept]  # by name, without the prefix
 
 
 def orient(matrix: Tensor) -> Tensor:
@@ -161,7 +170,7 @@ class QuantizedMatrix:
       (both float32 on devices without float64);
       left_codes, right_codes uint8 [rank, bytes] and left_scales, right_scales float32 [rank, 1]:
       the factors of rows and of columns;
-      rule.*, float32: what an update rule keeps beside the momentum (`Stage.state`).
+      rule.*: what an update rule keeps beside the momentum (`Stage.state`).
     """
 
     state_format: StateFormat
@@ -182,8 +191,8 @@ class QuantizedMatrix:
         """A stored zero matrix; `seed` draws the start of the power iteration."""
         codec = codec_of(state_format, shape)
         tensors = codec.empty(device, seed)
-        for name, size in (rule_state or {}).items():
-            tensors[RULE_PREFIX + name] = torch.zeros(size, dtype=torch.float32, device=device)
+        for name, kept in (rule_state or {}).items():
+            tensors[RULE_PREFIX + name] = torch.zeros(kept.shape, dtype=kept.dtype, device=device)
         matrix = cls(state_format, shape, tensors)
         if isinstance(codec, LowRank) and device.type != "meta":
             codec.start(StoredBatch([matrix], get_backend(backend, device)), seed)

@@ -26,7 +26,7 @@ from lowbit_muon import (
 )
 from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.state.rounding import restore
-from lowbit_muon.state.stored import RULE_PREFIX
+from lowbit_muon.state.stored import RULE_PREFIX, Kept, RuleState
 from lowbit_muon.step.rules.direction import Polar, Rows, Signs
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
 from lowbit_muon.step.rules.recipes import pion, resolve_rule
@@ -289,8 +289,8 @@ class Halved(Scaling):
     kind: ClassVar[str] = "halved"
     by: float = 2.0
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        return {"halved": (1, 1)}
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        return {"halved": Kept((1, 1))}
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         matrices.state["halved"] = matrices.state["halved"] + 1

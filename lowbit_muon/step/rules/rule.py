@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit_muon.state.stored import RuleState
 from lowbit_muon.step.rules.constraint import Constraint
 from lowbit_muon.step.rules.direction import Direction, Polar
 from lowbit_muon.step.rules.gradient import GradientTransform
@@ -115,9 +116,9 @@ class UpdateRule:
         """The kind of the first stage that needs something (`Stage`), or an empty string."""
         return next((s.kind for s in self.stages() if getattr(s, f"needs_{what}")), "")
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the float32 tensors that it keeps of a matrix [rows, columns], by name."""
-        return {n: size for stage in self.stages() for n, size in stage.state(shape).items()}
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """What its stages keep of a matrix [rows, columns], by name."""
+        return {n: kept for stage in self.stages() for n, kept in stage.state(shape).items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: the name, and what differs from the defaults."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.stage import (
     AXES,
     TINY,
@@ -48,10 +49,10 @@ class VectorMoment(Scaling):
         expect(self.axis in AXES, "vector_moment: axis", f"one of {AXES}", self.axis)
         expect(self.beta < 1, "vector_moment: beta", "a number in [0, 1)", self.beta)
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
         along = dimension(self.axis, shape)
-        return {"vector_moment": (shape[0], 1) if along == 1 else (1, shape[1])}
+        return {"vector_moment": Kept((shape[0], 1) if along == 1 else (1, shape[1]))}
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
@@ -81,9 +82,9 @@ class ElementMoment(Scaling):
         """See `Stage.check`."""
         expect(self.beta < 1, "element_moment: beta", "a number in [0, 1)", self.beta)
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        return {"element_moment": shape}
+        return {"element_moment": Kept(shape)}
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
@@ -107,9 +108,9 @@ class SignalToNoise(Scaling):
         """See `Stage.check`."""
         expect(self.beta < 1, "signal_to_noise: beta", "a number in [0, 1)", self.beta)
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        return {"gradient_square": (1, 1)}
+        return {"gradient_square": Kept((1, 1))}
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
@@ -138,9 +139,9 @@ class ColumnSignalToNoise(Scaling):
         good = 0 < self.clamp <= 1
         expect(good, "column_signal_to_noise: clamp", "a number in (0, 1]", self.clamp)
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        return {"column_square": (1, shape[1])}
+        return {"column_square": Kept((1, shape[1]))}
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
@@ -174,9 +175,9 @@ class GradientNorms(Scaling):
     limit: float = 10.0
     start: float = 1e-6
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        return {"gradient_sum": (1, 1)}
+        return {"gradient_sum": Kept((1, 1))}
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.tensors import is_real_number
+from lowbit_muon.state.stored import RuleState
 
 StageT = TypeVar("StageT", bound="Stage")
 
@@ -59,10 +60,10 @@ class Stage:
     def check(self) -> None:
         """Raise ValueError for a field that makes no sense (its type is checked already)."""
 
-    def state(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the float32 tensors that it keeps of a matrix [rows, columns], by name.
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """What it keeps of a matrix [rows, columns], by name.
 
-        They start as zeros. No two stages of a rule may have the same names.
+        No two stages of a rule may have the same names.
         """
         return {}
 
