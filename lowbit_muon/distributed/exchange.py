@@ -39,6 +39,10 @@ class Unit:
     dtype: torch.dtype
 
 
+# A unit, its gradient and, where the owner needs them, its weights, float32; all of it.
+Arrived = tuple[Unit, Tensor, Tensor | None]
+
+
 class Exchange:
     """The communication of one process group. `bytes_sent` counts what left this process."""
 
@@ -52,16 +56,20 @@ class Exchange:
         self.world_size: int = process_group.size()
         self.bytes_sent = 0
 
-    def send_gradients(
-        self, units: Sequence[Unit], part: Callable[[Unit], Tensor]
+    def send_to_owners(
+        self,
+        units: Sequence[Unit],
+        part: Callable[[Unit], Tensor],
+        dtype: torch.dtype | None = None,
     ) -> Callable[[], list[tuple[Unit, Tensor]]]:
-        """Start to bring gradients to their owners; the result waits for those of this process.
+        """Start to bring gradients, or weights, to their owners; the result waits for its own.
 
-        part: this process's part of a unit's gradient, 2-D. Returns (unit, gradient [rows,
-        columns]) for each unit that this process owns.
+        part: this process's part of a unit's gradient, 2-D; dtype: on the way, None for that of the
+        gradients. Returns (unit, gradient [rows, columns]) for each unit that this process owns.
         """
         dtypes = {unit.dtype for unit in units}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        if dtype is None:
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         mine = [unit for unit in units if unit.owner == self.rank]
         outgoing = [
             [part(unit).to(dtype).reshape(-1) for unit in units if unit.owner == rank]
@@ -85,7 +93,7 @@ class Exchange:
     def send_updates(
         self, units: Sequence[Unit], updates: Iterable[tuple[Unit, Tensor]]
     ) -> Callable[[], list[tuple[Unit, Tensor]]]:
-        """Start to send updates [rows, columns] from their owners; see `send_gradients`.
+        """Start to send updates [rows, columns] from their owners; see `send_to_owners`.
 
         Returns (unit, this process's part of the update, float32) for each of the units.
         """
@@ -188,23 +196,36 @@ def step_in_rounds(
     rounds: Sequence[Sequence[Unit]],
     *,
     part: Callable[[Unit], Tensor],
-    compute: Callable[[list[tuple[Unit, Tensor]]], list[tuple[Unit, Tensor]]],
+    weight: Callable[[Unit], Tensor] | None,
+    compute: Callable[[list[Arrived]], list[tuple[Unit, Tensor]]],
     apply: Callable[[Unit, Tensor], None],
 ) -> None:
     """Every round's gradients in, updates computed by their owners and sent back, weights updated.
 
     The next round's gradients and the last one's updates are on their way during a computation.
-    part: this process's part of a gradient; compute: (unit, gradient) -> (unit, update) of its own
-    units; apply: use its part of an update.
+    part: this process's part of a gradient; weight: of the weights, float32, if owners need them;
+    compute: updates of this process's own units; apply: use its part of an update.
     """
+
+    def send(units: Sequence[Unit]) -> Callable[[], list[Arrived]]:
+        grads = exchange.send_to_owners(units, part)
+        weights = None if weight is None else exchange.send_to_owners(units, weight, torch.float32)
+
+        def received() -> list[Arrived]:
+            found = grads()
+            whole = [None] * len(found) if weights is None else [value for _, value in weights()]
+            return [(unit, grad, value) for (unit, grad), value in zip(found, whole, strict=True)]
+
+        return received
+
     if not rounds:
         return
-    ahead = exchange.send_gradients(rounds[0], part)
+    ahead = send(rounds[0])
     behind: Callable[[], list[tuple[Unit, Tensor]]] = list
     for index, units in enumerate(rounds):
         here = ahead
         if index + 1 < len(rounds):
-            ahead = exchange.send_gradients(rounds[index + 1], part)
+            ahead = send(rounds[index + 1])
         sent = exchange.send_updates(units, compute(here()))
         for unit, update in behind():
             apply(unit, update)

@@ -19,7 +19,7 @@ from lowbit_muon.distributed.agreement import (
     gather_objects,
     usable_gradients,
 )
-from lowbit_muon.distributed.exchange import Exchange, Unit, step_in_rounds
+from lowbit_muon.distributed.exchange import Arrived, Exchange, Unit, step_in_rounds
 from lowbit_muon.distributed.ownership import assign_owners, cost, rounds
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.gradients import NonFiniteGradientError, count_skipped
@@ -33,7 +33,6 @@ from lowbit_muon.state.parameter import (
     resolve_group_format,
 )
 from lowbit_muon.state.placement import (
-    in_parts,
     is_dtensor,
     local_part,
     local_shard,
@@ -235,10 +234,15 @@ class ShardedParameters(SharedParameters):
     def step(self, group: Group, states: States, first: int) -> None:
         """One step; first: number of the group's first parameter.
 
-        An owner has no weights: it steps zeros by -1, which leaves the update.
+        An owner has no weights: it steps zeros by -1, which leaves the update. A rule that looks at
+        them as a whole, or whose step is not proportional to the learning rate, has them sent to
+        the owner; what comes back is what they moved by.
         """
         active = set(self._start(group, states))
-        options = dataclasses.replace(StepOptions.from_group(group), lr=-1.0, weight_decay=0.0)
+        options = StepOptions.from_group(group)
+        needs_weights = options.rule.needs_weights
+        if not needs_weights:
+            options = dataclasses.replace(options, lr=-1.0, weight_decay=0.0)
         backend = get_backend(group["backend"], self.exchange.device)
         f = momentum_format(group, {})
 
@@ -247,13 +251,18 @@ class ShardedParameters(SharedParameters):
             assert grad is not None
             return self._rows(flatten(local_part(grad).resolve_neg(), group), unit)
 
-        def compute(owned: list[tuple[Unit, Tensor]]) -> list[tuple[Unit, Tensor]]:
-            updates = [
-                (unit, torch.zeros(unit.shape, dtype=torch.float32, device=grad.device))
-                for unit, grad in owned
+        def weight(unit: Unit) -> Tensor:
+            return self._exact_part(unit, group, states)
+
+        def compute(owned: list[Arrived]) -> list[tuple[Unit, Tensor]]:
+            weights = [
+                torch.zeros(unit.shape, dtype=torch.float32, device=grad.device)
+                if whole is None
+                else whole.clone()
+                for unit, grad, whole in owned
             ]
             steps = []
-            for (unit, grad), (_, weight) in zip(owned, updates, strict=True):
+            for (unit, grad, _), weight in zip(owned, weights, strict=True):
                 param = self.params[unit.parameter]
                 view = self._views[unit.parameter][unit.matrix]
                 view = dataclasses.replace(view, rows=slice(0, unit.shape[0]))
@@ -263,7 +272,10 @@ class ShardedParameters(SharedParameters):
                 copy = {key: v for key, v in states[param].items() if key != "remainder"}
                 steps.append(ParameterStep(weight, grad, copy, [view], number, f, backend))
             step_parameters(steps, options, group)
-            return updates
+            return [
+                (unit, weight if whole is None else whole - weight)
+                for (unit, _, whole), weight in zip(owned, weights, strict=True)
+            ]
 
         def apply(unit: Unit, change: Tensor) -> None:
             self._apply(unit, change, group, states, first)
@@ -271,9 +283,13 @@ class ShardedParameters(SharedParameters):
         chosen = [[self.units[i] for i in members] for members in self.rounds]
         chosen = [[unit for unit in units if unit.parameter in active] for units in chosen]
         step_in_rounds(
-            self.exchange, [units for units in chosen if units], part=part, compute=compute,
+            self.exchange,
+            [units for units in chosen if units],
+            part=part,
+            weight=weight if needs_weights else None,
+            compute=compute,
             apply=apply,
-        )  # fmt: skip
+        )
         for position in active:
             states[self.params[position]]["step"] += 1
 
@@ -282,35 +298,52 @@ class ShardedParameters(SharedParameters):
         start, stop = self._local_starts[unit.parameter][unit.matrix :][:2]
         return local[start:stop]
 
+    def _compensation(self, unit: Unit, group: Group, states: States) -> Compensation | None:
+        """What rounding left over of this process's part of a unit, if that is kept."""
+        state = states[self.params[unit.parameter]]
+        if "remainder" not in state:
+            return None
+        rest = flatten(local_part(state["remainder"]), group)
+        return Compensation(orient(self._rows(rest, unit)))
+
+    def _rounding(self, unit: Unit, group: Group, states: States, first: int) -> Rounding | None:
+        """How this process's part of a unit is rounded, if not to the nearest."""
+        param = self.params[unit.parameter]
+        if not (group["stochastic_rounding"] and param.dtype == torch.bfloat16):
+            return self._compensation(unit, group, states)
+        start = rounding_seed(group["seed"], first + self.indices[unit.parameter], unit.matrix)
+        # Parts of a matrix lie at the same positions in their processes' memory.
+        start += 0x165667B1 * self.exchange.rank
+        seed = seed_of_step(start, int(states[param]["step"]))
+        return torch.tensor(seed, dtype=torch.int32, device=local_part(param).device)
+
+    def _exact_part(self, unit: Unit, group: Group, states: States) -> Tensor:
+        """This process's part of a unit's weights, float32 [rows, columns]."""
+        local = local_part(self.params[unit.parameter].detach())
+        weight = self._rows(flatten(local, group), unit)
+        exact = exact_weight(orient(weight), self._compensation(unit, group, states))
+        return exact if exact.shape == weight.shape else exact.mT
+
     def _apply(self, unit: Unit, change: Tensor, group: Group, states: States, first: int) -> None:
         """W <- (1 - lr*wd) W - lr*change, or as the rule decays, for this process's part."""
         if not change.numel():
             return
-        param = self.params[unit.parameter]
+        param, rule = self.params[unit.parameter], resolve_rule(group["rule"])
         local = local_part(param.detach())
         matrix = flatten(local, group)
-        weight = self._rows(matrix, unit)
-        rule = resolve_rule(group["rule"])
-        lr, decays = float(group["lr"]), rule.weight_decay
-        decay = decays.factor(lr, group["weight_decay"])
-        rounding: Rounding | None = None
-        if "remainder" in states[param]:
-            rest = flatten(local_part(states[param]["remainder"]), group)
-            rounding = Compensation(orient(self._rows(rest, unit)))
-        elif group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            start = rounding_seed(group["seed"], first + self.indices[unit.parameter], unit.matrix)
-            # Parts of a matrix lie at the same positions in their processes' memory.
-            start += 0x165667B1 * self.exchange.rank
-            seed = seed_of_step(start, int(states[param]["step"]))
-            rounding = torch.tensor(seed, dtype=torch.int32, device=weight.device)
-        backend = get_backend(group["backend"], weight.device)
-        step_size = lr
-        if decays.reads_weights:
+        weight = orient(self._rows(matrix, unit))
+        rounding = self._rounding(unit, group, states, first)
+        lr, weight_decay, decays = float(group["lr"]), group["weight_decay"], rule.weight_decay
+        decay, step_size = decays.factor(lr, weight_decay), lr
+        if rule.needs_weights:  # what the weights move by, all in all
+            decay, step_size = 1.0, 1.0
+        elif decays.reads_weights:
             change, step_size = change * lr, 1.0
-            value = exact_weight(orient(weight), rounding)
             scale = rule.step_size.factor * update_scale(group["adjust_lr_fn"], unit.shape)
-            decays.add(orient(change), value, lr, group["weight_decay"], scale=scale, rate=None)
-        update_weight(orient(weight), orient(change), decay, step_size, rounding, backend)
+            value = exact_weight(weight, rounding)
+            decays.add(orient(change), value, lr, weight_decay, scale=scale, rate=None)
+        backend = get_backend(group["backend"], weight.device)
+        update_weight(weight, orient(change), decay, step_size, rounding, backend)
         if matrix.data_ptr() != local.data_ptr():
             local.copy_(matrix.view(local.shape))
 
@@ -332,13 +365,6 @@ def _problem(param: Tensor, group: Group) -> str:
     if not isinstance(resolve_group_format(group), StateFormat):
         # A checkpoint is loaded into a state that is there, and this one's sizes may change.
         return "expected a fixed state_format where several processes share, got 'auto'"
-    rule = resolve_rule(group["rule"])
-    stage = rule.needs("weights") or rule.needs("rate")
-    if stage and in_parts(param):
-        return (
-            f"expected a rule that looks at no whole weights and is proportional to the learning "
-            f"rate where several processes hold parts, got '{rule.name}' ({stage})"
-        )
     try:
         local_shard(param, _row_dims(param, group))
         check_parameter(param, group)

@@ -140,7 +140,7 @@ def test_bytes_are_what_an_exchange_counts(
         def part(unit: Unit, process: int = process) -> torch.Tensor:
             return torch.zeros(unit.shards[process].shape, dtype=DTYPE)
 
-        at_work.send_gradients(units, part)
+        at_work.send_to_owners(units, part)
         own = [(unit, torch.ones(unit.shape)) for unit in units if unit.owner == process]
         at_work.send_updates(units, own)
         assert at_work.bytes_sent == modelled[process]

@@ -112,6 +112,11 @@ class UpdateRule:
         """Whether a stage looks at the weights."""
         return self.weight_decay.reads_weights or bool(self.needs("weights"))
 
+    @functools.cached_property
+    def needs_weights(self) -> bool:
+        """Whether a step takes the whole weights, or is not proportional to the learning rate."""
+        return bool(self.needs("weights") or self.needs("rate"))
+
     def needs(self, what: str) -> str:
         """The kind of the first stage that needs something (`Stage`), or an empty string."""
         return next((s.kind for s in self.stages() if getattr(s, f"needs_{what}")), "")
