@@ -315,14 +315,14 @@ def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
-    attention_mask: Any = None,
+    *args: Any,  # value and attention_mask
     **kwargs: Any,
 ) -> Any:
     """An attention function of transformers, with its largest logits recorded."""
     if module.training and torch.is_grad_enabled():
-        _report(implementation, module, query, key, attention_mask, kwargs)
-    return function(module, query, key, value, attention_mask, **kwargs)
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        _report(implementation, module, query, key, mask, kwargs)
+    return function(module, query, key, *args, **kwargs)
 
 
 @outside_compiled_regions

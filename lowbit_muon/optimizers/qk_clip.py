@@ -298,6 +298,11 @@ def attach_qk_clip(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch Optimizer, got {type(optimizer).__name__}")
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"optimizer: expected one with hooks of its own, got {type(optimizer).__name__}, which "
+            "wraps one (Accelerate's has it as .optimizer)"
+        )
     if not (is_real_number(threshold) and float(threshold) > 0):
         raise ValueError(f"threshold: expected a number > 0, got {threshold!r}")
     if not (is_real_number(alpha) and 0 <= float(alpha) <= 1):

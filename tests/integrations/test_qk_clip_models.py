@@ -91,11 +91,11 @@ def make_model(name: str, implementation: str = "sdpa", **options: Any) -> Any:
     return model.train()
 
 
-def batch() -> dict[str, Tensor]:
+def batch(padded: int = PADDED) -> dict[str, Tensor]:
     """Two sequences, one of them padded at its end."""
     tokens = torch.randint(1, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
-    mask[0, -PADDED:] = 0
+    mask[0, LENGTH - padded :] = 0
     return {"input_ids": tokens, "attention_mask": mask}
 
 
@@ -103,7 +103,7 @@ def standing_still(model: nn.Module) -> SGD:
     return SGD(model.parameters(), lr=0.0)
 
 
-def seen_logits(model: Any, window: int | None = None) -> list[Tensor]:
+def seen_logits(model: Any, window: int | None = None, padded: int = PADDED) -> list[Tensor]:
     """The largest logits of each layer and head in float64, from what attention is called with.
 
     By an attention function of transformers' own registry, which makes all logits at once.
@@ -129,7 +129,7 @@ def seen_logits(model: Any, window: int | None = None) -> list[Tensor]:
         found.append(real.amax((0, 2, 3)))
         return output.transpose(1, 2), None
 
-    inputs = batch()
+    inputs = batch(padded)
     padding = inputs["attention_mask"] == 0
     model = copy.deepcopy(model).double().eval()
     AttentionInterface.register("exact", attention)
@@ -179,6 +179,30 @@ def test_logits_of_common_models_end_at_the_threshold(name: str, implementation:
         clip.detach()
         after = seen_logits(model, window)[number]
         torch.testing.assert_close(after, before.clamp(max=threshold), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama, grouped", "gpt2", "mistral, window", "deepseek_v3"])
+def test_causal_logits_without_padding(name: str, implementation: str) -> None:
+    """SDPA gets no mask then, but a flag."""
+    model = make_model(name, implementation)
+    expected = seen_logits(model, 4 if "window" in name else None, padded=0)
+    clip = attach_qk_clip(model, optimizer := standing_still(model), 1e6)
+    model(**batch(padded=0)).logits.sum().backward()
+    optimizer.step()
+    for seen, exact in zip(clip.max_logits.values(), expected, strict=True):
+        torch.testing.assert_close(seen.double(), exact, rtol=1e-4, atol=1e-4)
+    clip.detach()
+
+
+def test_the_optimizer_that_accelerate_wraps_is_asked_for() -> None:
+    optimizers = pytest.importorskip("accelerate.optimizer")
+    model = make_model("llama")
+    inner = standing_still(model)
+    wrapped = optimizers.AcceleratedOptimizer.__new__(optimizers.AcceleratedOptimizer)
+    wrapped.optimizer = inner
+    with pytest.raises(TypeError, match=r"got AcceleratedOptimizer.* has it as \.optimizer"):
+        attach_qk_clip(model, wrapped)
 
 
 def only(attention: nn.Module) -> Callable[[str, nn.Module], Any]:
