@@ -10,6 +10,8 @@ from lowbit_muon.optimizers.gradient_release import GradientRelease, attach_grad
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
 from lowbit_muon.optimizers.param_groups import muon_param_groups
+from lowbit_muon.optimizers.qk_attention import HeadRows, QKProjections, find_projections
+from lowbit_muon.optimizers.qk_clip import QKClip, attach_qk_clip
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import NonFiniteGradientError
 from lowbit_muon.state.stored import QuantizedMatrix, quantize
@@ -25,14 +27,19 @@ __all__ = [
     "Diagnosis",
     "ExchangeError",
     "GradientRelease",
+    "HeadRows",
     "Muon",
     "MuonWithAuxAdam",
     "NonFiniteGradientError",
+    "QKClip",
+    "QKProjections",
     "QuantizedMatrix",
     "StateFormat",
     "UpdateRule",
     "__version__",
     "attach_gradient_release",
+    "attach_qk_clip",
+    "find_projections",
     "log_diagnoses",
     "muon_param_groups",
     "orthogonalize",

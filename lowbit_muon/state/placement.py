@@ -124,6 +124,8 @@ def local_shard(param: Tensor, row_dims: int) -> MatrixShard:
     size, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
+    if len(full) == k == 1:  # a vector is a column
+        return MatrixShard(offset[0], offset[0] + size[0], 0, 1)
     if tuple(size[1:k]) != full[1:k] or tuple(size[k + 1 :]) != full[k + 1 :]:
         raise ValueError(
             f"params: expected a parameter of size {full} to be sharded along the rows or columns "

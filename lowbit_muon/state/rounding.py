@@ -53,6 +53,19 @@ class Compensation:
             value.mul_(decay).sub_(update[rows] * step_size)
             split(value, weight[rows], remainder[rows])
 
+    def scale(self, weight: Tensor, factors: Tensor) -> None:
+        """weight + remainder <- (weight + remainder) * factors; a factor of one changes no bit.
+
+        weight: [m, n], in any order of its sides that is the remainder's, too; factors: float32,
+        of a size that broadcasts to it.
+        """
+        factors = factors.expand(weight.shape)
+        height = max(1, SCRATCH_FLOATS // max(1, weight.shape[1]))
+        for start in range(0, weight.shape[0], height):
+            rows = slice(start, start + height)
+            value = restore(weight[rows], self.remainder[rows]).mul_(factors[rows])
+            split(value, weight[rows], self.remainder[rows])
+
 
 # How a new weight is rounded, if not to the nearest: stochastically, with a seed, int32 of one
 # element, or with what was left over.
