@@ -2,6 +2,7 @@
 
     python -m bench.step [--quick] [--model NAME] [--layers N] [--repeats N] [--json FILE]
     python -m bench.step --shape 1024 4096        one matrix instead
+    python -m bench.step --rules normuon lion     these update rules instead of other formats
 
 Beside ours: torch.optim.Muon as shipped (bfloat16 Newton-Schulz), full-precision Muon with the same
 iteration in float32, and every optimizer of `bench.peers` that is installed. Everything passes a
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 from bench.harness import interleaved, write_json
 from bench.peers import GATE_SHAPES, LR, MOMENTUM, PEERS, Peer, check_direction, contained
 from bench.shapes import MODELS
-from lowbit_muon import Muon
+from lowbit_muon import RULES, Muon
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.backends.cpu.adapter import take_most_workspace
 from lowbit_muon.tools.benchmark.cases import Problem, UnavailableError, make_cases
@@ -56,6 +57,7 @@ from lowbit_muon.tools.benchmark.timing import spread
 
 SHIPPED, FULL = "torch.optim.Muon", "fp32 Newton-Schulz"
 FORMATS = ("fp32", "mulaw4", "spectral4", "spectral3", "muonq4", "linear8")
+RULE_FORMATS = ("fp32", "spectral4")  # of which `--rules` has every rule
 STORED = ("spectral4",)  # also with ns_input="stored"
 WEIGHT_DECAY = 0.1  # torch.optim.Muon's default
 # Seconds, and times FULL, beyond which one step is enough: such a ratio is far from any noise.
@@ -112,10 +114,17 @@ class Prepared:
     state_bytes: int
 
 
-def variants(peers: Iterable[Peer], *, quick: bool = False) -> Iterator[Variant]:
-    """The baselines, ours, and the others."""
+def variants(
+    peers: Iterable[Peer], *, quick: bool = False, rules: Sequence[str] = ()
+) -> Iterator[Variant]:
+    """The baselines, ours, and the others; with `rules` ours under those, in `RULE_FORMATS`."""
     for peer in BASELINES:
         yield _peer_variant(peer, quick)
+    if rules:
+        for name in RULE_FORMATS:
+            for rule in ("muon", *rules):
+                yield _our_variant(f"step, {rule}", name, rule=rule)
+        return
     for name in FORMATS:
         yield _our_variant("step", name)
     for name in STORED:
@@ -383,6 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", choices=MODELS, default="smollm2", help="default: smollm2")
     what.add_argument("--shape", type=int, nargs=2, metavar=("ROWS", "COLUMNS"))
+    parser.add_argument("--rules", nargs="+", choices=RULES, metavar="RULE", default=[])
     parser.add_argument("--layers", type=int, help="default: 4 of smollm2, one of the others")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -399,7 +409,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         shapes = layer.matrices * layers
         title = f"one step over {len(shapes)} matrices of {layer.title}"
-    chosen = variants(() if options.no_peers else PEERS, quick=options.quick)
+    peers = () if options.no_peers else PEERS
+    chosen = variants(peers, quick=options.quick, rules=options.rules)
     results = measure(shapes, chosen, repeats)
     console = Console()
     show(results, shapes, title, console)

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.state.operands import Dense, Operand
-from lowbit_muon.state.rounding import Rounding, exact_weight, update_weight
+from lowbit_muon.state.rounding import Compensation, Rounding, exact_weight, update_weight
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
 from lowbit_muon.step.rules.direction import Polar
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.stage import TINY, Matrices
+
+# Of a host's cache.
+PANEL_FLOATS = 2**16
 
 if TYPE_CHECKING:
     from lowbit_muon.step.update import Batch, StepOptions
@@ -76,11 +80,14 @@ def step_by_rule(
             _value(weight, rounding)
             for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
         ]
-    change = rule.step_size.apply(update, scale, values, matrices)
+    size = rule.step_size.size(update, scale, values, matrices)
+    if isinstance(size, Tensor) or rule.reads_weights:
+        update, size = update.mul_(size), 1.0
     for index, weight in enumerate(batch.weights):
+        move = _Move(weight, update[index], size, accepted[index], batch.rounding[index])
         value = values[index] if values else None
-        decay = _decay(rule, change[index], value, index, matrices, scale)
-        _subtract(weight, change[index], decay, accepted[index], batch.rounding[index], given.x)
+        rate = None if matrices.rate is None else matrices.rate[index]
+        _apply(rule, move, value, rate, matrices, scale, given.x.backend)
     for name, new in matrices.state.items():
         stored.replace(RULE_PREFIX + name, new, accepted)
 
@@ -155,41 +162,61 @@ def _value(weight: Tensor, rounding: Rounding | None) -> Tensor:
     return value if weight.shape[0] <= weight.shape[1] else value.mT
 
 
-def _decay(
+@dataclass(frozen=True)
+class _Move:
+    """One matrix: weight <- decay * weight - size * update, where accepted."""
+
+    weight: Tensor  # [rows, columns]
+    update: Tensor  # float32 [rows, columns]
+    size: float | Tensor
+    accepted: Tensor
+    rounding: Rounding | None
+
+
+def _apply(
     rule: UpdateRule,
-    change: Tensor,
-    value: Tensor | None,
-    index: int,
+    move: _Move,
+    value: Tensor | None,  # the weight in float32, if the rule reads it
+    rate: Tensor | None,  # of its learning rate, [1, 1] or [1, columns]
     matrices: Matrices,
     scale: float,
-) -> float | Tensor:
-    """What a weight is multiplied by; what else is to be taken off is added to the change."""
-    lr, weight_decay = matrices.lr, matrices.weight_decay
-    decay = rule.weight_decay.factor(lr, weight_decay)
-    if value is None:
-        return decay
-    if rule.weight_decay.reads_weights:
-        rate = None if matrices.rate is None else matrices.rate[index]
-        rule.weight_decay.add(change, value, lr, weight_decay, scale=scale, rate=rate)
-    if rule.constraint is None:
-        return decay
-    new = rule.constraint.apply(value * decay - change, value)
-    torch.sub(value, new, out=change)
-    return 1.0
-
-
-def _subtract(
-    weight: Tensor,
-    change: Tensor,
-    decay: float | Tensor,
-    accepted: Tensor,
-    rounding: Rounding | None,
-    x: Operand,
+    backend: Backend,
 ) -> None:
-    """weight <- decay * weight - change, where accepted."""
-    one: float | Tensor = 1.0
-    if x.backend.asynchronous:  # products with the mask, and no constants to be copied there
-        one = accepted.float()
-        decay = 1 - one * (1 - decay)
-        change = torch.where(accepted, change, 0)
-    update_weight(orient(weight), orient(change), decay, one, rounding, x.backend)
+    """Decay the weight, subtract the update and bring it to where the rule constrains it."""
+    lr, weight_decay, decays = matrices.lr, matrices.weight_decay, rule.weight_decay
+    decay, size = decays.factor(lr, weight_decay), move.size
+    if value is not None and rule.constraint is not None:
+        if decays.reads_weights:
+            decays.add(move.update, value, lr, weight_decay, scale=scale, rate=rate)
+        new = rule.constraint.apply(value * decay - move.update, value)
+        torch.sub(value, new, out=move.update)
+        value, decay = None, 1.0
+    if backend.asynchronous:  # products with the mask, and no constants to be copied there
+        size = move.accepted * size
+        decay = 1 - move.accepted * (1 - decay)
+    weight, update = orient(move.weight), orient(move.update)
+    for rows in _panels(weight, move.rounding, backend):
+        part, rounding = update[rows], move.rounding
+        if value is not None and decays.reads_weights:
+            near = rate
+            if rate is not None and rate.numel() > 1 and weight.shape != move.weight.shape:
+                near = rate.mT[rows]
+            old = orient(value)[rows]
+            decays.add(part, old, lr, weight_decay, scale=scale, rate=near)
+        if backend.asynchronous:
+            part = torch.where(move.accepted, part, 0)
+        if isinstance(rounding, Compensation):
+            rounding = rounding.rows(rows)
+        update_weight(weight[rows], part, decay, size, rounding, backend)
+
+
+def _panels(weight: Tensor, rounding: Rounding | None, backend: Backend) -> list[slice]:
+    """The rows that are updated at once: what stays in a cache while several passes go over it.
+
+    All of them on devices, and where bits of stochastic rounding go by places in the whole matrix.
+    """
+    m, n = weight.shape
+    if backend.asynchronous or isinstance(rounding, Tensor):
+        return [slice(0, m)]
+    height = max(1, PANEL_FLOATS // max(1, n))
+    return [slice(start, min(start + height, m)) for start in range(0, m, height)]

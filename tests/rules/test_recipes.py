@@ -28,6 +28,7 @@ LR, WEIGHT_DECAY = 0.02, 0.1
 # rule -> (its name among the oracles, what the oracle is told beside the rule's own options)
 ORACLE_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "scion_columns": ("scion_col", {}),
+    "cautious_decay": ("muon", {"decay": "cautious"}),
     "adago": ("adago", {"scale": "none"}),
     # (the mask is of the momentum, with and without a look-ahead)
     "cautious_muon": ("cautious_muon", {"nesterov": False}),

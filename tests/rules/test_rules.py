@@ -27,6 +27,7 @@ from lowbit_muon import (
 from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.state.rounding import restore
 from lowbit_muon.state.stored import RULE_PREFIX, Kept, RuleState
+from lowbit_muon.step import by_rule
 from lowbit_muon.step.rules.direction import Polar, Rows, Signs
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
 from lowbit_muon.step.rules.recipes import pion, resolve_rule
@@ -137,6 +138,18 @@ def test_a_batch_steps_as_each_matrix_alone(rule: str) -> None:
         # Sums in another order: some rounding of float32, lifted by Newton-Schulz (a^5 = 485) where
         # a direction is small beside the others.
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["cautious_decay", "nanochat", "namo", "namo_d", "muonh", "lion"])
+def test_panels_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for floats in (2**16, 100):  # all rows, and a few
+        monkeypatch.setattr(by_rule, "PANEL_FLOATS", floats)
+        params = parameters()
+        train(Muon(params, **options_of(rule, "fp32")), params, range(3))
+        results.append(params)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("rule", ALL)

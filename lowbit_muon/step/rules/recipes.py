@@ -69,6 +69,8 @@ RULES: dict[str, UpdateRule] = {
             weight_decay=Cautious(scaled=True),
             options=(_POLAR_EXPRESS,),
         ),
+        # arXiv 2510.12402; microsoft/dion's cautious_wd
+        UpdateRule("cautious_decay", weight_decay=Cautious()),
         # arXiv 2603.28254
         UpdateRule("muoneq", momentum=_SUM, precondition=(Equilibrate(),), options=(_RMS,)),
         # Muon+ as nanochat and modded-nanogpt read it: one norm of the whole update

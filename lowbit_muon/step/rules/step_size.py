@@ -14,25 +14,22 @@ from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, norm
 
 @dataclass(frozen=True)
 class StepSize(Stage):
-    """change = lr * rate * scale * O: `factor` times the scale of `adjust_lr_fn`, and the rate that
-    stages made of the learning rate."""
+    """lr * rate * scale: `factor` times the scale of `adjust_lr_fn`, and the rate that stages made
+    of the learning rate."""
 
     kind: ClassVar[str] = "shape"
     factor: float = 1.0
 
-    def apply(
+    def size(
         self, update: Tensor, scale: float, weights: list[Tensor], matrices: Matrices
-    ) -> Tensor:
-        """What is subtracted from the weights, [b, rows, columns]; the update may be overwritten.
+    ) -> float | Tensor:
+        """What the update is multiplied by: a number, or a tensor [b, 1, 1] or [b, 1, columns].
 
-        scale: by the matrices' shape, with `factor` in it; weights: float32 [rows, columns] each,
-        empty unless the stage `needs_weights`.
+        update: [b, rows, columns]. scale: by the matrices' shape, with `factor` in it. weights:
+        float32 [rows, columns] each, empty unless the stage `needs_weights`.
         """
-        return update.mul_(self._factor(scale, matrices))
-
-    def _factor(self, scale: float, matrices: Matrices) -> Tensor | float:
-        factor = matrices.lr * scale
-        return factor if matrices.rate is None else matrices.rate * factor
+        size = matrices.lr * scale
+        return size if matrices.rate is None else matrices.rate * size
 
 
 @dataclass(frozen=True)
@@ -47,28 +44,28 @@ class Bounded(StepSize):
     lowest: float = 0.0
     highest: float = 0.0
 
-    def apply(
+    def size(
         self, update: Tensor, scale: float, weights: list[Tensor], matrices: Matrices
-    ) -> Tensor:
-        """See `StepSize.apply`."""
-        factor = torch.as_tensor(
-            self._factor(scale, matrices), dtype=torch.float32, device=update.device
-        )
-        most = self.highest or math.inf
-        return update.mul_(factor.clamp(min=self.lowest, max=most))
+    ) -> float | Tensor:
+        """See `StepSize.size`."""
+        size = super().size(update, scale, weights, matrices)
+        highest = self.highest or math.inf
+        if isinstance(size, Tensor):
+            return size.clamp(min=self.lowest, max=highest)
+        return min(max(size, self.lowest), highest)
 
 
 @dataclass(frozen=True)
 class RelativeToWeights(StepSize):
-    """change = lr * ||W|| * O / ||O|| (MuonH: microsoft/ArchScale, arXiv 2603.28743)."""
+    """lr * ||W|| / ||O|| (MuonH: microsoft/ArchScale, arXiv 2603.28743)."""
 
     kind: ClassVar[str] = "relative"
     needs_weights: ClassVar[bool] = True
 
-    def apply(
+    def size(
         self, update: Tensor, scale: float, weights: list[Tensor], matrices: Matrices
-    ) -> Tensor:
-        """See `StepSize.apply`."""
+    ) -> float | Tensor:
+        """See `StepSize.size`."""
         sizes = torch.stack([torch.linalg.vector_norm(w) for w in weights]).view(-1, 1, 1)
-        factor = self._factor(1.0, matrices) * sizes
-        return update.mul_(factor / norm(update).clamp_min_(TINY))
+        size = super().size(update, self.factor, weights, matrices)
+        return sizes * size / norm(update).clamp_min_(TINY)

@@ -35,8 +35,9 @@ class WeightDecay(Stage):
     ) -> None:
         """Add a part of the weights to what is subtracted from them; only if it `reads_weights`.
 
-        change, weight: float32 of one matrix, [rows, columns]. scale: of the learning rate by the
-        matrix's shape; rate: what stages made of it, [1, 1] or [1, columns], None for one.
+        change, weight: float32 of one matrix, or of some of its rows, of one shape. scale: of the
+        learning rate by the matrix's shape; rate: what stages made of it, None for one, or what
+        goes with each element or all.
         """
 
 
@@ -73,8 +74,8 @@ class Cautious(WeightDecay):
             strength = strength * scale
         if self.squared:
             strength = strength * lr
-        # (of signs, since products of small numbers are zero)
-        change.add_(weight * (change.sign() * weight.sign() >= 0) * strength)
+        agreeing = torch.where(change * weight >= 0, weight, 0)
+        change.add_(agreeing.mul_(strength))
 
 
 @dataclass(frozen=True)
