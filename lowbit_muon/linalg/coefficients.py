@@ -38,6 +38,53 @@ NS_COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         *((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS_EXACT[:-1]),
         _POLAR_EXPRESS_EXACT[-1],
     ),
+    # NVIDIA-NeMo/Emerging-Optimizers, "quintic"
+    "quintic": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+    # CANS, as Emerging-Optimizers has it
+    "cans": (
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162),
+    ),
+    # four steps from a start by rows (`AlmostOrthogonal`): thib-s/flash-newton-schulz
+    "aol": (
+        (4.0098, -7.0585, 2.4635),
+        (3.4585, -5.5479, 2.5959),
+        (2.7573, -3.2939, 1.4254),
+        (2.7215, -3.0494, 1.3169),
+    ),
+    # ten steps: eight of Muon's, then two that converge
+    "deepseekv4": ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2,
+    # third order (arXiv 2606.00371)
+    "cubic5": (
+        (3.3656576, -3.3420992, 0.0),
+        (2.5744352, -1.4957376, 0.0),
+        (2.5368962, -1.4312570, 0.0),
+        (2.4418906, -1.2764040, 0.0),
+        (2.2230472, -0.9630650, 0.0),
+    ),
+    # Arongil/lipschitz-transformers, six steps (arXiv 2507.13338)
+    "lipschitz": tuple(
+        (a / 1024, b / 1024, c / 1024)
+        for a, b, c in (
+            (3955, -8306, 5008),
+            (3735, -6681, 3463),
+            (3799, -6499, 3211),
+            (4019, -6385, 2906),
+            (2677, -3029, 1162),
+            (2172, -1833, 682),
+        )
+    ),
+    # twelve steps or so come close to the polar factor, but for small singular values
+    "converging": ((2.0, -1.5, 0.5),),
 }
 
 
@@ -94,9 +141,21 @@ def gram_is_precise(coefficients: tuple[Triple, ...], dtype: torch.dtype) -> boo
     last step, so the growth is that of the others. Below 1/8 are six steps of either set in
     float32; the worst relative error found on steep and rank-deficient matrices of 64 to 512 rows
     is 1e-2 there, and 0.3 two steps later.
+
+    Nor may the first step take a large singular value to a small one, where those that follow are
+    steep, so that what rounding adds to R there is lifted.
     """
+    if _dips(coefficients[0]) and len(coefficients) > 1:
+        return False
     growth = math.prod(a * a for a, _, _ in coefficients[:-1])
     return growth * torch.finfo(dtype).eps <= 1 / 8
+
+
+def _dips(triple: Triple) -> bool:
+    """Whether a step takes singular values of one half and more below a tenth."""
+    a, b, c = triple
+    values = (s * (a + s * s * (b + s * s * c)) for s in (0.5 + 0.01 * i for i in range(51)))
+    return any(abs(value) < 0.1 for value in values)
 
 
 def composed_polynomial(eigenvalues: Tensor, coefficients: Sequence[Triple]) -> Tensor:

@@ -120,8 +120,8 @@ def gram_operator(
     """
     if not gram_is_precise(coefficients, gram.dtype):
         raise ValueError(
-            f"coefficients: {len(coefficients)} steps lift small singular values too far for the "
-            f"Gram form in {gram.dtype}; use method 'newton_schulz' or fewer steps"
+            f"coefficients: {len(coefficients)} steps of these are not precise in the Gram form in "
+            f"{gram.dtype}; use method 'newton_schulz' or fewer steps"
         )
     r, q, h, spare = gram, None, torch.empty_like(gram), torch.empty_like(gram)
     for step, (a, b, c) in enumerate(coefficients):

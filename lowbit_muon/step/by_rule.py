@@ -20,10 +20,10 @@ from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
 from lowbit_muon.step.rules.direction import Polar
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
-from lowbit_muon.step.rules.stage import TINY, Matrices
+from lowbit_muon.step.rules.stage import TINY, Matrices, norm
 
 # Of a host's cache.
-PANEL_FLOATS = 2**16
+PANEL_FLOATS = 2**17
 
 if TYPE_CHECKING:
     from lowbit_muon.step.update import Batch, StepOptions
@@ -144,15 +144,16 @@ def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: Po
         matrix.mul_(inverse.float().view(-1, 1, 1))
     x = _as_parameters(matrix, rows, columns)
     for stage in rule.precondition:
-        x = to_norm_one(stage.apply(x, matrices))
+        x = stage.apply(x, matrices)
+        x = to_norm_one(x) if stage.to_norm_one else x
     if rule.needs("momentum"):
         matrices.momentum = x.clone()
     if not is_polar:
         return rule.direction.apply(x, matrices)
     # (what is below eps is not brought to norm one)
-    ones = (given.norm * given.inverse).clamp_max(1.0)
+    factor = (given.norm * given.inverse).clamp_max(1.0)
     operand = Dense(_as_parameters(x, rows, columns).contiguous(), backend)
-    update = polar(operand, torch.ones_like(ones), ones, options).rows(slice(None))
+    update = polar(operand, norm(x).to(factor).view(-1), factor, options).rows(slice(None))
     return _as_parameters(update.float(), rows, columns)
 
 

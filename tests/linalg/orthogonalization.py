@@ -56,11 +56,10 @@ def product_error(x: Tensor, dtype: torch.dtype) -> float:
     )
 
 
-def gram_sensitivity(x: Tensor, coefficients: tuple[Triple, ...]) -> float:
-    """L with ||change of h(R) X_0||_F <= L*||change of R||_F to first order: in the eigenbasis the
-    change is f[l_i, l_j] E_ij s_j, f[.,.] the divided difference of f(l) = p(sqrt(l))/sqrt(l)."""
-    values = torch.linalg.svdvals(x.double())
-    values = values / values.norm()
+def gram_sensitivity(values: Tensor, coefficients: tuple[Triple, ...]) -> float:
+    """L with ||change of h(R) X||_F <= L*||change of R||_F to first order, for an X with these
+    singular values, float64, and R = X X^T: in the eigenbasis the change is f[l_i, l_j] E_ij s_j,
+    f[.,.] the divided difference of f(l) = p(sqrt(l))/sqrt(l)."""
     squares = (values**2).requires_grad_()
     lifts = lift(squares, coefficients)
     (derivative,) = torch.autograd.grad(lifts.sum(), squares)
@@ -79,14 +78,24 @@ def tolerance(
     Standard form: step t evaluates its polynomial with relative error eps*h, h = |a|+|b|+|c|, an
     absolute error of eps*h*||X_t||_F. ||X_0||_F = 1 and its error is lifted by prod(a); later
     ||X_t||_F <= 1.3 sqrt(m) (both sets stay below 1.3) and the last errors are lifted by O(1).
-    Gram form: besides, R is wrong by eps and its polynomials, at ||R||_F <= 1, by eps*h.
+    Gram form: besides, R is wrong by eps and its polynomials, at ||R||_F <= 1, by eps*h. In each
+    later step H R H is rounded, by eps*g^2*||R||_F for the largest |h(l)| = g of the step before,
+    and each H is wrong by eps*h, which matters where that step made a large singular value small,
+    where the rest is steep.
     """
     eps = product_error(x, dtype)
     h = max(abs(a) + abs(b) + abs(c) for a, b, c in coefficients)
     largest_lift = math.prod(a for a, _, _ in coefficients)
     bound = eps * h * (largest_lift + len(coefficients) * 1.3 * min(x.shape) ** 0.5)
     if method == "gram":
-        bound += gram_sensitivity(x, coefficients) * eps * h
+        values = torch.linalg.svdvals(x.double())
+        values, wrong = values / values.norm(), eps * h
+        for step, (a, b, c) in enumerate(coefficients):
+            bound += gram_sensitivity(values, coefficients[step:]) * wrong
+            gains = a + b * values**2 + c * values**4
+            most = float(gains.abs().max())
+            wrong = eps * (most**2 + 2 * h * most) * float((values**2).norm())
+            values = values * gains
     return bound
 
 

@@ -53,6 +53,16 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+# Five steps of which are precise in the Gram form; of the others the standard form is taken.
+GRAM_NAMES = {"muon", "polar_express", "quintic", "deepseekv4", "lipschitz", "converging"}
+
+
+def test_which_polynomials_the_gram_form_takes() -> None:
+    for name in NS_COEFFICIENTS:
+        precise = gram_is_precise(resolve_coefficients(name, 5), torch.float32)
+        assert precise == (name in GRAM_NAMES), name
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("coefficients", NS_COEFFICIENTS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -65,8 +75,11 @@ def test_steep_and_deficient_spectra(
     shape: tuple[int, int], spectrum: str, steps: int, coefficients: str, method: str
 ) -> None:
     x = matrix_with(SPECTRA[spectrum](shape[0]), shape[1])
+    triples = resolve_coefficients(coefficients, steps)
+    if not gram_is_precise(triples, torch.float32):
+        method = "newton_schulz"
     result = orthogonalize(x, steps, coefficients, method)
-    assert_orthogonalized(result, x, method, resolve_coefficients(coefficients, steps))
+    assert_orthogonalized(result, x, method, triples)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -75,6 +88,8 @@ def test_many_steps(coefficients: str, method: str) -> None:
     """Steps beyond what the Gram form in float32 can take: it says so, the others go on."""
     x = matrix_with(SPECTRA["condition 1e2"](32), 40)
     triples = resolve_coefficients(coefficients, 12)
+    if coefficients not in GRAM_NAMES:
+        method = "newton_schulz"
     if method == "gram":
         with pytest.raises(ValueError, match=r"12 steps.*Gram form in torch\.float32"):
             orthogonalize(x, 12, coefficients, method)
@@ -109,6 +124,8 @@ def test_any_shape_dtype_and_spectrum(
     scales = torch.arange(1, columns + 1) ** -decay
     x = (torch.randn(rows, columns, generator=generator) * scales).to(dtype)
     triples = resolve_coefficients(coefficients, 5)
+    if coefficients not in GRAM_NAMES:
+        method = "newton_schulz"
     chosen = "gram" if method == "auto" else method  # no bound is wider for these sizes
     assert_orthogonalized(orthogonalize(x, 5, coefficients, method), x, chosen, triples)
 
@@ -367,7 +384,7 @@ def test_operator_from_the_gram_matrix(size: int, steps: int) -> None:
 
 
 def test_gram_is_precise() -> None:
-    for name in NS_COEFFICIENTS:
+    for name in ("muon", "polar_express"):
         assert gram_is_precise(resolve_coefficients(name, 6), torch.float32)
         assert not gram_is_precise(resolve_coefficients(name, 7), torch.float32)
         assert not gram_is_precise(resolve_coefficients(name, 5), torch.bfloat16)

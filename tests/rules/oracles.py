@@ -627,6 +627,22 @@ class CautiousMuon(Oracle):
         return self.polar(u * mask / mask.mean().clamp_min(1e-3))
 
 
+@dataclass(kw_only=True, eq=False)
+class TurboMuon(Oracle):
+    """thib-s/flash-newton-schulz: O = polar(D u), D_i = (sum_j |(u u^T)_ij|)^(-1/2), short side."""
+
+    def direction(self, grad: Tensor) -> Tensor:
+        u = self.accumulate(grad)
+        u = u.mT if u.shape[0] > u.shape[1] else u
+        u = u / (u @ u.mT).abs().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-30)
+        return self.polar(u if u.shape == self.weight.shape else u.mT)
+
+
+@dataclass(kw_only=True, eq=False)
+class LowRankMuon(Oracle):
+    """Of small matrices, whose rank is below that of the sketch, all directions: plain Muon."""
+
+
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
     "moonlight": Moonlight,
@@ -653,6 +669,8 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "muoneq": MuonEq,
     "muon_plus": MuonPlus,
     "muonh": MuonH,
+    "turbo_muon": TurboMuon,
+    "low_rank_muon": LowRankMuon,
     "pion": Pion,
     "spectra": Spectra,
     "cautious_muon": CautiousMuon,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowbit_muon import RULES, Muon, UpdateRule
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.stored import Kept
-from lowbit_muon.step.rules.direction import ExactPolar, Polar, Sinkhorn
+from lowbit_muon.step.rules.direction import ExactPolar, LowRankPolar, Polar, Sinkhorn, _signs
 from lowbit_muon.step.rules.precondition import Equilibrate
 from lowbit_muon.step.rules.recipes import pion
 from lowbit_muon.step.rules.scaling import VectorMoment
@@ -161,3 +161,21 @@ def test_rows_of_a_wide_polar_factor_have_norm_one() -> None:
     assert VectorMoment(axis="long").state((90, 24)) == {"vector_moment": Kept((90, 1))}
     assert VectorMoment(axis="short").state((90, 24)) == {"vector_moment": Kept((1, 24))}
     assert math.prod(VectorMoment().state((90, 24))["vector_moment"].shape) == 90
+
+
+def test_a_sketch_finds_the_largest_directions() -> None:
+    """Of rank 8 in 16 signs nothing is lost; of full rank the update has rank 16."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    low = left @ torch.randn(8, 90, generator=generator, dtype=torch.float64)
+    full = torch.randn(60, 90, generator=generator)
+    rule = UpdateRule("x", direction=LowRankPolar(16), options=(("adjust_lr_fn", "none"),))
+    moved = ours(rule, torch.zeros(60, 90), [low.float()], weight_decay=0.0) / -LR
+    torch.testing.assert_close(moved, exact_polar(low), rtol=0, atol=1e-5)
+    values = torch.linalg.svdvals(ours(rule, torch.zeros(60, 90), [full], weight_decay=0.0) / LR)
+    torch.testing.assert_close(values[:16], torch.ones(16, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert float(values[16]) < 1e-5
+    # another step has other signs
+    signs = [_signs(torch.full((1, 1, 1), float(t)), 90, 16) for t in (1, 2)]
+    assert 0.4 < float((signs[0] == signs[1]).float().mean()) < 0.6
+    assert abs(float(signs[0].mean())) < 0.1

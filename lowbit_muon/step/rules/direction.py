@@ -17,8 +17,9 @@ from torch import Tensor
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect
 
-# Singular values below this share of the largest have no direction in float32.
-_NO_DIRECTION = 1e-7
+# Singular values below this share of the largest are rounding of float32: noise of 2^-25 of the
+# largest element, whose spectral norm is sqrt(m) + sqrt(n) times that.
+_NO_DIRECTION = 1e-6
 
 
 class Direction(Stage):
@@ -47,7 +48,7 @@ class Polar(Direction):
 class ExactPolar(Direction):
     """U V^T by a singular value decomposition in float64; a GPU's host waits for it.
 
-    Directions below 1e-7 of the largest singular value are left out.
+    Directions below 1e-6 of the largest singular value are left out.
     """
 
     kind: ClassVar[str] = "exact_polar"
@@ -55,6 +56,30 @@ class ExactPolar(Direction):
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Direction.apply`."""
         return exact_polar(x)
+
+
+@dataclass(frozen=True)
+class LowRankPolar(Direction):
+    """Q polar(Q^T X), Q from X times random signs: the polar factor in `rank` directions.
+
+    The range finder of Halko, Martinsson and Tropp (2011), as `torch.svd_lowrank` without power
+    iterations; arXiv 2605.06884 analyses Muon with such inexact polar factors. The signs are a hash
+    of the step, the same in every process and after a resume.
+    """
+
+    kind: ClassVar[str] = "low_rank_polar"
+    rank: int = 128
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        whole = isinstance(self.rank, int) and self.rank >= 1
+        expect(whole, "low_rank_polar: rank", "a whole number >= 1", self.rank)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Direction.apply`."""
+        rank = min(self.rank, *matrices.shape)
+        basis = torch.linalg.qr(x @ _signs(matrices.steps, x.shape[2], rank)).Q
+        return basis @ exact_polar(basis.mT @ x)
 
 
 @dataclass(frozen=True)
@@ -153,6 +178,16 @@ class SoftClip(Direction):
         root = (1 + values.clamp_min(0)).rsqrt()
         operator = ((vectors * root.unsqueeze(1)) @ vectors.mT).to(x.dtype)
         return operator @ x if rows <= columns else x @ operator
+
+
+def _signs(steps: Tensor, rows: int, columns: int) -> Tensor:
+    """Signs [b, rows, columns] that look random; steps: [b, 1, 1]."""
+    place = torch.arange(rows * columns, dtype=torch.int64, device=steps.device)
+    # The finaliser of MurmurHash3 in 32 bits.
+    bits = (place.view(1, rows, columns) + steps.long() * 0x9E3779B1) & 0xFFFFFFFF
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return ((bits >> 15) & 1).float() * 2 - 1
 
 
 def exact_polar(x: Tensor) -> Tensor:

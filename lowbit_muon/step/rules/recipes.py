@@ -11,13 +11,14 @@ from lowbit_muon.step.rules.constraint import FrobeniusSphere
 from lowbit_muon.step.rules.direction import (
     ExactPolar,
     Itself,
+    LowRankPolar,
     Rows,
     Signs,
     SoftClip,
 )
 from lowbit_muon.step.rules.gradient import PolarFactor
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
-from lowbit_muon.step.rules.precondition import Agreeing, Equilibrate, Sign
+from lowbit_muon.step.rules.precondition import Agreeing, AlmostOrthogonal, Equilibrate, Sign
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.scaling import (
     Brake,
@@ -69,6 +70,14 @@ RULES: dict[str, UpdateRule] = {
             weight_decay=Cautious(scaled=True),
             options=(_POLAR_EXPRESS,),
         ),
+        # thib-s/flash-newton-schulz
+        UpdateRule(
+            "turbo_muon",
+            precondition=(AlmostOrthogonal(),),
+            options=(("ns_coefficients", "aol"), ("ns_steps", 4)),
+        ),
+        # in the 128 directions of a random sketch (after arXiv 2605.06884)
+        UpdateRule("low_rank_muon", direction=LowRankPolar()),
         # arXiv 2510.12402; microsoft/dion's cautious_wd
         UpdateRule("cautious_decay", weight_decay=Cautious()),
         # arXiv 2603.28254

@@ -74,8 +74,8 @@ class Cautious(WeightDecay):
             strength = strength * scale
         if self.squared:
             strength = strength * lr
-        agreeing = torch.where(change * weight >= 0, weight, 0)
-        change.add_(agreeing.mul_(strength))
+        agreeing = (change * weight).ge_(0)
+        change.addcmul_(weight, agreeing.mul_(strength))
 
 
 @dataclass(frozen=True)
