@@ -118,11 +118,12 @@ class _Library:
         """(kind, group without what said so)."""
         if self.lists:
             others = {key: value for key, value in group.items() if key not in self.kinds}
-            lists = {kind: group[kind] for kind in self.kinds if group.get(kind) is not None}
-            good = bool(lists) and "params" not in others
+            lists = {kind: list(group.get(kind) or ()) for kind in self.kinds}
+            good = any(lists.values()) and "params" not in others
             expect(good, "params", f"lists of parameters called {list(self.kinds)}", [*others])
             for kind, params in lists.items():
-                yield kind, {**others, "params": params}
+                if params:
+                    yield kind, {**others, "params": params}
             return
         own = dict(group)
         kind = own.pop(self.key, self.usual)
@@ -147,7 +148,7 @@ def _parameters(group: Mapping[str, Any]) -> Group:
     params = [given] if isinstance(given, Tensor) else list(given or ())
     if params and all(isinstance(each, tuple) for each in params):
         return {"params": [p for _, p in params], "param_names": [name for name, _ in params]}
-    good = bool(params) and all(isinstance(each, Tensor) for each in params)
+    good = given is not None and all(isinstance(each, Tensor) for each in params)
     expect(good, "params", "parameters", given)
     return {"params": params}
 

@@ -94,7 +94,7 @@ MOONLIGHT_OURS: list[Group] = [
 
 # (source, its groups, ours, what its constructor is given)
 MEANINGS: list[tuple[str, list[Group], list[Group], Group]] = [
-    ("torch", [{"params": [0, 1]}, {"params": [], "lr": 0.1}][:1],
+    ("torch", [{"params": [0, 1]}, {"params": [], "lr": 0.1}],
      [{**MATRICES, "lr": 1e-3, "weight_decay": 0.1}], {}),
     ("torch",
      [{"params": [0], "adjust_lr_fn": "match_rms_adamw"}, {"params": [1], "momentum": 0.8}],
@@ -215,6 +215,14 @@ def test_what_a_group_is_given_stays_as_it_is() -> None:
     assert float(first["lr"]) == float(second["lr"]) == float(lr)
 
 
+def test_lists_and_groups_may_be_empty() -> None:
+    (made,) = from_groups("moonlight", {"muon_params": model()[:2], "adamw_params": iter(())})
+    assert made["use_muon"]
+    first, second = from_groups("dion", [{"params": model()[:2]}, {"params": []}])
+    assert (len(first["params"]), second["params"]) == (2, [])
+    assert len(MuonWithAuxAdam([first, second]).param_groups) == 2
+
+
 def test_heads_keep_names_beside_their_parameters() -> None:
     wide, narrow, other = new(8, 4), new(4, 8), new(8, 6)
     group = {"params": [wide, narrow, other], "param_names": ["q", "k", "v"], "num_heads": 2}
@@ -278,7 +286,6 @@ def test_stacks_of_matrices_are_stacks_there(
         ),
         ("moonlight", {}, r"params: expected lists of parameters called \['muon_params', 'adamw_p"),
         ("torch", {"use_muon": True}, "use_muon: expected a key of such a group"),
-        ("torch", {"params": []}, "params: expected parameters, got"),
         ("torch", {"params": ["weight"]}, r"params: expected parameters, got \['weight'\]"),
     ],
 )
@@ -291,7 +298,7 @@ def test_what_has_no_counterpart_is_refused_with_its_name(
 
 def placed_if(group: Group) -> Group:
     """A group without the indices of the tests above."""
-    return {k: v for k, v in group.items() if k != "params" or v in ([], ["weight"])}
+    return {k: v for k, v in group.items() if k != "params" or v == ["weight"]}
 
 
 def test_vectors_stacks_among_convolutions_and_stray_arguments_are_refused() -> None:
@@ -301,5 +308,7 @@ def test_vectors_stacks_among_convolutions_and_stray_arguments_are_refused() -> 
         from_groups("kellerjordan", [{"params": [new(2, 3, 4), new(2, 2, 3, 3)], "use_muon": True}])
     with pytest.raises(ValueError, match=r"^lr: expected no argument, since nanochat's groups say"):
         from_groups("nanochat", NANOCHAT, lr=0.1)
+    with pytest.raises(ValueError, match="params: expected parameters, got None"):
+        from_groups("torch", [{"lr": 0.1}])
     with pytest.raises(ValueError, match=r"^wd: expected an argument of dion's .*'weight_decay'"):
         from_groups("dion", model()[:2], wd=0.1)
