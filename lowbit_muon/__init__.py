@@ -6,6 +6,18 @@ from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.linalg.newton_schulz import orthogonalize
 from lowbit_muon.optimizers.diagnosis_logging import log_diagnoses
+from lowbit_muon.optimizers.family import (
+    NAMO,
+    NAMOD,
+    RMNP,
+    AdaMuon,
+    Lion,
+    MuonH,
+    NorMuon,
+    PolarGrad,
+    Scion,
+)
+from lowbit_muon.optimizers.foreign_groups import from_groups
 from lowbit_muon.optimizers.gradient_release import GradientRelease, attach_gradient_release
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
@@ -21,25 +33,35 @@ from lowbit_muon.step.rules.rule import UpdateRule
 __version__ = "0.1.0"
 
 __all__ = [
+    "NAMO",
+    "NAMOD",
     "PRESETS",
+    "RMNP",
     "RULES",
+    "AdaMuon",
     "AutoFormat",
     "Diagnosis",
     "ExchangeError",
     "GradientRelease",
     "HeadRows",
+    "Lion",
     "Muon",
+    "MuonH",
     "MuonWithAuxAdam",
     "NonFiniteGradientError",
+    "NorMuon",
+    "PolarGrad",
     "QKClip",
     "QKProjections",
     "QuantizedMatrix",
+    "Scion",
     "StateFormat",
     "UpdateRule",
     "__version__",
     "attach_gradient_release",
     "attach_qk_clip",
     "find_projections",
+    "from_groups",
     "log_diagnoses",
     "muon_param_groups",
     "orthogonalize",

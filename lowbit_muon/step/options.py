@@ -68,18 +68,9 @@ class Option:
     in_group: bool = True
 
 
-class MuonOptions(TypedDict, total=False):
-    """What `MuonWithAuxAdam` takes for its Muon groups: see `Muon`.
+class StateOptions(TypedDict, total=False):
+    """Options that every update rule has: how a momentum is kept, and computed with; see `Muon`."""
 
-    All of its options but lr, weight_decay, eps and momentum, which the groups set: the first three
-    have another meaning for AdamW.
-    """
-
-    nesterov: bool
-    ns_coefficients: Coefficients
-    ns_steps: int
-    adjust_lr_fn: AdjustLr | None
-    rule: str | UpdateRule
     state_format: str | StateFormat | AutoFormat
     ns_input: NsInput
     ns_dtype: NsDtype
@@ -93,6 +84,25 @@ class MuonOptions(TypedDict, total=False):
     offload: bool
     process_group: ProcessGroup | None
     update_dtype: UpdateDtype
+
+
+class PolarOptions(StateOptions, total=False):
+    """With those of rules that orthogonalise, and that their public packages do not have."""
+
+    ns_coefficients: Coefficients
+    adjust_lr_fn: AdjustLr | None
+
+
+class MuonOptions(PolarOptions, total=False):
+    """What `MuonWithAuxAdam` takes for its Muon groups: see `Muon`.
+
+    All of its options but lr, weight_decay, eps and momentum, which the groups set: the first three
+    have another meaning for AdamW.
+    """
+
+    nesterov: bool
+    ns_steps: int
+    rule: str | UpdateRule
 
 
 def plain_value(value: Any) -> Any:
@@ -278,8 +288,29 @@ _FRAMEWORK_KEYS = {
     "start_wd", "end_wd", "is_expert_parallel", "is_decoupled_lr", "default_config",
 }  # fmt: skip
 _PLAIN_KEYS = {*SCHEDULER_KEYS, *GROUP_DEFAULTS, *AUX_DEFAULTS}
-# How other libraries say what `use_muon` says.
-_KIND_KEYS = {"use_muon", "is_muon", "algorithm", "kind"}
+# How other libraries say what `use_muon` says, and whose groups have it.
+_KIND_KEYS = {"use_muon": "", "is_muon": "", "algorithm": "dion", "kind": "nanochat"}
+# What another update rule does here: the keys of other libraries' Muon groups, and that rule.
+_ANOTHER_RULE = {
+    key: rule
+    for keys, rule in (
+        (
+            "beta2 muon_beta2 beta2_normuon normuon_beta2 normuon_eps normuon normuon_variant",
+            "rule='normuon' (NorMuon(..., beta2=...))",
+        ),
+        (
+            "cautious_wd cautious_weight_decay",
+            "a rule with weight_decay=Cautious() (dataclasses.replace(RULES[...], ...))",
+        ),
+        ("cautious caution", "rule='cautious_muon'"),
+        ("mu2 adamnorm_eps", "rule='namo' (NAMO(..., mu2=...))"),
+        ("col_state_clamp_c", "rule='namo_d' (NAMOD(..., col_state_clamp_c=...))"),
+        ("polar_first", "rule='polargrad_polar_first' (PolarGrad(..., polar_first=True))"),
+        ("unconstrained norm_kwargs", "rule='scion' (Scion(..., unconstrained=...))"),
+        ("use_muonh hyperball_radius hyperball_eps", "rule='muonh' (MuonH(...))"),
+    )
+    for key in keys.split()
+}
 # Options that change the update elsewhere and have no counterpart here: of torch.optim, NorMuon,
 # microsoft/dion, Emerging-Optimizers and Megatron, heavyball, pytorch-optimizer, adv-optm, optimuon
 # and GaLore. None, False and zero turn them off, or these values.
@@ -289,10 +320,9 @@ _OFF = {
 }  # fmt: skip
 _WITHOUT_COUNTERPART = {
     *_OFF,
+    *_ANOTHER_RULE,
     "maximize", "foreach", "fused", "capturable", "differentiable", "amsgrad", "dampening",
-    "beta2", "beta3", "muon_beta2", "beta2_normuon", "normuon", "normuon_variant",
-    "normuon_beta2", "normuon_eps", "cautious", "caution", "cautious_wd",
-    "cautious_weight_decay", "fixed_decay", "centered_wd", "rank_fraction",
+    "beta3", "fixed_decay", "centered_wd", "rank_fraction",
     "ef_decay", "power_iters", "newton_schulz_func", "ns_method", "ns_reset_steps",
     "ns_norm_scale", "accelerated_ns", "cns_a_bound", "low_rank_ortho", "ortho_rank", "mars",
     "mars_gamma", "approx_mars", "palm", "beta2_scale", "heavyball_momentum", "ecc",
@@ -300,7 +330,7 @@ _WITHOUT_COUNTERPART = {
     "qk_clip_threshold", "qk_clip_alpha", "nesterov_coef", "momentum_type",
     "orthogonal_gradient", "spectral_blend", "spectral_normalization", "kappa_p", "use_atan2",
     "nnmf_factor", "factored_2nd", "vector_reshape", "weight_norm", "moment2_method",
-    "hyperball_radius", "hyperball_eps", "percentile_clipping", "max_unorm", "update_proj_gap",
+    "percentile_clipping", "max_unorm", "update_proj_gap",
     "proj_type",
 }  # fmt: skip
 # Typing errors in names of the table have 0.8 and more; tags such as "dtype", "steps_done" and
@@ -371,7 +401,7 @@ def check_keys(table: Sequence[Option], group: Mapping[Any, Any]) -> None:
     for key, value in group.items():
         if key in own or key in _FRAMEWORK_KEYS or _asks_for_nothing(table, key, value):
             continue
-        problem = _problem(table, str(key))
+        problem = why_refused(table, str(key))
         if problem:
             raise ValueError(
                 f"{key}: expected an option of {kind} groups, got {value!r}; {problem}"
@@ -390,14 +420,18 @@ def _asks_for_nothing(table: Sequence[Option], key: Any, value: Any) -> bool:
     return value is None or (plain and value == _OFF.get(key, False))
 
 
-def _problem(table: Sequence[Option], key: str) -> str:
+def why_refused(table: Sequence[Option], key: str) -> str:
     """Why a key that is not an option of a group is refused; empty if it is a tag."""
     if key in _KIND_KEYS:
-        return "MuonWithAuxAdam has groups of both kinds, told apart by 'use_muon'"
+        translated = f"; from_groups({_KIND_KEYS[key]!r}, groups) translates them"
+        both = "MuonWithAuxAdam has groups of both kinds, told apart by 'use_muon'"
+        return both + (translated if _KIND_KEYS[key] else "")
     found = _find(table, key)
     if found is not None:
         where = "of a group" if found.in_group else "of the whole optimizer"
         return f"it is the option '{found.name}' {where} here"
+    if key in _ANOTHER_RULE and table is OPTIONS:
+        return f"here it is another update rule: {_ANOTHER_RULE[key]}"
     if key in _WITHOUT_COUNTERPART:
         return "lowbit_muon has no such option"
     found = _find(AUX_OPTIONS if table is OPTIONS else OPTIONS, key)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowbit_muon
 from lowbit_muon import RULES, AutoFormat, Muon, MuonWithAuxAdam, StateFormat
 from lowbit_muon.checkpoint.dicts import convert_state_dict
 from lowbit_muon.step import options as module
@@ -135,16 +136,26 @@ REFUSED: list[tuple[bool, str, Any, str]] = [
     (False, "decoupled_weight_decay", False, "has no such option"),
     # of microsoft/dion
     (True, "mu", 0.9, "it is the option 'momentum' of a group"),
-    (True, "algorithm", "adamw", "told apart by 'use_muon'"),
+    (True, "algorithm", "adamw", "'use_muon'; from_groups('dion', groups) translates them"),
     (True, "num_heads", 12, "it is the option 'row_splits'"),
     (True, "split_sizes", (1, 2), "it is the option 'row_splits'"),
     (True, "adjust_lr", "rms_norm", "it is the option 'adjust_lr_fn'"),
     (True, "epsilon", 1e-8, "it is the option 'eps'"),
     (True, "distributed_mesh", None, "'process_group' of the whole optimizer"),
-    (True, "cautious_wd", True, "has no such option"),
+    (True, "cautious_wd", True, "here it is another update rule: a rule with weight_decay=Cau"),
+    (False, "cautious_wd", True, "has no such option"),
+    (True, "muon_beta2", 0.95, "rule='normuon' (NorMuon(..., beta2=...))"),
+    (True, "rank_fraction", 0.5, "has no such option"),
     # of NorMuon and nanochat
-    (True, "beta2", 0.95, "has no such option"),
-    (True, "kind", "adamw", "told apart by 'use_muon'"),
+    (True, "beta2", 0.95, "here it is another update rule: rule='normuon' (NorMuon(..., beta2="),
+    (False, "beta2", 0.95, "it is the option 'betas'"),
+    (True, "kind", "adamw", "'use_muon'; from_groups('nanochat', groups) translates them"),
+    # of NAMO, PolarGrad, Scion and MuonH
+    (True, "mu2", 0.99, "rule='namo' (NAMO(..., mu2=...))"),
+    (True, "col_state_clamp_c", 0.75, "rule='namo_d' (NAMOD(..., col_state_clamp_c=...))"),
+    (True, "polar_first", True, "PolarGrad(..., polar_first=True)"),
+    (True, "unconstrained", True, "rule='scion' (Scion(..., unconstrained=...))"),
+    (True, "hyperball_eps", 1e-10, "rule='muonh' (MuonH(...))"),
     # of Moonlight and KellerJordan's older Muon
     (True, "wd", 0.1, "it is the option 'weight_decay'"),
     (True, "adamw_betas", (0.9, 0.95), "'betas' is an option of groups with use_muon=False"),
@@ -155,7 +166,8 @@ REFUSED: list[tuple[bool, str, Any, str]] = [
     (True, "extra_scale_factor", 0.2, "has no such option"),
     # of heavyball and pytorch-optimizer
     (True, "storage_dtype", "bfloat16", "it is the option 'state_format'"),
-    (True, "caution", True, "has no such option"),
+    (True, "caution", True, "rule='cautious_muon'"),
+    (False, "caution", True, "has no such option"),
     (True, "ns_coeffs", (1, 2, 3), "it is the option 'ns_coefficients'"),
     (False, "adamw_eps", 1e-8, "it is the option 'eps'"),
     # of the other kind of group
@@ -183,6 +195,16 @@ def test_keys_that_ask_for_another_update_are_refused_and_nothing_is_added(
             optimizer.add_param_group(group)
         assert optimizer.state_dict()["param_groups"] == before
         assert group == given
+
+
+@pytest.mark.parametrize(("key", "answer"), module._ANOTHER_RULE.items())
+def test_the_rules_and_classes_that_a_message_names_exist(key: str, answer: str) -> None:
+    for rule in re.findall(r"rule='(\w+)'", answer):
+        assert rule in RULES
+    for cls, argument in re.findall(r"(\w+)\(\.\.\., (\w+)=", answer):
+        if cls != "replace":
+            assert argument in inspect.signature(getattr(lowbit_muon, cls)).parameters
+    assert not any(key == option.name or key in option.elsewhere.split() for option in OPTIONS)
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.elsewhere], ids=lambda o: o.name)
