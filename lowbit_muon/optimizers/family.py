@@ -50,14 +50,6 @@ if TYPE_CHECKING:
 
 Options = dict[str, Any]
 
-# microsoft/dion, zeropower_via_newtonschulz5: its Newton-Schulz without Polar Express.
-DION_COEFFICIENTS = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
 _NAMES = {option.name for option in OPTIONS}
 _BY_KEYWORD = MuonOptions.__annotations__.keys() - {"rule"}
 
@@ -299,7 +291,7 @@ class MuonH(_Published):
             "rule": replace(RULES["muonh"], scaling=tuple(moment)),
             "momentum": mu,
             "eps": epsilon,
-            "ns_coefficients": "polar_express" if use_polar_express else DION_COEFFICIENTS,
+            "ns_coefficients": "polar_express" if use_polar_express else "quintic",
         }
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from lowbit_muon.backends.tensors import error_context
-from lowbit_muon.optimizers.family import DION_COEFFICIENTS
 from lowbit_muon.step.options import (
     AUX_OPTIONS,
     DEFAULT_COEFFICIENTS,
@@ -305,7 +304,7 @@ def _dion(values: Group, rule: UpdateRule = RULES["dion_muon"]) -> Group:
         "weight_decay": values["weight_decay"],
         "nesterov": values["nesterov"],
         "eps": values["epsilon"],
-        "ns_coefficients": "polar_express" if polar else DION_COEFFICIENTS,
+        "ns_coefficients": "polar_express" if polar else "quintic",
         "ns_steps": 5,
         "adjust_lr_fn": _ADJUST[adjust],
         "batch_experts": not values["flatten"] and _stacked(values, _MANY),

@@ -30,7 +30,6 @@ from lowbit_muon import (
     Scion,
     UpdateRule,
 )
-from lowbit_muon.optimizers.family import DION_COEFFICIENTS
 from lowbit_muon.step.options import MuonOptions, PolarOptions, StateOptions
 from lowbit_muon.step.rules.direction import ExactPolar, Polar, Rows, Signs
 from lowbit_muon.step.rules.momentum import TwoDecays
@@ -211,7 +210,7 @@ MEANINGS: list[tuple[type, dict[str, Any], UpdateRule, dict[str, Any]]] = [
          "epsilon": 1e-3, "use_polar_express": False},
         rule("muonh", scaling=(VectorMoment("long", 0.5),)),
         {"lr": 0.01, **NO_DECAY, "momentum": 0.8, "eps": 1e-3,
-         "ns_coefficients": DION_COEFFICIENTS},
+         "ns_coefficients": "quintic"},
     ),
     (MuonH, {"normalization": "neuron"}, rule("muonh", scaling=(VectorMoment("row", 0.95),)),
      {"lr": 0.01, **NO_DECAY, "nesterov": False, "eps": 1e-8, "ns_coefficients": "polar_express"}),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_muon import RULES, Muon, MuonWithAuxAdam, from_groups
-from lowbit_muon.optimizers.family import DION_COEFFICIENTS
 from lowbit_muon.step.rules.momentum import TwoDecays
 from lowbit_muon.step.rules.scaling import FixedNorm, VectorMoment
 from lowbit_muon.step.rules.weight_decay import Cautious
@@ -123,7 +122,7 @@ MEANINGS: list[tuple[str, list[Group], list[Group], Group]] = [
     ("dion", dion(adjust_lr="rms_norm"), dion_ours(adjust_lr_fn="match_rms_adamw"), {}),
     ("dion", dion(adjust_lr=None), dion_ours(adjust_lr_fn="none"), {}),
     ("dion", dion(cautious_wd=True), dion_ours(rule=CAUTIOUS), {}),
-    ("dion", dion(), dion_ours(ns_coefficients=DION_COEFFICIENTS), {"use_polar_express": False}),
+    ("dion", dion(), dion_ours(ns_coefficients="quintic"), {"use_polar_express": False}),
     ("dion", dion(num_heads=4),
      [{**DION, "params": [0], "row_splits": (3,) * 4},
       {**DION, "params": [1], "row_splits": (2,) * 4}, DION_ADAMW], {}),
