@@ -1,13 +1,14 @@
-"""The tables of measurements in README.md and bench/results/README.md, from bench/results/*.json.
+"""The tables of measurements in README.md, bench/results/README.md and two guides.
 
-    python -m bench.report          writes them between the markers of both files
+    python -m bench.report          writes them between the markers, from bench/results/*.json
 
-A marker is <!-- report: NAME -->, up to <!-- /report -->; a test holds both files to the results.
+A marker is <!-- report: NAME -->, up to <!-- /report -->; a test holds the files to the results.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +19,12 @@ from bench.fidelity import FIGURES, pareto_front
 from bench.gpu.roofline import markdown as paper
 from bench.predictors import agreement
 from bench.scaling.report import is_exact
-from bench.step import FULL
+from bench.step import FULL, RULE_FORMATS
 from bench.training.methods import BASELINE, METHODS, SHIFTS, shifted
 from bench.training.report import Row, bits_of, cells, label
 from bench.training.report import rows as training_rows
 from bench.versions import TESTS
-from lowbit_muon import PRESETS
+from lowbit_muon import PRESETS, RULES, UpdateRule
 from lowbit_muon.tools.benchmark.report import significant
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ FILES = (
     ROOT / "README.md",
     RESULTS / "README.md",
     ROOT / "lowbit_muon" / "guides" / "fit_a_finetune.md",
+    ROOT / "lowbit_muon" / "guides" / "which_rule.md",
 )
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices
@@ -175,6 +177,59 @@ def step_notes() -> list[str]:
     rows = [row for row in results("step")["rows"] if row["median"] is None]
     lines = [f"- {row['name']}: {row['status']}: {row['detail']}\n" for row in rows]
     return ["\nNot timed:\n\n", *lines] if lines else []
+
+
+def rules() -> str:
+    """Every update rule: what it changes, what it keeps, and its time relative to Muon's."""
+    times = {(row["name"].removeprefix("step, "), row["format"]): row["median"]
+             for row in results("step_rules")["rows"]}  # fmt: skip
+
+    def against_muon(name: str, state_format: str) -> str:
+        seconds = times.get((name, state_format))
+        return "" if seconds is None else f"{seconds / times['muon', state_format]:.2f}"
+
+    rows = [
+        [
+            f"`{name}`",
+            ", ".join(stage_names(rule)),
+            kept_bytes(rule),
+            *(against_muon(name, each) for each in RULE_FORMATS),
+        ]
+        for name, rule in RULES.items()
+    ]
+    headings = ("", "stages", "state", *(f"time, `{name}`" for name in RULE_FORMATS))
+    return table(headings, rows)
+
+
+def stage_names(rule: UpdateRule) -> list[str]:
+    """The stages in which a rule differs from Muon, then its options."""
+    values = rule.to_dict()
+    stages = [values[field] for field in values if field not in ("name", "options")]
+    kinds = [each for stage in stages for each in (stage if isinstance(stage, list) else [stage])]
+    return [f"`{stage['kind']}`" for stage in kinds] + [
+        f"{name} {value}" for name, value in values.get("options", {}).items()
+    ]
+
+
+def kept_bytes(rule: UpdateRule) -> str:
+    """What a rule keeps beside a momentum: bytes a row, a column, an element or a matrix."""
+
+    def found(rows: int, columns: int) -> int:
+        kept = rule.state((rows, columns)).values()
+        return sum(math.prod(each.shape) * each.dtype.itemsize for each in kept)
+
+    tall, wide = found(1009, 7), found(7, 1009)
+    if not tall:
+        return ""
+    for size_tall, size_wide, unit in (
+        (1009 * 7, 1009 * 7, "an element"),
+        (1009, 1009, "a row or column, whichever are more"),
+        (1009, 7, "a row"),
+        (7, 1009, "a column"),
+    ):
+        if tall >= size_tall and wide >= size_wide:
+            return f"{tall / size_tall:.3g} {unit}"
+    return f"{tall} a matrix"
 
 
 def kernel_rows(name: str) -> list[dict[str, Any]]:
@@ -480,6 +535,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "predictors": predictors,
     "predictor_values": predictor_values,
     "step": step,
+    "rules": rules,
     "training": training,
     "training_shifts": training_shifts,
     "memory_limits": memory_limits,

@@ -1,7 +1,8 @@
-"""Three guides, of five minutes each.
+"""Four guides, of five minutes each.
 
 - [Replace your Muon in five minutes](replace_your_muon.md)
 - [Fit a fine-tune in the memory you have](fit_a_finetune.md)
+- [Which rule?](which_rule.md)
 - [Questions and answers](faq.md)
 
 <a id="replace_your_muon"></a>
@@ -11,6 +12,10 @@
 <a id="fit_a_finetune"></a>
 
 .. include:: fit_a_finetune.md
+
+<a id="which_rule"></a>
+
+.. include:: which_rule.md
 
 <a id="faq"></a>
 
