@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.gpu.roofline import Ledger, on_paper
-from lowbit_muon import PRESETS, AutoFormat, Muon
+from lowbit_muon import PRESETS, RULES, AutoFormat, Muon
 
 __all__ = ["on_device"]  # a fixture
 
@@ -23,7 +23,7 @@ class NoWaiting(TorchDispatchMode):
 
     WAITS = (
         "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique",
-        "bincount", "repeat_interleave.Tensor", "_linalg_check_errors", "_linalg_eigh",
+        "bincount", "repeat_interleave.Tensor", "_linalg_check_errors", "_linalg_eigh", "_linalg_svd",
     )  # fmt: skip
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,6 +54,28 @@ def test_a_step_never_waits_for_the_device(
         optimizer._step_parameters(optimizer.param_groups[0], range(len(params)))
 
 
+# Decompositions whose host waits, as their docstrings say.
+DECOMPOSING = {"exact_polar", "soft_clip", "low_rank_polar", "polar_factor"}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_never_wait_for_the_device(name: str, on_device: Callable[[], None]) -> None:
+    """Unless a stage of theirs says so, which is then seen here."""
+    on_device()
+    params = parameters(torch.bfloat16)
+    optimizer = Muon(params, torch.tensor(0.01), rule=name, stochastic_rounding=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    give_gradients(params, 1)
+    waits = {stage.kind for stage in RULES[name].stages()} & DECOMPOSING
+    with NoWaiting(), torch.no_grad():
+        if waits:
+            with pytest.raises(AssertionError, match="wait"):
+                optimizer._step_parameters(optimizer.param_groups[0], range(len(params)))
+        else:
+            optimizer._step_parameters(optimizer.param_groups[0], range(len(params)))
+
+
 def test_an_automatic_format_waits_only_where_it_is_due(on_device: Callable[[], None]) -> None:
     on_device()
     params = parameters()
@@ -76,9 +98,14 @@ def test_the_watch_sees_waiting() -> None:
             wait()
 
 
-@pytest.mark.parametrize("ns_input", ["exact", "stored"])
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_step_copies_nothing_to_the_device(name: str, ns_input: str) -> None:
+COPYING = [
+    *({"state_format": name, "ns_input": each} for name in PRESETS for each in ("exact", "stored")),
+    *({"rule": name} for name in RULES),
+]
+
+
+@pytest.mark.parametrize("options", COPYING, ids=lambda each: " ".join(each.values()))
+def test_a_step_copies_nothing_to_the_device(options: dict[str, Any]) -> None:
     """On tensors without data: constants from the host would be a mix of devices or a copy."""
 
     class OneDevice(TorchDispatchMode):
@@ -92,9 +119,7 @@ def test_a_step_copies_nothing_to_the_device(name: str, ns_input: str) -> None:
 
     ledger = Ledger()
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
-    optimizer = Muon(
-        params, torch.empty((), device="cpu").fill_(0.01), state_format=name, ns_input=ns_input
-    )
+    optimizer = Muon(params, torch.empty((), device="cpu").fill_(0.01), **options)
     for param in params:
         param.grad = torch.empty_like(param)
     with on_paper(ledger), torch.no_grad():
