@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
-from lowbit_muon import PRESETS, MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
+from lowbit_muon import PRESETS, RULES, MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
 from lowbit_muon.step.options import AuxAdam
 from lowbit_muon.tools.finetune.settings import ADAMW_METHODS
 
@@ -28,6 +29,7 @@ class Method:
     tuned_as: the method whose best learning rate it takes, itself for one with an update rule of
     its own. A format is a replacement only if it works at the rate that suits fp32.
     baseline: the method that keeps a full momentum under the same update rule.
+    rule: of the matrices; "" for Muon with updates of AdamW's size.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Method:
     nesterov: bool = True
     tuned_as: str = BASELINE
     baseline: str = BASELINE
+    rule: str = ""
 
 
 def _formats(*names: str) -> list[Method]:
@@ -47,7 +50,27 @@ def shifted(name: str, shift: float) -> Method:
     return Method(new, dataclasses.replace(PRESETS[name], name=new, spectral_shift=shift))
 
 
-# Trained where they are asked for.
+# Update rules with three learning rates to choose from, about those published, or those that make
+# updates of the same size: trained where they are asked for.
+_USUAL, _MATCHED, _SIGNS = (1e-2, 2e-2, 4e-2), (2.5e-3, 5e-3, 1e-2), (2.5e-4, 5e-4, 1e-3)
+RULE_RATES = {
+    **dict.fromkeys(("muon", "normuon", "normuon_speedrun", "nanochat", "cautious_decay"), _USUAL),
+    **dict.fromkeys(("cautious_muon", "muon_plus", "turbo_muon", "dion_muon", "rmnp"), _USUAL),
+    **dict.fromkeys(("moonlight", "muoneq", "adamuon", "namo", "namo_d"), _MATCHED),
+    **dict.fromkeys(("lion", "signum"), _SIGNS),
+    "muonh": (5e-3, 1e-2, 2e-2),
+    "scion": (2e-4, 4e-4, 8e-4),
+}
+
+
+def _of_rules() -> Iterator[Method]:
+    """Each rule with its momentum in float32, under its own name, and in `spectral4`."""
+    for rule in RULE_RATES:
+        yield Method(rule, BASELINE, tuned_as=rule, baseline=rule, rule=rule)
+        yield Method(f"{rule}, spectral4", "spectral4", tuned_as=rule, baseline=rule, rule=rule)
+
+
+# Trained where they are asked for, too.
 SHIFTS = {
     "spectral4": (0.01, 0.03, 0.06, 0.1, 0.2, 0.3),
     "spectral3": (0.01, 0.03, 0.06, 0.1, 0.2),
@@ -73,13 +96,17 @@ METHODS = {
         ),
         *(Method(n, None, tuned_as=ADAMW_METHODS[0]) for n in ADAMW_METHODS),
         *(shifted(name, shift) for name, shifts in SHIFTS.items() for shift in shifts),
+        *_of_rules(),
     )
 }
-DEFAULT_METHODS = tuple(name for name in METHODS if ", c = " not in name)
+DEFAULT_METHODS = tuple(
+    name for name, method in METHODS.items() if ", c = " not in name and not method.rule
+)
 GRIDS = {
     BASELINE: (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
     "muonq4": (5e-3, 1e-2, 2e-2, 4e-2),
     "adamw": (3.125e-4, 6.25e-4, 1.25e-3, 2.5e-3, 5e-3),
+    **RULE_RATES,
 }
 
 
@@ -87,20 +114,28 @@ def make_optimizer(model: nn.Module, method: Method, lr: float, seed: int) -> Mu
     """The optimizer over all parameters; lr is that of the matrices.
 
     Muon's updates are scaled to AdamW's size (0.2 sqrt(max(m, n)), Moonlight, arXiv 2502.16982,
-    equation 4). Only the matrices' state differs between the Muon methods.
+    equation 4). Only the matrices' state differs between the Muon methods. Other rules have their
+    own scale.
     """
+    own: dict[str, Any] = {}
+    if not method.rule:
+        own = {"nesterov": method.nesterov, "adjust_lr_fn": "match_rms_adamw"}
+    if "weight_decay" not in dict(RULES[method.rule or "muon"].options):
+        own["weight_decay"] = WEIGHT_DECAY
     groups = muon_param_groups(
         model,
         lr=lr,
-        nesterov=method.nesterov,
-        weight_decay=WEIGHT_DECAY,
-        adjust_lr_fn="match_rms_adamw",
         aux_lr=AUX_LR,
         aux_betas=ADAM_BETAS,
+        **own,
     )
     if method.state_format is not None:
         return MuonWithAuxAdam(
-            groups, state_format=method.state_format, aux_adam="adamw", seed=seed
+            groups,
+            rule=method.rule or "muon",
+            state_format=method.state_format,
+            aux_adam="adamw",
+            seed=seed,
         )
     return MuonWithAuxAdam(
         [_adamw_group(group, lr) for group in groups], aux_adam=cast(AuxAdam, method.name)

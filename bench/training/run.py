@@ -71,9 +71,10 @@ def factor(step: int, steps: int) -> float:
 
 
 def set_learning_rates(optimizer: MuonWithAuxAdam, lr: float, factor: float) -> None:
-    """Those of the matrices, which are the groups with weight decay, and of the rest."""
+    """Those of the matrices, which AdamW decays where it takes them, and of the rest."""
     for group in optimizer.param_groups:
-        group["lr"] = factor * (lr if group["weight_decay"] else AUX_LR)
+        of_matrices = group["use_muon"] or group["weight_decay"]
+        group["lr"] = factor * (lr if of_matrices else AUX_LR)
 
 
 @torch.no_grad()

@@ -68,7 +68,13 @@ def test_every_method_trains_every_model(model: str, method: str) -> None:
         made.loss(torch.randint(256, (2, 17))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = [not torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True)]
+    keeps_norms = METHODS[method].rule == "muonh"
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(before, made.parameters(), strict=True)
+        # Matrices that start as zeros stay so under a rule that keeps their norms.
+        if a.any() or not keeps_norms
+    ]
     # Position embeddings of unused positions stay, all others have entries that move.
     assert all(moved)
 

@@ -23,7 +23,8 @@ class NoWaiting(TorchDispatchMode):
 
     WAITS = (
         "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique",
-        "bincount", "repeat_interleave.Tensor", "_linalg_check_errors", "_linalg_eigh", "_linalg_svd",
+        "bincount", "repeat_interleave.Tensor", "_linalg_check_errors", "_linalg_eigh",
+        "_linalg_svd",
     )  # fmt: skip
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

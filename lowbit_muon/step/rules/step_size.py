@@ -57,7 +57,7 @@ class Bounded(StepSize):
 
 @dataclass(frozen=True)
 class RelativeToWeights(StepSize):
-    """lr * ||W|| / ||O|| (MuonH: microsoft/ArchScale, arXiv 2603.28743)."""
+    """lr * ||W|| / ||O|| (MuonH: microsoft/ArchScale, arXiv 2603.28743); zeros stay zeros."""
 
     kind: ClassVar[str] = "relative"
     needs_weights: ClassVar[bool] = True
