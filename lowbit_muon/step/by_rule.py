@@ -26,19 +26,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a gradient's transform made: gradients [b, m, n] for the momentum, factors [b, 1, 1] of
+    the learning rate or None, and what the stage keeps then, by name."""
+
+    grads: Tensor
+    rate: Tensor | None
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Given:
     """What is to be made a direction.
 
     x: [b, m, n], used up by whoever takes it; size: Frobenius norms of the momentum that it is a
     multiple of; norm: its own; inverse: 1 / max(norm, eps), 0 where nothing is to move. All
-    float64 [b]. rate: of the learning rate, by the gradient's transform, [b, 1, 1] or None.
+    float64 [b]. taken: in the place of gradients, if they have a transform.
     """
 
     x: Operand
     size: Tensor
     norm: Tensor
     inverse: Tensor
-    rate: Tensor | None
+    taken: Taken | None
 
 
 class Rows(Protocol):
@@ -50,6 +60,16 @@ class Rows(Protocol):
 
 # Newton-Schulz of (x, norm, inverse, options).
 PolarMap = Callable[[Operand, Tensor, Tensor, "StepOptions"], Rows]
+
+
+def transformed(grads: Tensor, batch: Batch, stored: StoredBatch, options: StepOptions) -> Taken:
+    """What the rule's transform makes of gradients, finite [b, m, n]; nothing is stored yet."""
+    stage, (rows, columns) = options.rule.gradient, batch.weights[0].shape
+    assert stage is not None
+    state = {name: stored[RULE_PREFIX + name] for name in stage.state((rows, columns))}
+    parameters = _as_parameters(grads, rows, columns)
+    new, rate = stage.apply(parameters, state, options.momentum)
+    return Taken(_as_parameters(new, rows, columns), rate, state)
 
 
 def step_by_rule(
@@ -103,7 +123,7 @@ def _matrices(
         steps = torch.stack([torch.as_tensor(count) for count in counts]).float()
     else:
         steps = torch.tensor([float(count) for count in counts])
-    names = options.rule.state((rows, columns))
+    names, taken = options.rule.state((rows, columns)), given.taken
     return Matrices(
         (rows, columns),
         _as_parameters(grads, rows, columns),
@@ -112,8 +132,8 @@ def _matrices(
         lr,
         options.weight_decay,
         options.momentum,
-        {name: stored[RULE_PREFIX + name] for name in names},
-        rate=given.rate,
+        {name: stored[RULE_PREFIX + name] for name in names} | (taken.state if taken else {}),
+        rate=taken.rate if taken else None,
     )
 
 

@@ -627,6 +627,45 @@ class CautiousMuon(Oracle):
         return self.polar(u * mask / mask.mean().clamp_min(1e-3))
 
 
+@dataclass(kw_only=True, eq=False)
+class Muon2(Oracle):
+    """Muon^2 (arXiv 2604.09967, modded-nanogpt's track 3): V <- beta2 V + (1 - beta2) G^2 by
+    elements, polar(u / (sqrt(V) + eps))."""
+
+    beta2: float = 0.95
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.v = torch.zeros_like(self.weight)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        u = self.accumulate(grad)
+        self.v = self.beta2 * self.v + (1 - self.beta2) * grad.square()
+        return self.polar(u / (self.v.sqrt() + self.eps))
+
+
+@dataclass(kw_only=True, eq=False)
+class MarsM(Oracle):
+    """MARS-M (AGI-Arena/MARS, mars_m.py): C = G + gamma mu / (1 - mu) (G - G_before) with G_before
+    zero at first, C / max(1, ||C||) into M, no Nesterov, s = 0.2 sqrt(max)."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    nesterov: bool = False
+    scale: str = "match_rms_adamw"
+    gamma: float = 0.025
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.before = torch.zeros_like(self.weight)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        c = grad + self.gamma * self.momentum / (1 - self.momentum) * (grad - self.before)
+        self.before = grad
+        return super().direction(c / max(1.0, float(c.norm())))
+
+
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
     "moonlight": Moonlight,
@@ -656,4 +695,6 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "pion": Pion,
     "spectra": Spectra,
     "cautious_muon": CautiousMuon,
+    "muon2": Muon2,
+    "mars_m": MarsM,
 }

@@ -51,7 +51,10 @@ SCALE_FREE = [
     "muonh",
     "pion",
     "cautious_muon",
+    "muon2",
 ]
+# Not so, but here: by its shape or norm, and above a norm of one (as gradients here are).
+SCALE_FREE_HERE = ["auon_hybrid", "mars_m"]
 # Q W R with Q G R moves like W with G.
 ROTATION_FREE = [
     "muon",
@@ -67,6 +70,7 @@ ROTATION_FREE = [
     "muonh",
     "pion",
     "spectra",
+    "mars_m",
 ]
 # EMA and sum are one rule; Lion has its own momentum, NAMO compares u with the gradients.
 EMA_IS_SUM = [name for name in SCALE_FREE if not name.startswith("namo") and name != "lion"]
@@ -231,7 +235,8 @@ def test_not_scale_free(name: str) -> None:
     weight, grads = draw(6, 4), gradients((6, 4))
     moved = run(make(name, weight), grads) - weight
     again = run(make(name, weight), [7 * grad for grad in grads]) - weight
-    assert (float((moved - again).norm()) < 1e-6 * float(moved.norm())) == (name == "auon_hybrid")
+    same = float((moved - again).norm()) < 1e-6 * float(moved.norm())
+    assert same == (name in SCALE_FREE_HERE)
 
 
 @pytest.mark.parametrize("name", ["polargrad", "polargrad_polar_first", "auon"])
@@ -495,6 +500,27 @@ def test_adamuon_by_hand() -> None:
     # The first step is all signs: O / sqrt((1 - beta) O^2).
     first = move("adamuon", weight, grads[:1], lr=0.1)
     close(first, 0.1 * 0.2 * o[0].sign(), 1e-6)
+
+
+def test_muon2_by_hand() -> None:
+    weight, grads = draw(5, 8), gradients((5, 8), 2)
+    # The first step is all signs: G / sqrt((1 - beta2) G^2).
+    close(move("muon2", weight, grads[:1], lr=0.1), 0.1 * exact_polar(grads[0].sign()), 1e-6)
+    v = 0.6 * 0.4 * grads[0].square() + 0.4 * grads[1].square()
+    expected = 0.1 * exact_polar(grads[1] / v.sqrt())
+    close(move("muon2", weight, grads, lr=0.1, momentum=0.0, beta2=0.6), expected, 1e-6)
+
+
+def test_mars_m_by_hand() -> None:
+    weight, grads = draw(5, 8), [0.01 * grad for grad in gradients((5, 8), 2)]
+    c = [(1 + 0.025 * 19) * grads[0], grads[1] + 0.025 * 19 * (grads[1] - grads[0])]
+    assert max(float(each.norm()) for each in c) < 1
+    expected = 0.1 * 0.2 * math.sqrt(8) * exact_polar(0.95 * c[0] + c[1])
+    close(move("mars_m", weight, grads, lr=0.1), expected, 1e-9)
+    # a hundred times those are divided by their norms, but not what is remembered
+    c = [each / each.norm() for each in c]
+    expected = 0.1 * 0.2 * math.sqrt(8) * exact_polar(0.95 * c[0] + c[1])
+    close(move("mars_m", weight, [100 * grad for grad in grads], lr=0.1), expected, 1e-9)
 
 
 def test_namo_of_a_constant_gradient() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import ORACLES, exact_polar
 from torch import Tensor, nn
+from wide import wide
 
 from lowbit_muon import RULES, Muon, UpdateRule
 from lowbit_muon.linalg.coefficients import resolve_coefficients
@@ -89,7 +90,7 @@ def test_a_recipe_does_what_its_equations_say(name: str, shape: tuple[int, int])
     grads = gradients(shape)
     oracle, told = ORACLE_OF.get(name, (name, {}))
     decay = {} if name in FIXED_DECAY else {"weight_decay": WEIGHT_DECAY}
-    found = ours(with_exact_polar(RULES[name]), weight, grads, **decay)
+    found = ours(with_exact_polar(wide(RULES[name])), weight, grads, **decay)
     assert_close(found, theirs(oracle, weight, grads, **decay, **told))
 
 

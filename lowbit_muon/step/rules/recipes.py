@@ -15,9 +15,9 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
-from lowbit_muon.step.rules.gradient import PolarFactor
+from lowbit_muon.step.rules.gradient import PolarFactor, VarianceReduction
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
-from lowbit_muon.step.rules.precondition import Agreeing, Equilibrate, Sign
+from lowbit_muon.step.rules.precondition import Agreeing, Equilibrate, SecondMoment, Sign
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.scaling import (
     Brake,
@@ -82,6 +82,8 @@ RULES: dict[str, UpdateRule] = {
             scaling=(ElementMoment(), FixedNorm("rms")),
             options=(_UNSCALED,),
         ),
+        # modded-nanogpt, records/track_3_optimization (arXiv 2604.09967)
+        UpdateRule("muon2", precondition=(SecondMoment(),)),
         # minxin-zhg/namo (arXiv 2602.17080)
         UpdateRule(
             "namo",
@@ -104,6 +106,8 @@ RULES: dict[str, UpdateRule] = {
             step_size=Bounded(lowest=5e-4),
             options=(_PLAIN, _UNSCALED),
         ),
+        # AGI-Arena/MARS, MARS_M/optimizers/mars_m.py
+        UpdateRule("mars_m", gradient=VarianceReduction(), options=(_PLAIN, _RMS)),
         # timlautk/polargrad (arXiv 2505.21799), momentum first
         UpdateRule(
             "polargrad",

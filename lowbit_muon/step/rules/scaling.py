@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.state.stored import Kept, RuleState
+from lowbit_muon.step.rules.moments import averaged, moment_state
 from lowbit_muon.step.rules.stage import (
     AXES,
     TINY,
     Matrices,
     Stage,
+    check_bits,
     dimension,
     expect,
     norm,
@@ -71,24 +73,26 @@ class VectorMoment(Scaling):
 class ElementMoment(Scaling):
     """V <- beta V + (1 - beta) O^2, O <- O / (sqrt(V) + eps): AdaMuon (arXiv 2507.11005).
 
-    V is kept in float32, 32 bits an element.
+    bits: of each element of V: 8 for logarithmic codes (`step.rules.moments`), or 32.
     """
 
     kind: ClassVar[str] = "element_moment"
     beta: float = 0.95
     eps: float = 1e-8
+    bits: int = 8
 
     def check(self) -> None:
         """See `Stage.check`."""
         expect(self.beta < 1, "element_moment: beta", "a number in [0, 1)", self.beta)
+        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        return {"element_moment": Kept(shape)}
+        return moment_state("element_moment", shape, self.bits)
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
-        v = matrices.averaged("element_moment", update.square(), self.beta)
+        v = averaged(matrices, "element_moment", update.square(), self.beta, self.bits)
         return update.div_(v.sqrt().add_(self.eps))
 
 

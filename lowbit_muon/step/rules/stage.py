@@ -19,6 +19,7 @@ StageT = TypeVar("StageT", bound="Stage")
 # Below the square of anything that a matrix of norm one has, and a float32.
 TINY = 1e-30
 AXES = ("row", "column", "long", "short")
+BITS = (8, 32)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
     """Raise ValueError unless a condition holds."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_bits(kind: str, bits: object) -> None:
+    """Raise ValueError unless a stage can keep a number for each element in so many bits."""
+    expect(type(bits) is int and bits in BITS, f"{kind}: bits", f"one of {BITS}", bits)
 
 
 @dataclass

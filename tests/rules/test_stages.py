@@ -1,0 +1,103 @@
+"""Single stages of update rules, and how they go with stored momenta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowbit_muon import PRESETS, RULES, Muon
+from lowbit_muon.state.stored import RULE_PREFIX
+from lowbit_muon.step.rules.gradient import VarianceReduction
+from lowbit_muon.step.rules.precondition import SecondMoment
+from lowbit_muon.step.rules.scaling import ElementMoment
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(rule: str, state_format: str, grads: list[Tensor]) -> tuple[Muon, nn.Parameter]:
+    param = nn.Parameter(torch.zeros_like(grads[0]))
+    optimizer = Muon([param], rule=rule, state_format=state_format, lr=0.01, weight_decay=0.0)
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+    return optimizer, param
+
+
+@pytest.mark.parametrize("stage", [ElementMoment, SecondMoment, VarianceReduction])
+@pytest.mark.parametrize("bits", [4, 16, 8.0, True])
+def test_bits_are_eight_or_thirty_two(stage: Any, bits: object) -> None:
+    with pytest.raises(ValueError, match="bits: expected"):
+        stage(bits=bits)
+
+
+@pytest.mark.parametrize("stage", [ElementMoment(), SecondMoment()])
+def test_a_second_moment_takes_eight_bits_an_element_and_two_vectors(stage: Any) -> None:
+    kept = stage.state((64, 96)).values()
+    sizes = [torch.zeros(each.shape, dtype=each.dtype).nbytes for each in kept]
+    assert sorted(sizes) == [4 * 64, 4 * 96, 64 * 96]
+
+
+def test_a_gradient_before_is_kept_to_half_a_code() -> None:
+    grads = draw(2, 12, 20) * torch.logspace(-3, 3, 12).view(1, 12, 1) / 1e4
+    kept = VarianceReduction().state((12, 20))
+    state = {name: torch.zeros(2, *each.shape, dtype=each.dtype) for name, each in kept.items()}
+    first, rate = VarianceReduction().apply(grads, state, 0.95)
+    assert rate is None
+    torch.testing.assert_close(first, 1.475 * grads)  # of norms below one
+    assert float(torch.linalg.vector_norm(first, dim=(1, 2)).max()) < 1
+    second, _ = VarianceReduction().apply(grads, state, 0.95)
+    bound = 0.475 * grads.abs().amax(dim=2, keepdim=True) / 254 * (1 + 1e-4)
+    assert bool(((second - grads).abs() <= bound).all())
+    assert float((second - grads).abs().max()) > 0
+    large, _ = VarianceReduction().apply(1e9 * grads, state, 0.95)
+    norms = torch.linalg.vector_norm(large, dim=(1, 2))
+    torch.testing.assert_close(norms, torch.ones(2))
+
+
+# Those that keep sizes, with less noise than what is to be seen.
+@pytest.mark.parametrize(
+    "state_format", sorted(set(PRESETS) - {"muonq4", "spectral2", "spectral3"})
+)
+def test_variance_reduction_moves_a_momentum_whose_gradient_is_zero(state_format: str) -> None:
+    """C = -0.475 G_before is no zero, as the gradient is, for which formats only shrink."""
+    grads = [0.01 * draw(24, 40), torch.zeros(24, 40)]
+    optimizer, _ = trained("mars_m", state_format, grads)
+    (found,) = optimizer.export_full_precision()["state"].values()
+    expected = 0.05 * (0.95 * 1.475 - 0.475) * grads[0]
+    exact, _ = trained("mars_m", "fp32", grads)
+    (close,) = exact.export_full_precision()["state"].values()
+    # (of the gradient before, 1 / 254 of each row's largest is a hundredth of the row at most)
+    assert float((close["momentum_buffer"] - expected).norm()) <= 0.01 * float(expected.norm())
+    # shrunk only it would be 0.95 * 1.475 / (0.95 * 1.475 - 0.475) = 1.5 times as large
+    assert float((found["momentum_buffer"] - expected).norm()) <= 0.3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("state_format", PRESETS)
+def test_elements_that_never_had_a_gradient_stay_where_they_are(state_format: str) -> None:
+    """Their momentum is the noise of its format, their second moment zero."""
+    grads = [draw(32, 48, seed=seed) for seed in range(5)]
+    for grad in grads:
+        grad[:, 10:14] = 0
+        grad[5] = 0
+    _, param = trained("muon2", state_format, grads)
+    # (a column of zeros stays one in X, and so in its polar factor, but for roundings)
+    still = param.detach()[:, 10:14].abs().max(), param.detach()[5].abs().max()
+    assert max(map(float, still)) <= 1e-6 * float(param.detach().abs().max())
+
+
+def test_second_moments_are_those_of_gradients() -> None:
+    grads = [draw(8, 12, seed=seed) for seed in range(3)]
+    optimizer, param = trained("muon2", "fp32", grads)
+    state = {
+        name.removeprefix(RULE_PREFIX): value
+        for name, value in optimizer.state[param].items()
+        if name.startswith(RULE_PREFIX)
+    }
+    assert set(state) == set(RULES["muon2"].state((8, 12)))
+    assert state["second_moment"].dtype == torch.uint8
+    assert bool((state["second_moment"] > 0).all())
