@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit_muon.state.operands import Dense, Operand
 from lowbit_muon.state.rounding import Rounding, exact_weight, update_weight
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
+from lowbit_muon.step.rules.constraint import WeightStep
 from lowbit_muon.step.rules.direction import Polar
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
@@ -193,7 +194,8 @@ def _decay(
         rule.weight_decay.add(change, value, lr, weight_decay, scale=scale, rate=rate)
     if rule.constraint is None:
         return decay
-    new = rule.constraint.apply(value * decay - change, value)
+    step = WeightStep(decay, lr * scale)
+    new = rule.constraint.apply(value * decay - change, value, step)
     torch.sub(value, new, out=change)
     return 1.0
 

@@ -666,6 +666,118 @@ class MarsM(Oracle):
         return super().direction(c / max(1.0, float(c.norm())))
 
 
+def power_iteration(x: Tensor, rounds: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, u, v) of the largest singular value, on the short side, from u_i = frac(i phi) - 1/2."""
+    if x.shape[0] > x.shape[1]:
+        s, u, v = power_iteration(x.mT, rounds)
+        return s, v, u
+    golden = (math.sqrt(5) - 1) / 2
+    u = torch.tensor([i * golden % 1 - 0.5 for i in range(1, x.shape[0] + 1)], dtype=x.dtype)
+    for _ in range(rounds):
+        u = x @ (x.mT @ u)
+        u = u / u.norm().clamp_min(1e-30)
+    v = x.mT @ u
+    return v.norm(), u, v / v.norm().clamp_min(1e-30)
+
+
+@dataclass(kw_only=True, eq=False)
+class Lipschitz(Oracle):
+    """Muon with weights of singular values below w_max (arXiv 2507.13338, modula/atom.py).
+
+    The published projections start power iteration at random, and assume weights that are within
+    reach; further ones are divided by their largest singular value first (`within`)."""
+
+    w_max: float = 1.0
+
+    def step(self, grad: Tensor) -> None:
+        super().step(grad)
+        self.weight = self.project(self.weight)
+
+    def project(self, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def within(self, w: Tensor, limit: float) -> Tensor:
+        return w / max(1.0, float(power_iteration(w)[0]) / limit)
+
+
+@dataclass(kw_only=True, eq=False)
+class SpectralBall(Lipschitz):
+    """ "Spectral normalize": W / max(1, s_1 / w_max)."""
+
+    def project(self, w: Tensor) -> Tensor:
+        return self.within(w, self.w_max)
+
+
+@dataclass(kw_only=True, eq=False)
+class SpectralHammer(Lipschitz):
+    """W + (w_max - s_1) u_1 v_1^T."""
+
+    def project(self, w: Tensor) -> Tensor:
+        s, u, v = power_iteration(w)
+        return w + (self.w_max - s) * torch.outer(u, v)
+
+
+def soft_cap_coupling(k: float, w_max: float) -> float:
+    """The smallest root >= 0 of -k^9 a^4 + 3 k^7 a^3 - 3 k^5 a^2 + k - w_max; 0 below w_max."""
+    if k <= w_max:
+        return 0.0
+    monic = torch.tensor([-3 / k**2, 3 / k**4, 0, -(k - w_max) / k**9], dtype=torch.float64)
+    companion = torch.zeros(4, 4, dtype=torch.float64)
+    companion[0] = -monic
+    companion[1:, :-1] = torch.eye(3, dtype=torch.float64)
+    roots = torch.linalg.eigvals(companion)
+    return float(roots.real[(roots.imag.abs() < 1e-6 / k**2) & (roots.real >= 0)].min())
+
+
+@dataclass(kw_only=True, eq=False)
+class SoftCap(Lipschitz):
+    """W (I - a W^T W), then W (I + a W^T W) with a by k = w_max (1 - eta lambda) + 1.145 * 1.05
+    eta s."""
+
+    def project(self, w: Tensor) -> Tensor:
+        k = self.w_max * (1 - self.lr * self.weight_decay) + 1.145 * 1.05 * self.lr * self.factor
+        a = soft_cap_coupling(k, self.w_max)
+        w = spectral(self.within(w, k), lambda s: s - a * s**3)
+        return w + a * w @ w.mT @ w
+
+
+@dataclass(kw_only=True, eq=False)
+class HardCap(Lipschitz):
+    """Four odd polynomials, about min(s, w_max)."""
+
+    def project(self, w: Tensor) -> Tensor:
+        def polynomial(s: Tensor) -> Tensor:
+            for a, b, c in (
+                (0.805032, 0.206361, -0.019763),
+                (0.649867, 0.162935, -0.011150),
+                (1.810259, -0.200265, 0.008251),
+                (1.004384, -0.183490, 0.014413),
+            ):
+                s = a * s + b * s**3 + c * s**5
+            return s
+
+        return self.w_max * spectral(self.within(w / self.w_max, 3.0), polynomial)
+
+
+@dataclass(kw_only=True, eq=False)
+class SpectralDecay(Oracle):
+    """W - eta lambda s_1 u_1 v_1^T - eta s O (arXiv 2507.13338, where it has no eta)."""
+
+    def decayed(self, step: Tensor, rate: Tensor | float) -> Tensor:
+        s, u, v = power_iteration(self.weight)
+        return self.weight - self.lr * self.weight_decay * s * torch.outer(u, v)
+
+
+@dataclass(kw_only=True, eq=False)
+class MuonBall(Oracle):
+    """MuonBall (arXiv 2601.08393): W R / s_1(W) - eta R polar(u), R = sqrt(m/n)."""
+
+    scale: str = "spectral_unclamped"
+
+    def decayed(self, step: Tensor, rate: Tensor | float) -> Tensor:
+        return self.weight * self.factor / power_iteration(self.weight)[0].clamp_min(1e-30)
+
+
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
     "moonlight": Moonlight,
@@ -697,4 +809,10 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "cautious_muon": CautiousMuon,
     "muon2": Muon2,
     "mars_m": MarsM,
+    "soft_cap": SoftCap,
+    "hard_cap": HardCap,
+    "spectral_hammer": SpectralHammer,
+    "spectral_ball": SpectralBall,
+    "spectral_decay": SpectralDecay,
+    "muon_ball": MuonBall,
 }

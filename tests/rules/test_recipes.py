@@ -34,7 +34,7 @@ ORACLE_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "cautious_muon": ("cautious_muon", {"nesterov": False}),
 }
 # Rules whose weight decay is a part of them, and no option.
-FIXED_DECAY = {"scion", "scion_sign", "scion_columns", "muonh"}
+FIXED_DECAY = {"scion", "scion_sign", "scion_columns", "muonh", "muon_ball"}
 
 
 def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:

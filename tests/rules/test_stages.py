@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import power_iteration, soft_cap_coupling
 from torch import Tensor, nn
 
 from lowbit_muon import PRESETS, RULES, Muon
@@ -13,6 +14,16 @@ from lowbit_muon.state.stored import RULE_PREFIX
 from lowbit_muon.step.rules.gradient import VarianceReduction
 from lowbit_muon.step.rules.precondition import SecondMoment
 from lowbit_muon.step.rules.scaling import ElementMoment
+from lowbit_muon.step.rules.spectral import leading, odd_polynomial
+from lowbit_muon.step.rules.spectral_constraint import (
+    HardCap,
+    SoftCap,
+    SpectralBall,
+    SpectralHammer,
+    SpectralSphere,
+    soft_cap_strength,
+)
+from lowbit_muon.step.rules.weight_decay import Spectral
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -101,3 +112,54 @@ def test_second_moments_are_those_of_gradients() -> None:
     assert set(state) == set(RULES["muon2"].state((8, 12)))
     assert state["second_moment"].dtype == torch.uint8
     assert bool((state["second_moment"] > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8), (12, 12), (1, 5), (5, 1)], ids=str)
+def test_power_iteration_is_that_of_the_oracle(shape: tuple[int, int]) -> None:
+    x = draw(*shape)
+    for found, expected in zip(leading(x, 3), power_iteration(x.double(), 3), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert not any(bool(each.isnan().any()) for each in leading(torch.zeros(shape), 3))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)], ids=str)
+def test_an_odd_polynomial_is_one_of_singular_values(shape: tuple[int, int]) -> None:
+    u, s, vh = torch.linalg.svd(draw(*shape).double(), full_matrices=False)
+    found = odd_polynomial(u * s @ vh, (2.0, -0.5, torch.tensor(0.25)))
+    torch.testing.assert_close(found, u * (2 * s - 0.5 * s**3 + 0.25 * s**5) @ vh)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("k", [0.5, 2.0, 2.0001, 2.01, 2.2, 3.0, 20.0, 1000.0])
+def test_the_soft_cap_s_strength_is_the_published_root(k: float, as_tensor: bool) -> None:
+    found = soft_cap_strength(torch.tensor(k) if as_tensor else k, 2.0)
+    # 1 - limit / k has an error of 2^-24, of which a root of a small one takes half its share
+    assert float(found) == pytest.approx(soft_cap_coupling(k, 2.0), rel=2e-3 if k < 2.001 else 1e-4)
+
+
+@pytest.mark.parametrize("stage", [HardCap, SoftCap, SpectralBall, SpectralHammer])
+def test_limits_are_checked(stage: Any) -> None:
+    with pytest.raises(ValueError, match="limit: expected a number > 0"):
+        stage(limit=0.0)
+    with pytest.raises(ValueError, match="rounds: expected a whole number"):
+        stage(rounds=0)
+
+
+def test_radius_and_rounds_are_checked() -> None:
+    with pytest.raises(ValueError, match="radius: expected a number > 0"):
+        SpectralSphere(radius=0.0)
+    with pytest.raises(ValueError, match="rounds: expected a whole number"):
+        Spectral(rounds=0)
+
+
+def test_a_soft_cap_takes_a_learning_rate_on_the_device() -> None:
+    ends = []
+    for lr in (0.05, torch.tensor(0.05)):
+        param = nn.Parameter(draw(8, 12))
+        optimizer = Muon([param], lr=lr, rule="soft_cap")
+        for seed in range(3):
+            param.grad = draw(8, 12, seed=seed)
+            optimizer.step()
+        ends.append(param.detach())
+    torch.testing.assert_close(*ends)
+    assert float(torch.linalg.svdvals(ends[0])[0]) < 1.01

@@ -29,8 +29,15 @@ from lowbit_muon.step.rules.scaling import (
     SignalToNoise,
     VectorMoment,
 )
+from lowbit_muon.step.rules.spectral_constraint import (
+    HardCap,
+    SoftCap,
+    SpectralBall,
+    SpectralHammer,
+    SpectralSphere,
+)
 from lowbit_muon.step.rules.step_size import Bounded, RelativeToWeights, StepSize
-from lowbit_muon.step.rules.weight_decay import ByRate, Cautious
+from lowbit_muon.step.rules.weight_decay import ByRate, Cautious, Spectral
 
 _SUM = SumMomentum()
 _RMS = ("adjust_lr_fn", "match_rms_adamw")
@@ -152,6 +159,18 @@ RULES: dict[str, UpdateRule] = {
             step_size=RelativeToWeights(),
             constraint=FrobeniusSphere(),
             options=(("weight_decay", 0.0),),
+        ),
+        # Arongil/lipschitz-transformers (arXiv 2507.13338): what its weights are brought to
+        UpdateRule("soft_cap", constraint=SoftCap()),
+        UpdateRule("hard_cap", constraint=HardCap()),
+        UpdateRule("spectral_hammer", constraint=SpectralHammer()),
+        UpdateRule("spectral_ball", constraint=SpectralBall()),
+        UpdateRule("spectral_decay", weight_decay=Spectral()),
+        # arXiv 2601.08393, without its multiplier
+        UpdateRule(
+            "muon_ball",
+            constraint=SpectralSphere(),
+            options=(_POLAR_EXPRESS, _SPECTRAL, ("weight_decay", 0.0)),
         ),
         # mlolab/llm-spectral-clipping on momentum (arXiv 2603.14315)
         UpdateRule("spectra", direction=SoftClip(), options=(_PLAIN,)),
