@@ -88,15 +88,15 @@ def step_by_rule(
     """
     rule = options.rule
     matrices = _matrices(batch, given, stored, accepted, options)
-    update = _direction(given, matrices, options, polar)
-    for stage in rule.scaling:
-        update = stage.apply(update, matrices)
-    values: list[Tensor] = []
     if rule.reads_weights:
-        values = [
+        matrices.weights = [
             _value(weight, rounding)
             for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
         ]
+    values = matrices.weights
+    update = _direction(given, matrices, options, polar)
+    for stage in rule.scaling:
+        update = stage.apply(update, matrices)
     change = rule.step_size.apply(update, scale, values, matrices)
     for index, weight in enumerate(batch.weights):
         value = values[index] if values else None

@@ -778,6 +778,32 @@ class MuonBall(Oracle):
         return self.weight * self.factor / power_iteration(self.weight)[0].clamp_min(1e-30)
 
 
+@dataclass(kw_only=True, eq=False)
+class SpectralSphere(MuonBall):
+    """The spectral sphere optimizer (arXiv 2601.08393): polar(u / ||u|| + l T) with T = u_1 v_1^T
+    of W and <T, polar(u / ||u|| + l T)> = 0 by bisection; zero for u = 0. `inner` is the polar
+    factor of the bisection, as exact as the other one unless it is given: of square matrices the
+    exact one jumps where u / ||u|| + l T is singular."""
+
+    inner: Map = exact_polar
+
+    def direction(self, grad: Tensor) -> Tensor:
+        x = self.accumulate(grad)
+        if not x.any():
+            return x
+        x = x / x.norm()
+        _, left, right = power_iteration(self.weight)
+        t = torch.outer(left, right)
+        low, high = -2 * math.sqrt(min(x.shape)), 2 * math.sqrt(min(x.shape))
+        for _ in range(60):
+            middle = (low + high) / 2
+            if float((t * self.inner(x + middle * t)).sum()) < 0:
+                low = middle
+            else:
+                high = middle
+        return self.polar(x + (low + high) / 2 * t)
+
+
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
     "moonlight": Moonlight,
@@ -815,4 +841,5 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "spectral_ball": SpectralBall,
     "spectral_decay": SpectralDecay,
     "muon_ball": MuonBall,
+    "spectral_sphere": SpectralSphere,
 }

@@ -60,9 +60,17 @@ SCALE_FREE = [
     "spectral_ball",
     "spectral_decay",
     "muon_ball",
+    "spectral_sphere",
 ]
 # Weights are brought somewhere, whatever the gradient.
-CONSTRAINED = ["soft_cap", "hard_cap", "spectral_hammer", "spectral_ball", "muon_ball"]
+CONSTRAINED = [
+    "soft_cap",
+    "hard_cap",
+    "spectral_hammer",
+    "spectral_ball",
+    "muon_ball",
+    "spectral_sphere",
+]
 # Not so, but here: by its shape or norm, and above a norm of one (as gradients here are).
 SCALE_FREE_HERE = ["auon_hybrid", "mars_m"]
 # Q W R with Q G R moves like W with G.
@@ -482,6 +490,24 @@ def test_spectral_ball_and_muon_ball_divide() -> None:
     grad = draw(12, 16, seed=1)
     after = run(make("muon_ball", w, lr=0.1), [grad])
     close(after, math.sqrt(12 / 16) * (w / 4 - 0.1 * exact_polar(grad)), 1e-7)
+
+
+def test_spectral_sphere_moves_along_it() -> None:
+    w, grad = with_values(VALUES), draw(12, 16, seed=1)
+    _, u, v = power_iteration(w)
+    still = run(make("spectral_sphere", w), [torch.zeros(12, 16)])
+    close(still, run(make("muon_ball", w), [torch.zeros(12, 16)]))
+    moved = still - run(make("spectral_sphere", w, lr=0.1), [grad])
+    factor = 0.1 * math.sqrt(12 / 16)
+    close(torch.linalg.svdvals(moved), torch.full((12,), factor, dtype=torch.float64))
+    assert abs(float(u @ moved @ v)) < 1e-9
+    plain = still - run(make("muon_ball", w, lr=0.1), [grad])
+    assert abs(float(u @ plain @ v)) > 1e-3
+    # of all such it is the steepest: no worse than any other, say of the tangential gradient
+    other = factor * exact_polar(grad - float(u @ grad @ v) * torch.outer(u, v))
+    other = other - float(u @ other @ v) * torch.outer(u, v)
+    other = other * (factor / float(torch.linalg.svdvals(other)[0]))
+    assert float((moved * grad).sum()) > float((other * grad).sum())
 
 
 def test_soft_cap_coupling() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import ORACLES, exact_polar
+from oracles import ORACLES, exact_polar, newton_schulz
 from torch import Tensor, nn
 from wide import wide
 
@@ -32,9 +32,13 @@ ORACLE_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "adago": ("adago", {"scale": "none"}),
     # (the mask is of the momentum, with and without a look-ahead)
     "cautious_muon": ("cautious_muon", {"nesterov": False}),
+    "spectral_sphere": (
+        "spectral_sphere",
+        {"inner": newton_schulz(resolve_coefficients("polar_express", 8), 8)},
+    ),
 }
 # Rules whose weight decay is a part of them, and no option.
-FIXED_DECAY = {"scion", "scion_sign", "scion_columns", "muonh", "muon_ball"}
+FIXED_DECAY = {"scion", "scion_sign", "scion_columns", "muonh", "muon_ball", "spectral_sphere"}
 
 
 def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
@@ -142,8 +146,6 @@ def test_newton_schulz_takes_the_place_of_the_polar_factor(
     name: str, shape: tuple[int, int]
 ) -> None:
     """With the recipe's own coefficients, against the same iteration in float64."""
-    from oracles import newton_schulz
-
     weight, grads = torch.zeros(shape), gradients(shape)[:6]
     options = dict(RULES[name].options)
     coefficients = resolve_coefficients(options.get("ns_coefficients", "muon"), 5)

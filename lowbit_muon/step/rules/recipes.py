@@ -37,6 +37,7 @@ from lowbit_muon.step.rules.spectral_constraint import (
     SpectralSphere,
 )
 from lowbit_muon.step.rules.step_size import Bounded, RelativeToWeights, StepSize
+from lowbit_muon.step.rules.tangent import SpectralTangent
 from lowbit_muon.step.rules.weight_decay import ByRate, Cautious, Spectral
 
 _SUM = SumMomentum()
@@ -166,7 +167,13 @@ RULES: dict[str, UpdateRule] = {
         UpdateRule("spectral_hammer", constraint=SpectralHammer()),
         UpdateRule("spectral_ball", constraint=SpectralBall()),
         UpdateRule("spectral_decay", weight_decay=Spectral()),
-        # arXiv 2601.08393, without its multiplier
+        # arXiv 2601.08393: the spectral sphere optimizer, and without its multiplier
+        UpdateRule(
+            "spectral_sphere",
+            precondition=(SpectralTangent(),),
+            constraint=SpectralSphere(),
+            options=(_POLAR_EXPRESS, _SPECTRAL, ("weight_decay", 0.0)),
+        ),
         UpdateRule(
             "muon_ball",
             constraint=SpectralSphere(),

@@ -116,6 +116,8 @@ class Matrices:
         state: what stages keep, [b, ..] by name (`Stage.state`); to be replaced, not changed.
         momentum: what the direction map was given, float32 [b, rows, columns], scaled to norm one;
             only where a stage asks for it (`Stage.needs_momentum`).
+        weights: before the step, float32 [rows, columns] each, with what rounding left over of
+            them; only where a stage asks for them (`Stage.needs_weights`).
         rate: what stages multiply the learning rate by, [b, 1, 1], or [b, 1, columns].
     """
 
@@ -128,6 +130,7 @@ class Matrices:
     beta: float
     state: dict[str, Tensor] = field(default_factory=dict)
     momentum: Tensor | None = None
+    weights: list[Tensor] = field(default_factory=list)
     rate: Tensor | None = None
 
     def multiply_rate(self, factor: Tensor) -> None:
