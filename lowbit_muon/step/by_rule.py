@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.codes import Terms
 from lowbit_muon.state.operands import Dense, Operand
 from lowbit_muon.state.rounding import Rounding, exact_weight, update_weight
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
@@ -69,7 +70,10 @@ def transformed(grads: Tensor, batch: Batch, stored: StoredBatch, options: StepO
     assert stage is not None
     state = {name: stored[RULE_PREFIX + name] for name in stage.state((rows, columns))}
     parameters = _as_parameters(grads, rows, columns)
-    new, rate = stage.apply(parameters, state, options.momentum)
+    momentum = None
+    if stage.needs_stored:
+        momentum = _as_parameters(stored.add(Terms(1.0))[0], rows, columns)
+    new, rate = stage.apply(parameters, state, options.momentum, momentum)
     return Taken(_as_parameters(new, rows, columns), rate, state)
 
 

@@ -225,10 +225,11 @@ class _Ahead(Dense):
 
 def _terms(grads: Tensor, stored: StoredBatch, options: StepOptions) -> Terms:
     """What the new momentum is the sum of."""
+    weights = options.weights
     if not stored.codec.state_format.normalize:
-        return Terms(options.momentum, grad=grads, grad_weight=options.weights.grad)
+        return Terms(weights.buffer, grad=grads, grad_weight=weights.grad)
     norms = torch.stack([frobenius_norm(grad) for grad in grads])
-    return _weighted(Terms(options.momentum, grad=grads), 1 / (norms + NORM_EPS), stored.backend)
+    return _weighted(Terms(weights.buffer, grad=grads), 1 / (norms + NORM_EPS), stored.backend)
 
 
 def _weighted(terms: Terms, weights: Tensor, backend: Backend) -> Terms:
@@ -339,7 +340,7 @@ def _encode(
     stored.commit()
     if idle is not None and not stored.codec.state_format.normalize:
         assert isinstance(stored.codec, Coded)
-        stored.codec.shrink(stored, idle, options.momentum)
+        stored.codec.shrink(stored, idle, options.weights.buffer)
     if isinstance(fresh, Panels):
         fresh.release()
 

@@ -666,6 +666,55 @@ class MarsM(Oracle):
         return super().direction(c / max(1.0, float(c.norm())))
 
 
+@dataclass(kw_only=True, eq=False)
+class Dion2(Oracle):
+    """Dion2 (arXiv 2512.16928, dion/dion2.py): M <- M + G; of the rows, or columns of a tall
+    matrix, the share `fraction` of the largest L1 norms moves by polar(M_selected), s = sqrt(m/n);
+    M_selected <- mu M_selected."""
+
+    lr: float = 0.01
+    weight_decay: float = 0.01
+    scale: str = "spectral_unclamped"
+    fraction: float = 0.25
+
+    def direction(self, grad: Tensor) -> Tensor:
+        self.buffer = self.buffer + grad
+        wide = self.weight.shape[0] <= self.weight.shape[1]
+        m = self.buffer if wide else self.buffer.mT
+        k = max(1, math.ceil(self.fraction * m.shape[0]))
+        chosen = m.abs().sum(dim=1).argsort(descending=True)[:k]
+        o = torch.zeros_like(m)
+        o[chosen] = self.polar(m[chosen])
+        m[chosen] *= self.momentum
+        return o if wide else o.mT
+
+
+@dataclass(kw_only=True, eq=False)
+class NorDion2(Dion2):
+    """NorDion2 (dion/nordion2.py): Dion2 by rows of any matrix, with NorMuon's v of those that are
+    chosen: v <- beta2 v + (1 - beta2) mean(O^2), O / (sqrt(v) + eps), of the norm of O."""
+
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.v = torch.zeros(self.weight.shape[0], 1, dtype=torch.float64)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        self.buffer = self.buffer + grad
+        k = max(1, math.ceil(self.fraction * self.buffer.shape[0]))
+        chosen = self.buffer.abs().sum(dim=1).argsort(descending=True)[:k]
+        o = self.polar(self.buffer[chosen])
+        self.buffer[chosen] *= self.momentum
+        mean = o.square().mean(dim=1, keepdim=True)
+        self.v[chosen] = self.beta2 * self.v[chosen] + (1 - self.beta2) * mean
+        scaled = o / (self.v[chosen].sqrt() + self.eps)
+        update = torch.zeros_like(self.weight)
+        update[chosen] = scaled * (o.norm() / (scaled.norm() + self.eps))
+        return update
+
+
 def power_iteration(x: Tensor, rounds: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """(s, u, v) of the largest singular value, on the short side, from u_i = frac(i phi) - 1/2."""
     if x.shape[0] > x.shape[1]:
@@ -835,6 +884,8 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "cautious_muon": CautiousMuon,
     "muon2": Muon2,
     "mars_m": MarsM,
+    "dion2": Dion2,
+    "nordion2": NorDion2,
     "soft_cap": SoftCap,
     "hard_cap": HardCap,
     "spectral_hammer": SpectralHammer,

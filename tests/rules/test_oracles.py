@@ -54,6 +54,8 @@ SCALE_FREE = [
     "pion",
     "cautious_muon",
     "muon2",
+    "dion2",
+    "nordion2",
     "soft_cap",
     "hard_cap",
     "spectral_hammer",
@@ -629,6 +631,42 @@ def test_mars_m_by_hand() -> None:
     c = [each / each.norm() for each in c]
     expected = 0.1 * 0.2 * math.sqrt(8) * exact_polar(0.95 * c[0] + c[1])
     close(move("mars_m", weight, [100 * grad for grad in grads], lr=0.1), expected, 1e-9)
+
+
+def test_dion2_by_hand() -> None:
+    rows = [torch.zeros(8, 10, dtype=torch.float64) for _ in range(2)]
+    rows[0][[1, 6]], rows[1][3], rows[1][6] = 3 * draw(2, 10), draw(10), draw(10, seed=1)
+    expected = torch.zeros(8, 10, dtype=torch.float64)
+    expected[[1, 6]] = exact_polar(rows[0][[1, 6]])
+    factor = 0.1 * math.sqrt(8 / 10)
+    close(move("dion2", draw(8, 10), rows[:1], lr=0.1), factor * expected)
+    second = 0.5 * rows[0] + rows[1]
+    expected[[1, 6]] = exact_polar(second[[1, 6]])
+    close(move("dion2", draw(8, 10), rows, lr=0.1, momentum=0.5), factor * expected)
+    # columns of a tall one
+    tall = [each.mT for each in rows]
+    expected = expected.mT * 0.1 * math.sqrt(10 / 8)
+    close(move("dion2", draw(10, 8), tall, lr=0.1, momentum=0.5), expected)
+    # of all rows it is Muon with a momentum that is a sum, whose G is not yet forgotten
+    grads = gradients((5, 8))
+    sum_of = move("muon", draw(5, 8), grads, form="sum", nesterov=False, scale="spectral_unclamped")
+    close(move("dion2", draw(5, 8), grads, fraction=1.0, lr=0.02), sum_of)
+
+
+def test_nordion2_of_all_rows_is_normuon() -> None:
+    grads = gradients((8, 5))
+    told = {"scale": "spectral_unclamped", "form": "sum", "nesterov": False, "lr": 0.02}
+    expected = move("normuon", draw(8, 5), grads, **told)
+    close(move("nordion2", draw(8, 5), grads, fraction=1.0, lr=0.02), expected, 1e-6)
+
+
+def test_nordion2_leaves_what_is_not_chosen() -> None:
+    grad = draw(8, 5)
+    grad[[0, 3]] *= 10
+    oracle = make("nordion2", draw(8, 5), lr=0.1, weight_decay=0.0)
+    moved = oracle.weight - run(oracle, [grad])
+    assert moved.any(dim=1).nonzero().flatten().tolist() == [0, 3]
+    assert oracle.v.flatten().nonzero().flatten().tolist() == [0, 3]
 
 
 def test_namo_of_a_constant_gradient() -> None:

@@ -29,7 +29,9 @@ from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.state.rounding import restore
 from lowbit_muon.state.stored import RULE_PREFIX, Kept, RuleState
 from lowbit_muon.step.rules.direction import Polar, Rows, Signs
+from lowbit_muon.step.rules.gradient import RowFeedback
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
+from lowbit_muon.step.rules.precondition import SelectedRows
 from lowbit_muon.step.rules.recipes import pion, resolve_rule
 from lowbit_muon.step.rules.scaling import FixedNorm, Scaling, VectorMoment
 from lowbit_muon.step.rules.stage import Matrices, Stage
@@ -444,6 +446,8 @@ def test_rules_that_need_sizes_refuse_formats_without(rule: str) -> None:
         (lambda: Signs(by_columns=1), "sign: by_columns: expected a bool"),
         (lambda: Bounded(lowest=-1.0), "bounded: lowest: expected a number >= 0"),
         (lambda: TwoDecays(1.0), r"two_decays: beta: expected a number in \[0, 1\)"),
+        (lambda: RowFeedback(1.5), r"fraction: expected a number in \(0, 1\]"),
+        (lambda: UpdateRule("x", precondition=(SelectedRows(),)), "stages that keep .'selected'"),
         (lambda: pion(6), "k: expected a whole number from 0 to steps"),
         (lambda: Stage.from_dict(3), "expected a mapping of fields, got 3"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from oracles import power_iteration, soft_cap_coupling
 from torch import Tensor, nn
 
-from lowbit_muon import PRESETS, RULES, Muon
+from lowbit_muon import PRESETS, RULES, Muon, UpdateRule
 from lowbit_muon.state.stored import RULE_PREFIX
 from lowbit_muon.step.rules.gradient import VarianceReduction
 from lowbit_muon.step.rules.precondition import SecondMoment
@@ -31,7 +32,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def trained(rule: str, state_format: str, grads: list[Tensor]) -> tuple[Muon, nn.Parameter]:
+def trained(
+    rule: str | UpdateRule, state_format: str, grads: list[Tensor]
+) -> tuple[Muon, nn.Parameter]:
     param = nn.Parameter(torch.zeros_like(grads[0]))
     optimizer = Muon([param], rule=rule, state_format=state_format, lr=0.01, weight_decay=0.0)
     for grad in grads:
@@ -191,3 +194,28 @@ def test_a_step_along_the_spectral_sphere_leaves_it_in_second_order(shape: tuple
 def test_numbers_of_rounds_are_checked(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a whole number"):
         SpectralTangent(**{name: 0})
+
+
+@pytest.mark.parametrize("rule", ["dion2", "nordion2"])
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "linear8", "spectral8"])
+def test_error_feedback_shrinks_what_moved(rule: str, state_format: str) -> None:
+    """Of 8 rows the two largest move, and are 0.95 of themselves when the next step comes."""
+    grad = draw(8, 40)
+    grad *= torch.tensor([8.0, 8, 4, 4, 2, 2, 1, 1]).view(8, 1)
+    grads = [grad, torch.zeros(8, 40)]
+    # (torch.optim.Muon, for which momenta are exported, has none of the others)
+    plain = replace(RULES[rule], options=(("nesterov", False),))
+    optimizer, param = trained(plain, state_format, grads[:1])
+    still = param.detach().abs().sum(dim=1)
+    # (what is no row of X is none of its polar factor, but for roundings)
+    assert float(still[2:].max()) <= 1e-5 * float(still[:2].min())
+    param.grad = grads[1]
+    optimizer.step()
+    (kept,) = optimizer.export_full_precision()["state"].values()
+    (exact,) = trained(plain, "fp32", grads)[0].export_full_precision()["state"].values()
+    # (exported as the average that a sum stands for)
+    expected = 0.05 * grad * torch.tensor([0.95, 0.95, 1, 1, 1, 1, 1, 1]).view(8, 1)
+    torch.testing.assert_close(exact["momentum_buffer"], expected)
+    # without the 0.95 it would be 0.05 * sqrt(128 / 170) = 4.3 %; eight bits have 1 % at most
+    error = (kept["momentum_buffer"] - expected).norm() / expected.norm()
+    assert float(error) <= 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,22 +12,28 @@ from torch import Tensor
 
 from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.direction import exact_polar
-from lowbit_muon.step.rules.stage import TINY, Stage, check_bits, norm
+from lowbit_muon.step.rules.stage import TINY, Stage, check_bits, expect, norm
 
 _LARGEST_CODE = 127
 
 
 class GradientTransform(Stage):
-    """The first stage."""
+    """The first stage.
+
+    needs_stored: it looks at the momentum as it is stored.
+    """
+
+    needs_stored: ClassVar[bool] = False
 
     @abstractmethod
     def apply(
-        self, grads: Tensor, state: dict[str, Tensor], beta: float
+        self, grads: Tensor, state: dict[str, Tensor], beta: float, momentum: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(what the momentum takes instead, factors of the learning rate [b, 1, 1] or None).
 
         grads: finite, [b, rows, columns], any float dtype. state: what the stage keeps, [b, ..] by
-        name; to be replaced, not changed. beta: the group's `momentum`.
+        name; to be replaced, not changed. beta: the group's `momentum`. momentum: as it is stored,
+        float32 [b, rows, columns], where it `needs_stored`.
         """
 
 
@@ -40,7 +47,7 @@ class PolarFactor(GradientTransform):
     kind: ClassVar[str] = "polar_factor"
 
     def apply(
-        self, grads: Tensor, state: dict[str, Tensor], beta: float
+        self, grads: Tensor, state: dict[str, Tensor], beta: float, momentum: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `GradientTransform.apply`."""
         polar = exact_polar(grads.float())
@@ -77,7 +84,7 @@ class VarianceReduction(GradientTransform):
         }
 
     def apply(
-        self, grads: Tensor, state: dict[str, Tensor], beta: float
+        self, grads: Tensor, state: dict[str, Tensor], beta: float, momentum: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `GradientTransform.apply`."""
         grads = grads.float()
@@ -97,3 +104,50 @@ class VarianceReduction(GradientTransform):
         codes = (grads / scales.clamp_min(TINY)).round_()
         state["gradient_before"] = codes.to(torch.int8)
         state["gradient_before_scales"] = scales
+
+
+@dataclass(frozen=True)
+class RowFeedback(GradientTransform):
+    """G <- G - (1 - momentum) M in the rows that the step before selected: Dion2's error feedback.
+
+    With `FeedbackMomentum` selected rows M <- momentum M, before they take a gradient, and others
+    keep all. Then the share `fraction` of rows of the largest sums of magnitudes is selected, for
+    `SelectedRows` (microsoft/dion, dion/dion2.py; arXiv 2512.16928).
+
+    axis: "short" for columns of a tall matrix in the place of rows, as Dion2 has it; "row" for rows
+    of any, as NorDion2 has it (dion/nordion2.py).
+    """
+
+    kind: ClassVar[str] = "row_feedback"
+    needs_stored: ClassVar[bool] = True
+    needs_size: ClassVar[bool] = True
+    fraction: float = 0.25
+    axis: str = "short"
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        axes = ("short", "row")
+        expect(self.axis in axes, "row_feedback: axis", f"one of {axes}", self.axis)
+        good = 0 < self.fraction <= 1
+        expect(good, "row_feedback: fraction", "a number in (0, 1]", self.fraction)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        rows, columns = shape
+        by_row = self.axis == "row" or rows <= columns
+        return {"selected": Kept((rows, 1) if by_row else (1, columns), torch.uint8)}
+
+    def apply(
+        self, grads: Tensor, state: dict[str, Tensor], beta: float, momentum: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `GradientTransform.apply`."""
+        assert momentum is not None
+        taken_off = momentum * (state["selected"].float() * (1 - beta))
+        change = grads.float() - taken_off
+        along = 1 if self.axis == "row" or grads.shape[1] <= grads.shape[2] else 2
+        sizes = torch.linalg.vector_norm(momentum + change, ord=1, dim=3 - along, keepdim=True)
+        count = max(1, math.ceil(self.fraction * sizes.shape[along]))
+        largest = sizes.topk(count, dim=along).indices
+        selected = torch.zeros_like(state["selected"])
+        state["selected"] = selected.scatter_(along, largest, 1)
+        return change, None

@@ -112,6 +112,18 @@ class SecondMoment(Preconditioner):
         return x.div_(v.sqrt().add_(self.eps)).masked_fill_(unseen, 0.0)
 
 
+@dataclass(frozen=True)
+class SelectedRows(Preconditioner):
+    """Zeros but for the rows, or columns, that `RowFeedback` selected."""
+
+    kind: ClassVar[str] = "selected_rows"
+    reads_state: ClassVar[tuple[str, ...]] = ("selected",)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Preconditioner.apply`."""
+        return x.mul_(matrices.state["selected"])
+
+
 def to_norm_one(x: Tensor) -> Tensor:
     """Matrices divided by their norms, in place; zeros stay."""
     return x.div_(norm(x).clamp_min_(TINY))

@@ -15,9 +15,15 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
-from lowbit_muon.step.rules.gradient import PolarFactor, VarianceReduction
-from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
-from lowbit_muon.step.rules.precondition import Agreeing, Equilibrate, SecondMoment, Sign
+from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
+from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
+from lowbit_muon.step.rules.precondition import (
+    Agreeing,
+    Equilibrate,
+    SecondMoment,
+    SelectedRows,
+    Sign,
+)
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.scaling import (
     Brake,
@@ -26,6 +32,7 @@ from lowbit_muon.step.rules.scaling import (
     FixedNorm,
     GradientNorms,
     NuclearNorm,
+    SelectedVectorMoment,
     SignalToNoise,
     VectorMoment,
 )
@@ -116,6 +123,23 @@ RULES: dict[str, UpdateRule] = {
         ),
         # AGI-Arena/MARS, MARS_M/optimizers/mars_m.py
         UpdateRule("mars_m", gradient=VarianceReduction(), options=(_PLAIN, _RMS)),
+        # microsoft/dion, dion/dion2.py (arXiv 2512.16928), on one device
+        UpdateRule(
+            "dion2",
+            gradient=RowFeedback(),
+            momentum=FeedbackMomentum(),
+            precondition=(SelectedRows(),),
+            options=(_PLAIN, _POLAR_EXPRESS, _SPECTRAL),
+        ),
+        # microsoft/dion, dion/nordion2.py
+        UpdateRule(
+            "nordion2",
+            gradient=RowFeedback(axis="row"),
+            momentum=FeedbackMomentum(),
+            precondition=(SelectedRows(),),
+            scaling=(SelectedVectorMoment(),),
+            options=(_PLAIN, _POLAR_EXPRESS, _SPECTRAL),
+        ),
         # timlautk/polargrad (arXiv 2505.21799), momentum first
         UpdateRule(
             "polargrad",

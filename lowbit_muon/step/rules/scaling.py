@@ -70,6 +70,39 @@ class VectorMoment(Scaling):
 
 
 @dataclass(frozen=True)
+class SelectedVectorMoment(Scaling):
+    """`VectorMoment` of the rows that `RowFeedback` selected; the others' v stays.
+
+    NorDion2 (microsoft/dion, dion/nordion2.py).
+    """
+
+    kind: ClassVar[str] = "selected_vector_moment"
+    reads_state: ClassVar[tuple[str, ...]] = ("selected",)
+    beta: float = 0.95
+    eps: float = 1e-8
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        expect(self.beta < 1, "selected_vector_moment: beta", "a number in [0, 1)", self.beta)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        return {"vector_moment": Kept((shape[0], 1))}
+
+    def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
+        """See `Scaling.apply`."""
+        selected = matrices.state["selected"] > 0
+        squares = torch.linalg.vector_norm(update, dim=2, keepdim=True).square_()
+        old, mean = matrices.state["vector_moment"], squares / max(1, matrices.shape[1])
+        v = torch.where(selected, torch.lerp(mean, old, self.beta), old)
+        matrices.state["vector_moment"] = v
+        factors = (v.sqrt() + self.eps).reciprocal_()
+        before = squares.sum(dim=(1, 2), keepdim=True)
+        after = (squares * factors * factors).sum(dim=(1, 2), keepdim=True)
+        return update.mul_(factors * (before / after.clamp_min_(TINY)).sqrt_())
+
+
+@dataclass(frozen=True)
 class ElementMoment(Scaling):
     """V <- beta V + (1 - beta) O^2, O <- O / (sqrt(V) + eps): AdaMuon (arXiv 2507.11005).
 

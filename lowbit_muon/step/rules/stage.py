@@ -34,6 +34,7 @@ class Stage:
         needs_momentum: it looks at what the direction map is given (`Matrices.momentum`).
         needs_weights: it looks at the weights as a whole, not element by element.
         needs_rate: the step it leads to is not proportional to the learning rate.
+        reads_state: names of what another stage of the rule has to keep for it.
     """
 
     kind: ClassVar[str] = ""
@@ -41,6 +42,7 @@ class Stage:
     needs_momentum: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
     needs_rate: ClassVar[bool] = False
+    reads_state: ClassVar[tuple[str, ...]] = ()
     _kinds: ClassVar[dict[tuple[type, str], type[Stage]]] = {}
 
     def __init_subclass__(cls) -> None:
