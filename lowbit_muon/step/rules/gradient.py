@@ -61,9 +61,10 @@ class VarianceReduction(GradientTransform):
     AGI-Arena/MARS, MARS_M/optimizers/mars_m.py, in its approximate form: G_before is the gradient
     of the step before as it came, of its own batch, and zero in the first step.
 
-    bits: 8 for G_before in whole numbers of a 127th of each row's largest element, so that it is
-    known to 1/254 of that, of which gamma momentum / (1 - momentum), 0.475 usually, goes into C; 32
-    for float32.
+    bits: 8 for G_before in whole numbers of a 127th of the largest element of its row, or of its
+    column where that is smaller, so that it is known to 1/254 of that, of which gamma momentum /
+    (1 - momentum), 0.475 usually, goes into C; 32 for float32. Of gradients of few tokens, whose
+    rank is low, Newton-Schulz lifts that error where they have no direction of their own.
     """
 
     kind: ClassVar[str] = "variance_reduction"
@@ -80,7 +81,8 @@ class VarianceReduction(GradientTransform):
             return {"gradient_before": Kept(shape)}
         return {
             "gradient_before": Kept(shape, torch.int8),
-            "gradient_before_scales": Kept((shape[0], 1)),
+            "gradient_before_row_scales": Kept((shape[0], 1)),
+            "gradient_before_column_scales": Kept((1, shape[1])),
         }
 
     def apply(
@@ -90,7 +92,8 @@ class VarianceReduction(GradientTransform):
         grads = grads.float()
         before = state["gradient_before"].float()
         if self.bits == 8:
-            before = before * state["gradient_before_scales"]
+            rows, columns = (state[f"gradient_before_{axis}_scales"] for axis in ("row", "column"))
+            before = before * torch.minimum(rows, columns)
         c = torch.add(grads, grads - before, alpha=self.gamma * beta / (1 - beta))
         self._keep(grads, state)
         return c.div_(norm(c).clamp_min_(1.0)), None
@@ -99,11 +102,14 @@ class VarianceReduction(GradientTransform):
         if self.bits == 32:
             state["gradient_before"] = grads
             return
-        scales = torch.linalg.vector_norm(grads, ord=torch.inf, dim=2, keepdim=True)
-        scales = scales.div_(_LARGEST_CODE)
-        codes = (grads / scales.clamp_min(TINY)).round_()
+        rows, columns = (
+            torch.linalg.vector_norm(grads, ord=torch.inf, dim=across, keepdim=True) / _LARGEST_CODE
+            for across in (2, 1)
+        )
+        codes = (grads / torch.minimum(rows, columns).clamp_min_(TINY)).round_()
         state["gradient_before"] = codes.to(torch.int8)
-        state["gradient_before_scales"] = scales
+        state["gradient_before_row_scales"] = rows
+        state["gradient_before_column_scales"] = columns
 
 
 @dataclass(frozen=True)
