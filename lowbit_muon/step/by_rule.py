@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import Terms
 from lowbit_muon.state.operands import Dense, Operand
 from lowbit_muon.state.rounding import Compensation, Rounding, exact_weight, update_weight
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
+from lowbit_muon.step.rules.constraint import WeightStep
 from lowbit_muon.step.rules.direction import Polar
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
@@ -30,19 +32,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a gradient's transform made: gradients [b, m, n] for the momentum, factors [b, 1, 1] of
+    the learning rate or None, and what the stage keeps then, by name."""
+
+    grads: Tensor
+    rate: Tensor | None
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Given:
     """What is to be made a direction.
 
     x: [b, m, n], used up by whoever takes it; size: Frobenius norms of the momentum that it is a
     multiple of; norm: its own; inverse: 1 / max(norm, eps), 0 where nothing is to move. All
-    float64 [b]. rate: of the learning rate, by the gradient's transform, [b, 1, 1] or None.
+    float64 [b]. taken: in the place of gradients, if they have a transform.
     """
 
     x: Operand
     size: Tensor
     norm: Tensor
     inverse: Tensor
-    rate: Tensor | None
+    taken: Taken | None
 
 
 class Rows(Protocol):
@@ -54,6 +66,19 @@ class Rows(Protocol):
 
 # Newton-Schulz of (x, norm, inverse, options).
 PolarMap = Callable[[Operand, Tensor, Tensor, "StepOptions"], Rows]
+
+
+def transformed(grads: Tensor, batch: Batch, stored: StoredBatch, options: StepOptions) -> Taken:
+    """What the rule's transform makes of gradients, finite [b, m, n]; nothing is stored yet."""
+    stage, (rows, columns) = options.rule.gradient, batch.weights[0].shape
+    assert stage is not None
+    state = {name: stored[RULE_PREFIX + name] for name in stage.state((rows, columns))}
+    parameters = _as_parameters(grads, rows, columns)
+    momentum = None
+    if stage.needs_stored:
+        momentum = _as_parameters(stored.add(Terms(1.0))[0], rows, columns)
+    new, rate = stage.apply(parameters, state, options.momentum, momentum)
+    return Taken(_as_parameters(new, rows, columns), rate, state)
 
 
 def step_by_rule(
@@ -71,15 +96,15 @@ def step_by_rule(
     """
     rule = options.rule
     matrices = _matrices(batch, given, stored, accepted, options)
-    update = _direction(given, matrices, options, polar)
-    for stage in rule.scaling:
-        update = stage.apply(update, matrices)
-    values: list[Tensor] = []
     if rule.reads_weights:
-        values = [
+        matrices.weights = [
             _value(weight, rounding)
             for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
         ]
+    values = matrices.weights
+    update = _direction(given, matrices, options, polar)
+    for stage in rule.scaling:
+        update = stage.apply(update, matrices)
     size = rule.step_size.size(update, scale, values, matrices)
     if isinstance(size, Tensor) or rule.reads_weights:
         update, size = update.mul_(size), 1.0
@@ -110,7 +135,7 @@ def _matrices(
         steps = torch.stack([torch.as_tensor(count) for count in counts]).float()
     else:
         steps = torch.tensor([float(count) for count in counts])
-    names = options.rule.state((rows, columns))
+    names, taken = options.rule.state((rows, columns)), given.taken
     return Matrices(
         (rows, columns),
         _as_parameters(grads, rows, columns),
@@ -119,8 +144,8 @@ def _matrices(
         lr,
         options.weight_decay,
         options.momentum,
-        {name: stored[RULE_PREFIX + name] for name in names},
-        rate=given.rate,
+        {name: stored[RULE_PREFIX + name] for name in names} | (taken.state if taken else {}),
+        rate=taken.rate if taken else None,
     )
 
 
@@ -189,14 +214,16 @@ def _apply(
     if value is not None and rule.constraint is not None:
         if decays.reads_weights:
             decays.add(move.update, value, lr, weight_decay, scale=scale, rate=rate)
-        new = rule.constraint.apply(value * decay - move.update, value)
+        step = WeightStep(decay, lr * scale)
+        new = rule.constraint.apply(value * decay - move.update, value, step)
         torch.sub(value, new, out=move.update)
         value, decay = None, 1.0
     if backend.asynchronous:  # products with the mask, and no constants to be copied there
         size = move.accepted * size
         decay = 1 - move.accepted * (1 - decay)
     weight, update = orient(move.weight), orient(move.update)
-    for rows in _panels(weight, move.rounding, backend):
+    whole = decays.needs_weights or backend.asynchronous
+    for rows in _panels(weight, move.rounding, whole=whole):
         part, rounding = update[rows], move.rounding
         if value is not None and decays.reads_weights:
             near = rate
@@ -211,13 +238,13 @@ def _apply(
         update_weight(weight[rows], part, decay, size, rounding, backend)
 
 
-def _panels(weight: Tensor, rounding: Rounding | None, backend: Backend) -> list[slice]:
+def _panels(weight: Tensor, rounding: Rounding | None, *, whole: bool) -> list[slice]:
     """The rows that are updated at once: what stays in a cache while several passes go over it.
 
-    All of them on devices, and where bits of stochastic rounding go by places in the whole matrix.
+    All of them where bits of stochastic rounding go by places in the whole matrix.
     """
     m, n = weight.shape
-    if backend.asynchronous or isinstance(rounding, Tensor):
+    if whole or isinstance(rounding, Tensor):
         return [slice(0, m)]
     height = max(1, PANEL_FLOATS // max(1, n))
     return [slice(start, min(start + height, m)) for start in range(0, m, height)]

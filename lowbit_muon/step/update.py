@@ -36,7 +36,7 @@ from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.state.operands import SCRATCH_FLOATS, Companded, Dense, Operand, Panels, row_slices
 from lowbit_muon.state.rounding import Compensation, Rounding, update_weight
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient, rescaling
-from lowbit_muon.step.by_rule import Given, step_by_rule
+from lowbit_muon.step.by_rule import Given, step_by_rule, transformed
 from lowbit_muon.step.options import AdjustLr, NsDtype, plain_value
 from lowbit_muon.step.rules.momentum import Weights, weights_of
 from lowbit_muon.step.rules.recipes import rule_of_json
@@ -160,10 +160,7 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
     """
     stored = StoredBatch(batch.momenta, backend)
     grads = batch.stacked_gradients()
-    idle = _idle(grads, stored)
-    if isinstance(idle, list):
-        return _update_in_parts(idle, batch, options, backend)
-    rate = None
+    taken = None
     if options.rule.gradient is not None:
         usable = torch.linalg.vector_norm(grads, ord=math.inf, dim=(1, 2)) <= LARGEST_NORM
         if not backend.asynchronous and not bool(usable.all()):
@@ -171,7 +168,11 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
         grads = torch.where(usable.view(-1, 1, 1), grads, 0)
         allowed = usable if batch.allowed is None else batch.allowed & usable
         batch = dataclasses.replace(batch, allowed=allowed)
-        grads, rate = options.rule.gradient.apply(grads)
+        taken = transformed(grads, batch, stored, options)
+        grads = taken.grads
+    idle = _idle(grads, stored)
+    if isinstance(idle, list):
+        return _update_in_parts(idle, batch, options, backend)
     terms = _terms(grads, stored, options)
     fresh, squares = _add_gradient(stored, terms, options)
 
@@ -205,7 +206,7 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
         _update_weights(batch, _orthogonalize(x, x_norm, inverse, options), accepted, options)
     else:
         size = x_norm.masked_fill(refused, 0.0)
-        momentum = Given(x, size if scale is None else size / scale, size, inverse, rate)
+        momentum = Given(x, size if scale is None else size / scale, size, inverse, taken)
         lr_scale = options.rule.step_size.factor
         lr_scale *= update_scale(options.adjust_lr_fn, batch.weights[0].shape)
         step_by_rule(batch, momentum, stored, accepted, options, lr_scale, _orthogonalize)
@@ -224,10 +225,11 @@ class _Ahead(Dense):
 
 def _terms(grads: Tensor, stored: StoredBatch, options: StepOptions) -> Terms:
     """What the new momentum is the sum of."""
+    weights = options.weights
     if not stored.codec.state_format.normalize:
-        return Terms(options.momentum, grad=grads, grad_weight=options.weights.grad)
+        return Terms(weights.buffer, grad=grads, grad_weight=weights.grad)
     norms = torch.stack([frobenius_norm(grad) for grad in grads])
-    return _weighted(Terms(options.momentum, grad=grads), 1 / (norms + NORM_EPS), stored.backend)
+    return _weighted(Terms(weights.buffer, grad=grads), 1 / (norms + NORM_EPS), stored.backend)
 
 
 def _weighted(terms: Terms, weights: Tensor, backend: Backend) -> Terms:
@@ -338,7 +340,7 @@ def _encode(
     stored.commit()
     if idle is not None and not stored.codec.state_format.normalize:
         assert isinstance(stored.codec, Coded)
-        stored.codec.shrink(stored, idle, options.momentum)
+        stored.codec.shrink(stored, idle, options.weights.buffer)
     if isinstance(fresh, Panels):
         fresh.release()
 

@@ -639,8 +639,229 @@ class TurboMuon(Oracle):
 
 
 @dataclass(kw_only=True, eq=False)
-class LowRankMuon(Oracle):
-    """Of small matrices, whose rank is below that of the sketch, all directions: plain Muon."""
+class Muon2(Oracle):
+    """Muon^2 (arXiv 2604.09967, modded-nanogpt's track 3): V <- beta2 V + (1 - beta2) G^2 by
+    elements, polar(u / (sqrt(V) + eps))."""
+
+    beta2: float = 0.95
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.v = torch.zeros_like(self.weight)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        u = self.accumulate(grad)
+        self.v = self.beta2 * self.v + (1 - self.beta2) * grad.square()
+        return self.polar(u / (self.v.sqrt() + self.eps))
+
+
+@dataclass(kw_only=True, eq=False)
+class MarsM(Oracle):
+    """MARS-M (AGI-Arena/MARS, mars_m.py): C = G + gamma mu / (1 - mu) (G - G_before) with G_before
+    zero at first, C / max(1, ||C||) into M, no Nesterov, s = 0.2 sqrt(max)."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    nesterov: bool = False
+    scale: str = "match_rms_adamw"
+    gamma: float = 0.025
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.before = torch.zeros_like(self.weight)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        c = grad + self.gamma * self.momentum / (1 - self.momentum) * (grad - self.before)
+        self.before = grad
+        return super().direction(c / max(1.0, float(c.norm())))
+
+
+@dataclass(kw_only=True, eq=False)
+class Dion2(Oracle):
+    """Dion2 (arXiv 2512.16928, dion/dion2.py): M <- M + G; of the rows, or columns of a tall
+    matrix, the share `fraction` of the largest L1 norms moves by polar(M_selected), s = sqrt(m/n);
+    M_selected <- mu M_selected."""
+
+    lr: float = 0.01
+    weight_decay: float = 0.01
+    scale: str = "spectral_unclamped"
+    fraction: float = 0.25
+
+    def direction(self, grad: Tensor) -> Tensor:
+        self.buffer = self.buffer + grad
+        wide = self.weight.shape[0] <= self.weight.shape[1]
+        m = self.buffer if wide else self.buffer.mT
+        k = max(1, math.ceil(self.fraction * m.shape[0]))
+        chosen = m.abs().sum(dim=1).argsort(descending=True)[:k]
+        o = torch.zeros_like(m)
+        o[chosen] = self.polar(m[chosen])
+        m[chosen] *= self.momentum
+        return o if wide else o.mT
+
+
+@dataclass(kw_only=True, eq=False)
+class NorDion2(Dion2):
+    """NorDion2 (dion/nordion2.py): Dion2 by rows of any matrix, with NorMuon's v of those that are
+    chosen: v <- beta2 v + (1 - beta2) mean(O^2), O / (sqrt(v) + eps), of the norm of O."""
+
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.v = torch.zeros(self.weight.shape[0], 1, dtype=torch.float64)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        self.buffer = self.buffer + grad
+        k = max(1, math.ceil(self.fraction * self.buffer.shape[0]))
+        chosen = self.buffer.abs().sum(dim=1).argsort(descending=True)[:k]
+        o = self.polar(self.buffer[chosen])
+        self.buffer[chosen] *= self.momentum
+        mean = o.square().mean(dim=1, keepdim=True)
+        self.v[chosen] = self.beta2 * self.v[chosen] + (1 - self.beta2) * mean
+        scaled = o / (self.v[chosen].sqrt() + self.eps)
+        update = torch.zeros_like(self.weight)
+        update[chosen] = scaled * (o.norm() / (scaled.norm() + self.eps))
+        return update
+
+
+def power_iteration(x: Tensor, rounds: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, u, v) of the largest singular value, on the short side, from u_i = frac(i phi) - 1/2."""
+    if x.shape[0] > x.shape[1]:
+        s, u, v = power_iteration(x.mT, rounds)
+        return s, v, u
+    golden = (math.sqrt(5) - 1) / 2
+    u = torch.tensor([i * golden % 1 - 0.5 for i in range(1, x.shape[0] + 1)], dtype=x.dtype)
+    for _ in range(rounds):
+        u = x @ (x.mT @ u)
+        u = u / u.norm().clamp_min(1e-30)
+    v = x.mT @ u
+    return v.norm(), u, v / v.norm().clamp_min(1e-30)
+
+
+@dataclass(kw_only=True, eq=False)
+class Lipschitz(Oracle):
+    """Muon with weights of singular values below w_max (arXiv 2507.13338, modula/atom.py).
+
+    The published projections start power iteration at random, and assume weights that are within
+    reach; further ones are divided by their largest singular value first (`within`)."""
+
+    w_max: float = 1.0
+
+    def step(self, grad: Tensor) -> None:
+        super().step(grad)
+        self.weight = self.project(self.weight)
+
+    def project(self, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def within(self, w: Tensor, limit: float) -> Tensor:
+        return w / max(1.0, float(power_iteration(w)[0]) / limit)
+
+
+@dataclass(kw_only=True, eq=False)
+class SpectralBall(Lipschitz):
+    """ "Spectral normalize": W / max(1, s_1 / w_max)."""
+
+    def project(self, w: Tensor) -> Tensor:
+        return self.within(w, self.w_max)
+
+
+@dataclass(kw_only=True, eq=False)
+class SpectralHammer(Lipschitz):
+    """W + (w_max - s_1) u_1 v_1^T."""
+
+    def project(self, w: Tensor) -> Tensor:
+        s, u, v = power_iteration(w)
+        return w + (self.w_max - s) * torch.outer(u, v)
+
+
+def soft_cap_coupling(k: float, w_max: float) -> float:
+    """The smallest root >= 0 of -k^9 a^4 + 3 k^7 a^3 - 3 k^5 a^2 + k - w_max; 0 below w_max."""
+    if k <= w_max:
+        return 0.0
+    monic = torch.tensor([-3 / k**2, 3 / k**4, 0, -(k - w_max) / k**9], dtype=torch.float64)
+    companion = torch.zeros(4, 4, dtype=torch.float64)
+    companion[0] = -monic
+    companion[1:, :-1] = torch.eye(3, dtype=torch.float64)
+    roots = torch.linalg.eigvals(companion)
+    return float(roots.real[(roots.imag.abs() < 1e-6 / k**2) & (roots.real >= 0)].min())
+
+
+@dataclass(kw_only=True, eq=False)
+class SoftCap(Lipschitz):
+    """W (I - a W^T W), then W (I + a W^T W) with a by k = w_max (1 - eta lambda) + 1.145 * 1.05
+    eta s."""
+
+    def project(self, w: Tensor) -> Tensor:
+        k = self.w_max * (1 - self.lr * self.weight_decay) + 1.145 * 1.05 * self.lr * self.factor
+        a = soft_cap_coupling(k, self.w_max)
+        w = spectral(self.within(w, k), lambda s: s - a * s**3)
+        return w + a * w @ w.mT @ w
+
+
+@dataclass(kw_only=True, eq=False)
+class HardCap(Lipschitz):
+    """Four odd polynomials, about min(s, w_max)."""
+
+    def project(self, w: Tensor) -> Tensor:
+        def polynomial(s: Tensor) -> Tensor:
+            for a, b, c in (
+                (0.805032, 0.206361, -0.019763),
+                (0.649867, 0.162935, -0.011150),
+                (1.810259, -0.200265, 0.008251),
+                (1.004384, -0.183490, 0.014413),
+            ):
+                s = a * s + b * s**3 + c * s**5
+            return s
+
+        return self.w_max * spectral(self.within(w / self.w_max, 3.0), polynomial)
+
+
+@dataclass(kw_only=True, eq=False)
+class SpectralDecay(Oracle):
+    """W - eta lambda s_1 u_1 v_1^T - eta s O (arXiv 2507.13338, where it has no eta)."""
+
+    def decayed(self, step: Tensor, rate: Tensor | float) -> Tensor:
+        s, u, v = power_iteration(self.weight)
+        return self.weight - self.lr * self.weight_decay * s * torch.outer(u, v)
+
+
+@dataclass(kw_only=True, eq=False)
+class MuonBall(Oracle):
+    """MuonBall (arXiv 2601.08393): W R / s_1(W) - eta R polar(u), R = sqrt(m/n)."""
+
+    scale: str = "spectral_unclamped"
+
+    def decayed(self, step: Tensor, rate: Tensor | float) -> Tensor:
+        return self.weight * self.factor / power_iteration(self.weight)[0].clamp_min(1e-30)
+
+
+@dataclass(kw_only=True, eq=False)
+class SpectralSphere(MuonBall):
+    """The spectral sphere optimizer (arXiv 2601.08393): polar(u / ||u|| + l T) with T = u_1 v_1^T
+    of W and <T, polar(u / ||u|| + l T)> = 0 by bisection; zero for u = 0. `inner` is the polar
+    factor of the bisection, as exact as the other one unless it is given: of square matrices the
+    exact one jumps where u / ||u|| + l T is singular."""
+
+    inner: Map = exact_polar
+
+    def direction(self, grad: Tensor) -> Tensor:
+        x = self.accumulate(grad)
+        if not x.any():
+            return x
+        x = x / x.norm()
+        _, left, right = power_iteration(self.weight)
+        t = torch.outer(left, right)
+        low, high = -2 * math.sqrt(min(x.shape)), 2 * math.sqrt(min(x.shape))
+        for _ in range(60):
+            middle = (low + high) / 2
+            if float((t * self.inner(x + middle * t)).sum()) < 0:
+                low = middle
+            else:
+                high = middle
+        return self.polar(x + (low + high) / 2 * t)
 
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
@@ -670,8 +891,18 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon_plus": MuonPlus,
     "muonh": MuonH,
     "turbo_muon": TurboMuon,
-    "low_rank_muon": LowRankMuon,
     "pion": Pion,
     "spectra": Spectra,
     "cautious_muon": CautiousMuon,
+    "muon2": Muon2,
+    "mars_m": MarsM,
+    "dion2": Dion2,
+    "nordion2": NorDion2,
+    "soft_cap": SoftCap,
+    "hard_cap": HardCap,
+    "spectral_hammer": SpectralHammer,
+    "spectral_ball": SpectralBall,
+    "spectral_decay": SpectralDecay,
+    "muon_ball": MuonBall,
+    "spectral_sphere": SpectralSphere,
 }

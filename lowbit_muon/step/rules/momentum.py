@@ -10,8 +10,9 @@ from lowbit_muon.step.rules.stage import Stage, expect
 
 
 class Weights(NamedTuple):
-    """M <- momentum * M + grad * G, then u = ahead[0] * M + ahead[1] * grad * G, or M for None."""
+    """M <- buffer * M + grad * G, then u = ahead[0] * M + ahead[1] * grad * G, or M for None."""
 
+    buffer: float
     grad: float
     ahead: tuple[float, float] | None
 
@@ -27,7 +28,7 @@ class Momentum(Stage):
 
     def weights(self, momentum: float, *, nesterov: bool) -> Weights:
         """For a group's options."""
-        return Weights(1 - momentum, (momentum, 1.0) if nesterov else None)
+        return Weights(momentum, 1 - momentum, (momentum, 1.0) if nesterov else None)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SumMomentum(Momentum):
 
     def weights(self, momentum: float, *, nesterov: bool) -> Weights:
         """For a group's options."""
-        return Weights(1.0, (momentum, 1.0) if nesterov else None)
+        return Weights(momentum, 1.0, (momentum, 1.0) if nesterov else None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,22 @@ class TwoDecays(Momentum):
         # M_old = (M - (1 - momentum) G) / momentum
         old = self.beta / momentum
         grad = 1 - momentum
-        return Weights(grad, (old, (1 - self.beta) / grad - old))
+        return Weights(momentum, grad, (old, (1 - self.beta) / grad - old))
+
+
+@dataclass(frozen=True)
+class FeedbackMomentum(Momentum):
+    """M <- M + G, of which a stage takes off what went into the weights (`RowFeedback`).
+
+    Of Dion2 (microsoft/dion, dion/dion2.py), whose `ef_decay` is the group's `momentum`.
+    """
+
+    kind: ClassVar[str] = "feedback"
+
+    def weights(self, momentum: float, *, nesterov: bool) -> Weights:
+        """For a group's options. Raises ValueError for Nesterov's."""
+        expect(not nesterov, "nesterov", "False with a rule of error feedback", nesterov)
+        return Weights(1.0, 1.0, None)
 
 
 @functools.lru_cache(maxsize=256)

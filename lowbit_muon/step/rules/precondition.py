@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, norm
+from lowbit_muon.state.stored import RuleState
+from lowbit_muon.step.rules.moments import averaged, moment_state
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, check_bits, expect, norm
 
 _SMALLEST_ROW = 1e-6  # of nanochat's equilibration, relative to the matrix's norm here
 _FEWEST_AGREEING = 1e-3
@@ -100,6 +102,52 @@ class AlmostOrthogonal(Preconditioner):
         sums = (short @ short.mT).abs_().sum(dim=2, keepdim=True)
         short.div_(sums.sqrt_().clamp_min_(TINY))
         return x
+
+
+@dataclass(frozen=True)
+class SecondMoment(Preconditioner):
+    """V <- beta V + (1 - beta) G^2, X <- X / (sqrt(V) + eps): Muon^2 (arXiv 2604.09967).
+
+    modded-nanogpt, records/track_3_optimization/results/20260501_muonsq. Elements whose gradients
+    were all zero have no direction: there a momentum that is stored in few bits holds nothing but
+    its noise, which would be divided by eps.
+
+    bits: of each element of V: 8 for logarithmic codes (`step.rules.moments`), or 32.
+    """
+
+    kind: ClassVar[str] = "second_moment"
+    beta: float = 0.95
+    eps: float = 1e-10
+    bits: int = 8
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        expect(self.beta < 1, "second_moment: beta", "a number in [0, 1)", self.beta)
+        check_bits(self.kind, self.bits)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        return moment_state("second_moment", shape, self.bits)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Preconditioner.apply`."""
+        squares = matrices.grads.float().square()
+        v = averaged(matrices, "second_moment", squares, self.beta, self.bits)
+        # (squares of small gradients are zero too)
+        unseen = (v == 0) & (matrices.grads == 0)
+        return x.div_(v.sqrt().add_(self.eps)).masked_fill_(unseen, 0.0)
+
+
+@dataclass(frozen=True)
+class SelectedRows(Preconditioner):
+    """Zeros but for the rows, or columns, that `RowFeedback` selected."""
+
+    kind: ClassVar[str] = "selected_rows"
+    reads_state: ClassVar[tuple[str, ...]] = ("selected",)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Preconditioner.apply`."""
+        return x.mul_(matrices.state["selected"])
 
 
 def to_norm_one(x: Tensor) -> Tensor:

@@ -16,9 +16,16 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
-from lowbit_muon.step.rules.gradient import PolarFactor
-from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
-from lowbit_muon.step.rules.precondition import Agreeing, AlmostOrthogonal, Equilibrate, Sign
+from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
+from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
+from lowbit_muon.step.rules.precondition import (
+    Agreeing,
+    AlmostOrthogonal,
+    Equilibrate,
+    SecondMoment,
+    SelectedRows,
+    Sign,
+)
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.scaling import (
     Brake,
@@ -27,11 +34,20 @@ from lowbit_muon.step.rules.scaling import (
     FixedNorm,
     GradientNorms,
     NuclearNorm,
+    SelectedVectorMoment,
     SignalToNoise,
     VectorMoment,
 )
+from lowbit_muon.step.rules.spectral_constraint import (
+    HardCap,
+    SoftCap,
+    SpectralBall,
+    SpectralHammer,
+    SpectralSphere,
+)
 from lowbit_muon.step.rules.step_size import Bounded, RelativeToWeights, StepSize
-from lowbit_muon.step.rules.weight_decay import ByRate, Cautious
+from lowbit_muon.step.rules.tangent import SpectralTangent
+from lowbit_muon.step.rules.weight_decay import ByRate, Cautious, Spectral
 
 _SUM = SumMomentum()
 _RMS = ("adjust_lr_fn", "match_rms_adamw")
@@ -93,6 +109,8 @@ RULES: dict[str, UpdateRule] = {
             scaling=(ElementMoment(), FixedNorm("rms")),
             options=(_UNSCALED,),
         ),
+        # modded-nanogpt, records/track_3_optimization (arXiv 2604.09967)
+        UpdateRule("muon2", precondition=(SecondMoment(),)),
         # minxin-zhg/namo (arXiv 2602.17080)
         UpdateRule(
             "namo",
@@ -114,6 +132,25 @@ RULES: dict[str, UpdateRule] = {
             scaling=(GradientNorms(),),
             step_size=Bounded(lowest=5e-4),
             options=(_PLAIN, _UNSCALED),
+        ),
+        # AGI-Arena/MARS, MARS_M/optimizers/mars_m.py
+        UpdateRule("mars_m", gradient=VarianceReduction(), options=(_PLAIN, _RMS)),
+        # microsoft/dion, dion/dion2.py (arXiv 2512.16928), on one device
+        UpdateRule(
+            "dion2",
+            gradient=RowFeedback(),
+            momentum=FeedbackMomentum(),
+            precondition=(SelectedRows(),),
+            options=(_PLAIN, _POLAR_EXPRESS, _SPECTRAL),
+        ),
+        # microsoft/dion, dion/nordion2.py
+        UpdateRule(
+            "nordion2",
+            gradient=RowFeedback(axis="row"),
+            momentum=FeedbackMomentum(),
+            precondition=(SelectedRows(),),
+            scaling=(SelectedVectorMoment(),),
+            options=(_PLAIN, _POLAR_EXPRESS, _SPECTRAL),
         ),
         # timlautk/polargrad (arXiv 2505.21799), momentum first
         UpdateRule(
@@ -159,6 +196,24 @@ RULES: dict[str, UpdateRule] = {
             step_size=RelativeToWeights(),
             constraint=FrobeniusSphere(),
             options=(("weight_decay", 0.0),),
+        ),
+        # Arongil/lipschitz-transformers (arXiv 2507.13338): what its weights are brought to
+        UpdateRule("soft_cap", constraint=SoftCap()),
+        UpdateRule("hard_cap", constraint=HardCap()),
+        UpdateRule("spectral_hammer", constraint=SpectralHammer()),
+        UpdateRule("spectral_ball", constraint=SpectralBall()),
+        UpdateRule("spectral_decay", weight_decay=Spectral()),
+        # arXiv 2601.08393: the spectral sphere optimizer, and without its multiplier
+        UpdateRule(
+            "spectral_sphere",
+            precondition=(SpectralTangent(),),
+            constraint=SpectralSphere(),
+            options=(_POLAR_EXPRESS, _SPECTRAL, ("weight_decay", 0.0)),
+        ),
+        UpdateRule(
+            "muon_ball",
+            constraint=SpectralSphere(),
+            options=(_POLAR_EXPRESS, _SPECTRAL, ("weight_decay", 0.0)),
         ),
         # mlolab/llm-spectral-clipping on momentum (arXiv 2603.14315)
         UpdateRule("spectra", direction=SoftClip(), options=(_PLAIN,)),

@@ -73,6 +73,9 @@ class UpdateRule:
                 expect(optional or isinstance(value, kind), field, f"a {kind.__name__}", value)
         names = [name for stage in self.stages() for name in stage.state((1, 1))]
         expect(len(set(names)) == len(names), "stages", "states of different names", names)
+        for stage in self.stages():
+            missing = set(stage.reads_state) - set(names)
+            expect(not missing, stage.kind, f"stages that keep {sorted(missing)}", names)
         good = all(name in RULE_OPTIONS for name, _ in self.options)
         expect(good, "options", f"values of {', '.join(RULE_OPTIONS)}", self.options)
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.state.stored import Kept, RuleState
+from lowbit_muon.step.rules.moments import averaged, moment_state
 from lowbit_muon.step.rules.stage import (
     AXES,
     TINY,
     Matrices,
     Stage,
+    check_bits,
     dimension,
     expect,
     norm,
@@ -68,27 +70,62 @@ class VectorMoment(Scaling):
 
 
 @dataclass(frozen=True)
-class ElementMoment(Scaling):
-    """V <- beta V + (1 - beta) O^2, O <- O / (sqrt(V) + eps): AdaMuon (arXiv 2507.11005).
+class SelectedVectorMoment(Scaling):
+    """`VectorMoment` of the rows that `RowFeedback` selected; the others' v stays.
 
-    V is kept in float32, 32 bits an element.
+    NorDion2 (microsoft/dion, dion/nordion2.py).
     """
 
-    kind: ClassVar[str] = "element_moment"
+    kind: ClassVar[str] = "selected_vector_moment"
+    reads_state: ClassVar[tuple[str, ...]] = ("selected",)
     beta: float = 0.95
     eps: float = 1e-8
 
     def check(self) -> None:
         """See `Stage.check`."""
-        expect(self.beta < 1, "element_moment: beta", "a number in [0, 1)", self.beta)
+        expect(self.beta < 1, "selected_vector_moment: beta", "a number in [0, 1)", self.beta)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        return {"element_moment": Kept(shape)}
+        return {"vector_moment": Kept((shape[0], 1))}
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
-        v = matrices.averaged("element_moment", update.square(), self.beta)
+        selected = matrices.state["selected"] > 0
+        squares = torch.linalg.vector_norm(update, dim=2, keepdim=True).square_()
+        old, mean = matrices.state["vector_moment"], squares / max(1, matrices.shape[1])
+        v = torch.where(selected, torch.lerp(mean, old, self.beta), old)
+        matrices.state["vector_moment"] = v
+        factors = (v.sqrt() + self.eps).reciprocal_()
+        before = squares.sum(dim=(1, 2), keepdim=True)
+        after = (squares * factors * factors).sum(dim=(1, 2), keepdim=True)
+        return update.mul_(factors * (before / after.clamp_min_(TINY)).sqrt_())
+
+
+@dataclass(frozen=True)
+class ElementMoment(Scaling):
+    """V <- beta V + (1 - beta) O^2, O <- O / (sqrt(V) + eps): AdaMuon (arXiv 2507.11005).
+
+    bits: of each element of V: 8 for logarithmic codes (`step.rules.moments`), or 32.
+    """
+
+    kind: ClassVar[str] = "element_moment"
+    beta: float = 0.95
+    eps: float = 1e-8
+    bits: int = 8
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        expect(self.beta < 1, "element_moment: beta", "a number in [0, 1)", self.beta)
+        check_bits(self.kind, self.bits)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        return moment_state("element_moment", shape, self.bits)
+
+    def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
+        """See `Scaling.apply`."""
+        v = averaged(matrices, "element_moment", update.square(), self.beta, self.bits)
         return update.div_(v.sqrt().add_(self.eps))
 
 

@@ -19,6 +19,7 @@ StageT = TypeVar("StageT", bound="Stage")
 # Below the square of anything that a matrix of norm one has, and a float32.
 TINY = 1e-30
 AXES = ("row", "column", "long", "short")
+BITS = (8, 32)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Stage:
         needs_momentum: it looks at what the direction map is given (`Matrices.momentum`).
         needs_weights: it looks at the weights as a whole, not element by element.
         needs_rate: the step it leads to is not proportional to the learning rate.
+        reads_state: names of what another stage of the rule has to keep for it.
     """
 
     kind: ClassVar[str] = ""
@@ -40,6 +42,7 @@ class Stage:
     needs_momentum: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
     needs_rate: ClassVar[bool] = False
+    reads_state: ClassVar[tuple[str, ...]] = ()
     _kinds: ClassVar[dict[tuple[type, str], type[Stage]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -95,6 +98,11 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
+def check_bits(kind: str, bits: object) -> None:
+    """Raise ValueError unless a stage can keep a number for each element in so many bits."""
+    expect(type(bits) is int and bits in BITS, f"{kind}: bits", f"one of {BITS}", bits)
+
+
 @dataclass
 class Matrices:
     """A batch of b matrices of one shape in the middle of a step, as stages see them.
@@ -110,6 +118,8 @@ class Matrices:
         state: what stages keep, [b, ..] by name (`Stage.state`); to be replaced, not changed.
         momentum: what the direction map was given, float32 [b, rows, columns], scaled to norm one;
             only where a stage asks for it (`Stage.needs_momentum`).
+        weights: before the step, float32 [rows, columns] each, with what rounding left over of
+            them; only where a stage asks for them (`Stage.needs_weights`).
         rate: what stages multiply the learning rate by, [b, 1, 1], or [b, 1, columns].
     """
 
@@ -122,6 +132,7 @@ class Matrices:
     beta: float
     state: dict[str, Tensor] = field(default_factory=dict)
     momentum: Tensor | None = None
+    weights: list[Tensor] = field(default_factory=list)
     rate: Tensor | None = None
 
     def multiply_rate(self, factor: Tensor) -> None:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_muon.step.rules.stage import Stage
+from lowbit_muon.step.rules.spectral import leading
+from lowbit_muon.step.rules.stage import Stage, expect
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,40 @@ class ByRate(WeightDecay):
         rates = torch.ones((), device=weight.device) if rate is None else rate
         share = (rates * lr).clamp(max=1.0) * weight_decay
         change.add_(weight * share.clamp(max=1.0))
+
+
+@dataclass(frozen=True)
+class Spectral(WeightDecay):
+    """W <- W - lr * weight_decay * s u v^T - change: only of W's largest singular value s.
+
+    Arongil/lipschitz-transformers, modula/atom.py (arXiv 2507.13338), where it comes after the
+    change and without the learning rate. By `rounds` of power iteration.
+    """
+
+    kind: ClassVar[str] = "spectral"
+    reads_weights: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
+    rounds: int = 16
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        good = isinstance(self.rounds, int) and self.rounds >= 1
+        expect(good, "spectral: rounds", "a whole number >= 1", self.rounds)
+
+    def factor(self, lr: float | Tensor, weight_decay: float) -> float | Tensor:
+        """See `WeightDecay.factor`."""
+        return 1.0
+
+    def add(
+        self,
+        change: Tensor,
+        weight: Tensor,
+        lr: float | Tensor,
+        weight_decay: float,
+        *,
+        scale: float,
+        rate: Tensor | None,
+    ) -> None:
+        """See `WeightDecay.add`."""
+        value, left, right = leading(weight, self.rounds)
+        change.add_(torch.outer(left, right) * (value * (lr * weight_decay)))
