@@ -218,17 +218,20 @@ def kept_bytes(rule: UpdateRule) -> str:
         kept = rule.state((rows, columns)).values()
         return sum(math.prod(each.shape) * each.dtype.itemsize for each in kept)
 
-    tall, wide = found(1009, 7), found(7, 1009)
+    more, fewer = 4001, 2003
+    tall, wide = found(more, fewer), found(fewer, more)
     if not tall:
         return ""
-    for size_tall, size_wide, unit in (
-        (1009 * 7, 1009 * 7, "an element"),
-        (1009, 1009, "a row or column, whichever are more"),
-        (1009, 7, "a row"),
-        (7, 1009, "a column"),
+    for of_tall, of_wide, unit in (
+        (more * fewer, more * fewer, "an element"),
+        (more, more, "a row or column, whichever are more"),
+        (fewer, fewer, "a row or column, whichever are fewer"),
+        (more, fewer, "a row"),
+        (fewer, more, "a column"),
     ):
-        if tall >= size_tall and wide >= size_wide:
-            return f"{tall / size_tall:.3g} {unit}"
+        # (a number for each row beside one for each element does not count)
+        if tall >= of_tall and abs(tall / of_tall - wide / of_wide) < 0.01:
+            return f"{tall / of_tall:.2g} {unit}"
     return f"{tall} a matrix"
 
 
