@@ -110,30 +110,32 @@ def round_trips(kind: str, options: dict[str, Any], folder: str) -> list[str]:
         ("fsdp", {"state_format": "mulaw4", "compensation": True}),
         ("tp", {"state_format": "muonq4"}),
         ("ddp", {"state_format": "linear8", "compensation": True}),
+        ("fsdp", {"rule": "normuon"}),
+        ("tp", {"rule": "namo_d"}),
     ],
-    ids=["fsdp", "fsdp, compensation", "tp", "ddp"],
+    ids=["fsdp", "fsdp, compensation", "tp", "ddp", "fsdp, normuon", "tp, namo_d"],
 )
 def test_a_round_trip_leaves_no_trace(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert run(2, round_trips, tmp_path, kind, options, str(tmp_path)) == [[], []]
 
 
-def flat_on_fewer(source: str) -> list[Tensor]:
+def flat_on_fewer(source: str, options: dict[str, Any]) -> list[Tensor]:
     """The weights after three more steps; what two processes saved flat is loaded on these."""
-    model, optimizer = make("fsdp", {})
-    options = StateDictOptions(**FLAT)
-    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    model, optimizer = make("fsdp", options)
+    flat = StateDictOptions(**FLAT)
+    saved = get_optimizer_state_dict(model, optimizer, options=flat)
     dcp.load(saved, checkpoint_id=source)
-    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    set_optimizer_state_dict(model, optimizer, saved, options=flat)
     return after(model, optimizer)
 
 
-def flat_saved(target: str) -> list[Tensor]:
-    model, optimizer = make("fsdp", {})
+def flat_saved(target: str, options: dict[str, Any]) -> list[Tensor]:
+    model, optimizer = make("fsdp", options)
     for number in range(2):
         step(model, optimizer, number)
     saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**FLAT))
     dcp.save(saved, checkpoint_id=target)
-    return after(make("fsdp", {})[0], optimizer, like=model)
+    return after(make("fsdp", options)[0], optimizer, like=model)
 
 
 def after(model: Model, optimizer: Any, like: Model | None = None) -> list[Tensor]:
@@ -151,8 +153,11 @@ def after(model: Model, optimizer: Any, like: Model | None = None) -> list[Tenso
     return [value().detach() for value in values]
 
 
-def test_a_flat_state_loads_on_another_number_of_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"rule": "normuon"}, {"rule": "muon2"}], ids=str)
+def test_a_flat_state_loads_on_another_number_of_processes(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     path = str(tmp_path / "saved")
-    expected = run(2, flat_saved, tmp_path / "two", path)[0]
-    found = run(1, flat_on_fewer, tmp_path / "one", path)[0]
+    expected = run(2, flat_saved, tmp_path / "two", path, options)[0]
+    found = run(1, flat_on_fewer, tmp_path / "one", path, options)[0]
     assert all(map(torch.equal, found, expected))
