@@ -50,7 +50,7 @@ BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "momentum": (*NOT_NUMBERS, -0.1, 1, 1.0, 1e30),
     "nesterov": NOT_BOOLS,
     "ns_coefficients": (
-        None, 3, "quintic", [], (1.0, 2.0), (1.0, NAN, 2.0), (1.0, 2.0, 10**400), [[1, 2, 3], [1]],
+        None, 3, "septic", [], (1.0, 2.0), (1.0, NAN, 2.0), (1.0, 2.0, 10**400), [[1, 2, 3], [1]],
     ),
     "eps": (*NOT_NUMBERS, 0, -1e-7, 1e39),
     "ns_steps": (*NOT_COUNTS, 0, 100, 10**400),
