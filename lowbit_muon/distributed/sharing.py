@@ -51,6 +51,7 @@ from lowbit_muon.state.stored import orient
 from lowbit_muon.step.batches import step_parameters
 from lowbit_muon.step.options import OPTIONS, UpdateDtype
 from lowbit_muon.step.rules.recipes import resolve_rule
+from lowbit_muon.step.rules.weight_decay import Rates
 from lowbit_muon.step.update import StepOptions, update_scale
 
 Group = dict[str, Any]
@@ -333,15 +334,15 @@ class ShardedParameters(SharedParameters):
         matrix = flatten(local, group)
         weight = orient(self._rows(matrix, unit))
         rounding = self._rounding(unit, group, states, first)
-        lr, weight_decay, decays = float(group["lr"]), group["weight_decay"], rule.weight_decay
-        decay, step_size = decays.factor(lr, weight_decay), lr
+        lr, decays = float(group["lr"]), rule.weight_decay
+        scale = rule.step_size.factor * update_scale(group["adjust_lr_fn"], unit.shape)
+        rates = Rates(lr, group["weight_decay"], scale)
+        decay, step_size = decays.factor(rates), lr
         if rule.needs_weights:  # what the weights move by, all in all
             decay, step_size = 1.0, 1.0
         elif decays.reads_weights:
             change, step_size = change * lr, 1.0
-            scale = rule.step_size.factor * update_scale(group["adjust_lr_fn"], unit.shape)
-            value = exact_weight(weight, rounding)
-            decays.add(orient(change), value, lr, weight_decay, scale=scale, rate=None)
+            decays.add(orient(change), exact_weight(weight, rounding), rates)
         backend = get_backend(group["backend"], weight.device)
         update_weight(weight, orient(change), decay, step_size, rounding, backend)
         if matrix.data_ptr() != local.data_ptr():

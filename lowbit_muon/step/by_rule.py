@@ -7,7 +7,7 @@ The update exists as a matrix here, which stages look at and change; Muon's own 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,10 +19,11 @@ from lowbit_muon.state.operands import Dense, Operand
 from lowbit_muon.state.rounding import Compensation, Rounding, exact_weight, update_weight
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
 from lowbit_muon.step.rules.constraint import WeightStep
-from lowbit_muon.step.rules.direction import Polar
+from lowbit_muon.step.rules.direction import DirectionMap, Polar
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.stage import TINY, Matrices, norm
+from lowbit_muon.step.rules.weight_decay import Rates
 
 # Of a host's cache.
 PANEL_FLOATS = 2**17
@@ -157,7 +158,7 @@ def _as_parameters(x: Tensor, rows: int, columns: int) -> Tensor:
 def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: PolarMap) -> Tensor:
     """The direction map of the preconditioned momentum, float32 [b, rows, columns]."""
     rule, (rows, columns) = options.rule, matrices.shape
-    is_polar = type(rule.direction) is Polar
+    is_polar = isinstance(rule.direction, Polar)
     if is_polar and not rule.precondition and not rule.needs("momentum"):
         update = polar(given.x, given.norm, given.inverse, options).rows(slice(None))
         return _as_parameters(update.float(), rows, columns)
@@ -173,7 +174,7 @@ def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: Po
         x = to_norm_one(x) if stage.to_norm_one else x
     if rule.needs("momentum"):
         matrices.momentum = x.clone()
-    if not is_polar:
+    if isinstance(rule.direction, DirectionMap):
         return rule.direction.apply(x, matrices)
     # (what is below eps is not brought to norm one)
     factor = (given.norm * given.inverse).clamp_max(1.0)
@@ -209,12 +210,12 @@ def _apply(
     backend: Backend,
 ) -> None:
     """Decay the weight, subtract the update and bring it to where the rule constrains it."""
-    lr, weight_decay, decays = matrices.lr, matrices.weight_decay, rule.weight_decay
-    decay, size = decays.factor(lr, weight_decay), move.size
+    decays, rates = rule.weight_decay, Rates(matrices.lr, matrices.weight_decay, scale, rate)
+    decay, size = decays.factor(rates), move.size
     if value is not None and rule.constraint is not None:
         if decays.reads_weights:
-            decays.add(move.update, value, lr, weight_decay, scale=scale, rate=rate)
-        step = WeightStep(decay, lr * scale)
+            decays.add(move.update, value, rates)
+        step = WeightStep(decay, matrices.lr * scale)
         new = rule.constraint.apply(value * decay - move.update, value, step)
         torch.sub(value, new, out=move.update)
         value, decay = None, 1.0
@@ -226,11 +227,10 @@ def _apply(
     for rows in _panels(weight, move.rounding, whole=whole):
         part, rounding = update[rows], move.rounding
         if value is not None and decays.reads_weights:
-            near = rate
+            near = rates
             if rate is not None and rate.numel() > 1 and weight.shape != move.weight.shape:
-                near = rate.mT[rows]
-            old = orient(value)[rows]
-            decays.add(part, old, lr, weight_decay, scale=scale, rate=near)
+                near = replace(rates, rate=rate.mT[rows])
+            decays.add(part, orient(value)[rows], near)
         if backend.asynchronous:
             part = torch.where(move.accepted, part, 0)
         if isinstance(rounding, Compensation):

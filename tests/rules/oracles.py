@@ -12,6 +12,7 @@ it; eta the learning rate, lambda the weight decay; s the shape scale; ||.|| Fro
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -753,8 +754,8 @@ class Lipschitz(Oracle):
         super().step(grad)
         self.weight = self.project(self.weight)
 
-    def project(self, w: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def project(self, w: Tensor) -> Tensor: ...
 
     def within(self, w: Tensor, limit: float) -> Tensor:
         return w / max(1.0, float(power_iteration(w)[0]) / limit)

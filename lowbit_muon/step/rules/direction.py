@@ -25,6 +25,10 @@ _NO_DIRECTION = 1e-6
 class Direction(Stage):
     """The stage that makes a direction of a momentum."""
 
+
+class DirectionMap(Direction):
+    """A direction that is computed here."""
+
     @abstractmethod
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """The direction of x, float32 [b, rows, columns] of norm one, which may be overwritten."""
@@ -39,13 +43,9 @@ class Polar(Direction):
 
     kind: ClassVar[str] = "polar"
 
-    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """Not called."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
-class ExactPolar(Direction):
+class ExactPolar(DirectionMap):
     """U V^T by a singular value decomposition in float64; a GPU's host waits for it.
 
     Directions below 1e-6 of the largest singular value are left out.
@@ -54,12 +54,12 @@ class ExactPolar(Direction):
     kind: ClassVar[str] = "exact_polar"
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """See `Direction.apply`."""
+        """See `DirectionMap.apply`."""
         return exact_polar(x)
 
 
 @dataclass(frozen=True)
-class LowRankPolar(Direction):
+class LowRankPolar(DirectionMap):
     """Q polar(Q^T X), Q from X times random signs: the polar factor in `rank` directions.
 
     The range finder of Halko, Martinsson and Tropp (2011), as `torch.svd_lowrank` without power
@@ -76,14 +76,14 @@ class LowRankPolar(Direction):
         expect(whole, "low_rank_polar: rank", "a whole number >= 1", self.rank)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """See `Direction.apply`."""
+        """See `DirectionMap.apply`."""
         rank = min(self.rank, *matrices.shape)
         basis = torch.linalg.qr(x @ _signs(matrices.steps, x.shape[2], rank)).Q
         return basis @ exact_polar(basis.mT @ x)
 
 
 @dataclass(frozen=True)
-class Rows(Direction):
+class Rows(DirectionMap):
     """Rows, or columns, of norm one (RMNP, arXiv 2603.20527; Scion's RowNorm and ColNorm).
 
     axis: "row" or "column"; rms: so that their elements have a root mean square of one.
@@ -99,14 +99,14 @@ class Rows(Direction):
         expect(self.axis in axes, "normalize: axis", f"one of {axes}", self.axis)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """See `Direction.apply`."""
+        """See `DirectionMap.apply`."""
         across = 2 if self.axis == "row" else 1
         sizes = torch.linalg.vector_norm(x, dim=across, keepdim=True).clamp_min_(TINY)
         return x.div_(sizes / math.sqrt(x.shape[across]) if self.rms else sizes)
 
 
 @dataclass(frozen=True)
-class Signs(Direction):
+class Signs(DirectionMap):
     """Signs of all elements (Lion, Signum); over the number of columns with `by_columns` (Scion's
     oracle for heads, arXiv 2502.07529)."""
 
@@ -114,13 +114,13 @@ class Signs(Direction):
     by_columns: bool = False
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """See `Direction.apply`."""
+        """See `DirectionMap.apply`."""
         x = x.sign_()
         return x.div_(matrices.shape[1]) if self.by_columns else x
 
 
 @dataclass(frozen=True)
-class Sinkhorn(Direction):
+class Sinkhorn(DirectionMap):
     """Rows and columns of one norm each, by turns: sqrt(columns) and sqrt(rows), so that elements
     have a mean square of one (ARO's usual function, arXiv 2602.09006)."""
 
@@ -133,7 +133,7 @@ class Sinkhorn(Direction):
         expect(whole, "sinkhorn: rounds", "a whole number >= 1", self.rounds)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """See `Direction.apply`."""
+        """See `DirectionMap.apply`."""
         for _ in range(self.rounds):
             for across in (2, 1):
                 sizes = torch.linalg.vector_norm(x, dim=across, keepdim=True).clamp_min_(TINY)
@@ -142,19 +142,19 @@ class Sinkhorn(Direction):
 
 
 @dataclass(frozen=True)
-class Itself(Direction):
+class Itself(DirectionMap):
     """The momentum as it is, with its size."""
 
     kind: ClassVar[str] = "itself"
     needs_size: ClassVar[bool] = True
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """See `Direction.apply`."""
+        """See `DirectionMap.apply`."""
         return x.mul_(matrices.size)
 
 
 @dataclass(frozen=True)
-class SoftClip(Direction):
+class SoftClip(DirectionMap):
     """Singular values s to s / sqrt(1 + s^2 / limit^2) (SPECTRA, arXiv 2603.14315).
 
     By an eigendecomposition of I + X X^T / limit^2 in float64, in place of the paper's coupled
@@ -170,7 +170,7 @@ class SoftClip(Direction):
         expect(self.limit > 0, "soft_clip: limit", "a number > 0", self.limit)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """See `Direction.apply`."""
+        """See `DirectionMap.apply`."""
         rows, columns = matrices.shape
         x = x.mul_(matrices.size)
         short = (x if rows <= columns else x.mT).to(accumulation_dtype(x.device)) / self.limit

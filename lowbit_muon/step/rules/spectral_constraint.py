@@ -50,7 +50,20 @@ class SpectralSphere(Constraint):
 
 
 @dataclass(frozen=True)
-class SpectralBall(Constraint):
+class _Limited(Constraint):
+    """Singular values are held to `limit`, the largest found by `rounds` of power iteration."""
+
+    limit: float = 1.0
+    rounds: int = _ROUNDS
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        expect(self.limit > 0, f"{self.kind}: limit", "a number > 0", self.limit)
+        _check_rounds(self.kind, self.rounds)
+
+
+@dataclass(frozen=True)
+class SpectralBall(_Limited):
     """W <- W / max(1, s / limit), with s its largest singular value.
 
     "Spectral normalize" of Arongil/lipschitz-transformers, modula/atom.py (arXiv 2507.13338), by as
@@ -58,13 +71,6 @@ class SpectralBall(Constraint):
     """
 
     kind: ClassVar[str] = "spectral_ball"
-    limit: float = 1.0
-    rounds: int = _ROUNDS
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        _check_limit(self.kind, self.limit)
-        _check_rounds(self.kind, self.rounds)
 
     def apply(self, new: Tensor, weight: Tensor, step: WeightStep) -> Tensor:
         """See `Constraint.apply`."""
@@ -72,20 +78,13 @@ class SpectralBall(Constraint):
 
 
 @dataclass(frozen=True)
-class SpectralHammer(Constraint):
+class SpectralHammer(_Limited):
     """W <- W + (limit - s) u v^T: the largest singular value is set to `limit`, also a smaller one.
 
     arXiv 2507.13338 (see `SpectralBall`).
     """
 
     kind: ClassVar[str] = "spectral_hammer"
-    limit: float = 1.0
-    rounds: int = _ROUNDS
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        _check_limit(self.kind, self.limit)
-        _check_rounds(self.kind, self.rounds)
 
     def apply(self, new: Tensor, weight: Tensor, step: WeightStep) -> Tensor:
         """See `Constraint.apply`."""
@@ -94,7 +93,7 @@ class SpectralHammer(Constraint):
 
 
 @dataclass(frozen=True)
-class SoftCap(Constraint):
+class SoftCap(_Limited):
     """W <- W - a W W^T W, then W <- W + a W W^T W: singular values stay below `limit`.
 
     arXiv 2507.13338 (see `SpectralBall`). a is such that k, which they are below before, comes to
@@ -104,14 +103,7 @@ class SoftCap(Constraint):
     """
 
     kind: ClassVar[str] = "soft_cap"
-    limit: float = 1.0
     growth: float = 1.145 * 1.05
-    rounds: int = _ROUNDS
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        _check_limit(self.kind, self.limit)
-        _check_rounds(self.kind, self.rounds)
 
     def apply(self, new: Tensor, weight: Tensor, step: WeightStep) -> Tensor:
         """See `Constraint.apply`."""
@@ -135,7 +127,7 @@ def soft_cap_strength(most: float | Tensor, limit: float) -> float | Tensor:
 
 
 @dataclass(frozen=True)
-class HardCap(Constraint):
+class HardCap(_Limited):
     """W <- limit p(W / limit): four odd polynomials of degree five, together about min(1, s).
 
     arXiv 2507.13338 (see `SpectralBall`). p(s) is within 5 % of it up to 3.4, and 1.011 at most;
@@ -143,13 +135,6 @@ class HardCap(Constraint):
     """
 
     kind: ClassVar[str] = "hard_cap"
-    limit: float = 1.0
-    rounds: int = _ROUNDS
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        _check_limit(self.kind, self.limit)
-        _check_rounds(self.kind, self.rounds)
 
     def apply(self, new: Tensor, weight: Tensor, step: WeightStep) -> Tensor:
         """See `Constraint.apply`."""
@@ -161,10 +146,6 @@ class HardCap(Constraint):
 
 def _within(x: Tensor, limit: float | Tensor, rounds: int) -> Tensor:
     return x.div_((leading(x, rounds).value / limit).clamp_min_(1.0))
-
-
-def _check_limit(kind: str, limit: float) -> None:
-    expect(limit > 0, f"{kind}: limit", "a number > 0", limit)
 
 
 def _check_rounds(kind: str, rounds: object) -> None:
