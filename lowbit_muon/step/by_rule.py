@@ -124,9 +124,13 @@ def _matrices(
     """What the stages see."""
     rows, columns = batch.weights[0].shape
     asynchronous = given.x.backend.asynchronous
-    grads = batch.stacked_gradients()
-    if asynchronous:
-        grads = torch.where(accepted.view(-1, 1, 1), grads, 0)
+
+    def read_grads() -> Tensor:
+        grads = batch.stacked_gradients()
+        if asynchronous:
+            grads = torch.where(accepted.view(-1, 1, 1), grads, 0)
+        return _as_parameters(grads, rows, columns)
+
     lr = options.lr
     if isinstance(lr, Tensor):  # one on the host would have to be copied to the device
         same = asynchronous and lr.device == accepted.device
@@ -139,7 +143,7 @@ def _matrices(
     names, taken = options.rule.state((rows, columns)), given.taken
     return Matrices(
         (rows, columns),
-        _as_parameters(grads, rows, columns),
+        read_grads,
         given.size.float().view(-1, 1, 1),
         (steps + 1).view(-1, 1, 1),
         lr,

@@ -36,7 +36,7 @@ from lowbit_muon.state.gradients import LARGEST_NORM, NORM_EPS, frobenius_norm
 from lowbit_muon.state.operands import SCRATCH_FLOATS, Companded, Dense, Operand, Panels, row_slices
 from lowbit_muon.state.rounding import Compensation, Rounding, update_weight
 from lowbit_muon.state.stored import QuantizedMatrix, StoredBatch, orient, rescaling
-from lowbit_muon.step.by_rule import Given, step_by_rule, transformed
+from lowbit_muon.step.by_rule import Given, Taken, step_by_rule, transformed
 from lowbit_muon.step.options import AdjustLr, NsDtype, plain_value
 from lowbit_muon.step.rules.momentum import Weights, weights_of
 from lowbit_muon.step.rules.recipes import rule_of_json
@@ -165,10 +165,7 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
         usable = torch.linalg.vector_norm(grads, ord=math.inf, dim=(1, 2)) <= LARGEST_NORM
         if not backend.asynchronous and not bool(usable.all()):
             return _update_in_parts(usable.tolist(), batch, options, backend, skipped=True)
-        grads = torch.where(usable.view(-1, 1, 1), grads, 0)
-        allowed = usable if batch.allowed is None else batch.allowed & usable
-        batch = dataclasses.replace(batch, allowed=allowed)
-        taken = transformed(grads, batch, stored, options)
+        batch, taken = _transform(grads, usable, batch, stored, options)
         grads = taken.grads
     idle = _idle(grads, stored)
     if isinstance(idle, list):
@@ -213,6 +210,16 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
     if encode_last:
         _encode(stored, fresh, norm, scale, options, idle)
     return accepted
+
+
+def _transform(
+    grads: Tensor, usable: Tensor, batch: Batch, stored: StoredBatch, options: StepOptions
+) -> tuple[Batch, Taken]:
+    """What the rule's transform makes of gradients [b, m, n]; only usable ones, bool [b], count."""
+    grads = torch.where(usable.view(-1, 1, 1), grads, 0)
+    allowed = usable if batch.allowed is None else batch.allowed & usable
+    batch = dataclasses.replace(batch, allowed=allowed)
+    return batch, transformed(grads, batch, stored, options)
 
 
 class _Ahead(Dense):

@@ -47,7 +47,7 @@ class Moment:
         zeros = torch.zeros(1, 1, 1)
         shape = (squares.shape[1], squares.shape[2])
         number = step_number(self.steps)
-        matrices = Matrices(shape, squares, zeros, number, 0.0, 0.0, 0.0, dict(self.state))
+        matrices = Matrices(shape, lambda: squares, zeros, number, 0.0, 0.0, 0.0, dict(self.state))
         v = averaged(matrices, "v", squares, self.beta, 8)
         self.state = matrices.state
         self.exact = self.beta * self.exact + (1 - self.beta) * squares.double()

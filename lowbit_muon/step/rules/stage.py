@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -111,7 +112,7 @@ class Matrices:
 
     Attributes:
         shape: (rows, columns).
-        grads: gradients [b, rows, columns], any float dtype, zeros where they are refused.
+        read_grads: makes `grads` for the stages that look at them; most rules have none.
         size: Frobenius norms of what the direction map is given.
         steps: how many steps each parameter has taken, with this one.
         lr, weight_decay, beta: options of the group; beta is its `momentum`.
@@ -124,7 +125,7 @@ class Matrices:
     """
 
     shape: tuple[int, int]
-    grads: Tensor
+    read_grads: Callable[[], Tensor]
     size: Tensor
     steps: Tensor
     lr: float | Tensor
@@ -134,6 +135,11 @@ class Matrices:
     momentum: Tensor | None = None
     weights: list[Tensor] = field(default_factory=list)
     rate: Tensor | None = None
+
+    @functools.cached_property
+    def grads(self) -> Tensor:
+        """Gradients [b, rows, columns], any float dtype, zeros where they are refused."""
+        return self.read_grads()
 
     def multiply_rate(self, factor: Tensor) -> None:
         """Multiply the learning rate, for this step alone."""
