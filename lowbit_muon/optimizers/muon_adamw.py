@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from lowbit_muon.backends.modes import plain_modes
 from lowbit_muon.checkpoint.adam import convert_adam, read_moments
@@ -21,6 +22,8 @@ from lowbit_muon.distributed.agreement import on_every_part
 from lowbit_muon.distributed.state_dicts import shard_like, whole_state
 from lowbit_muon.formats.state_format import FORMAT_VERSION
 from lowbit_muon.optimizers.muon import Muon
+from lowbit_muon.optimizers.param_groups import muon_param_groups
+from lowbit_muon.optimizers.routing import groups_by_shape
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import count_skipped
 from lowbit_muon.state.parameter import parameter_names, refuse_gradient
@@ -35,31 +38,47 @@ from lowbit_muon.step.options import (
     check_loaded,
     check_values,
     plain_options,
+    plain_value,
 )
+from lowbit_muon.step.rules.recipes import resolve_rule
+from lowbit_muon.step.rules.rule import UpdateRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # KellerJordan/Muon, muon.py, MuonWithAuxAdam.
 MUON_DEFAULTS: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
+_ARGUMENTS = ("lr", "weight_decay", "momentum", "aux_lr", "aux_adam")
 _8BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_FLOAT16 = 2.0**-24
 _PROBE_ELEMENTS = 4096  # the smallest tensor whose state bitsandbytes keeps in 8 bits
 
 
 class MuonWithAuxAdam(Muon):
-    """Muon for some parameter groups and AdamW for the others, stepped and saved as one.
+    """Muon for the matrices and AdamW for the other parameters, stepped and saved as one.
 
-    Takes the groups of KellerJordan's MuonWithAuxAdam as they are: dicts with `use_muon` True
-    (defaults lr=0.02, momentum=0.95, weight_decay=0) or False (lr=3e-4, betas=(0.9, 0.95),
-    eps=1e-10, weight_decay=0). `muon_param_groups` makes them from a model. Like there, Muon scales
-    its update by sqrt(max(1, rows/columns)) and uses Nesterov momentum; unlike there, parameters
-    of three dimensions are flattened like convolutions unless the group says `batch_experts`.
+    Takes a model, whose structure says which is which (`muon_param_groups`, for more options); or
+    the groups of KellerJordan's MuonWithAuxAdam as they are, dicts with `use_muon` True (defaults
+    lr=0.02, momentum=0.95, weight_decay=0) or False (lr=3e-4, betas=(0.9, 0.95), eps=1e-10,
+    weight_decay=0). Like there, Muon scales its update by sqrt(max(1, rows/columns)) and uses
+    Nesterov momentum; unlike there, parameters of three dimensions are flattened like convolutions
+    unless the group says `batch_experts`. With adjust_lr_fn="match_rms_adamw" updates have AdamW's
+    size, and one rate serves all parameters, as for AdamW.
 
     Args:
-        param_groups: groups as above. A group with `use_muon` may also set any option that a group
-            of `Muon` may, the others `nonfinite` and `aux_adam`; other keys are treated as there.
-            The dicts are copied.
+        params: the model; groups as above; or what other optimizers take: parameters, named
+            parameters, or groups without `use_muon`. Of these Muon takes the matrices that neither
+            by name nor by shape look like embeddings or heads (`optimizers.routing`), with one
+            warning where there are no names. A group with `use_muon` may also set any option that a
+            group of `Muon` may, the others `nonfinite` and `aux_adam`; other keys are treated as
+            there. The dicts are copied.
+        lr: learning rate of Muon's groups that do not set it. None: 0.02.
+        weight_decay: of groups that do not set it, of both kinds. None: 0. Where this optimizer
+            makes the groups, biases, norms and other vectors have none.
+        momentum: of Muon's groups that do not set it. None: 0.95.
+        aux_lr: learning rate of AdamW's groups that do not set it. None: `lr` where that serves
+            AdamW, too (adjust_lr_fn="match_rms_adamw", by itself or brought by the rule), else
+            3e-4.
         aux_adam: "adamw8bit": bitsandbytes' AdamW8bit, about 2 bytes an element (it keeps tensors
             of fewer than 4096 elements in float32, 8 bytes); "adamw": torch.optim.AdamW; "auto":
             8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
@@ -80,24 +99,49 @@ class MuonWithAuxAdam(Muon):
 
     def __init__(
         self,
-        param_groups: Iterable[dict[str, Any]],
+        params: nn.Module | ParamsT,
+        lr: float | Tensor | None = None,
+        weight_decay: float | None = None,
+        momentum: float | None = None,
         *,
+        aux_lr: float | Tensor | None = None,
         aux_adam: AuxAdam = "auto",
         **options: Unpack[MuonOptions],
     ) -> None:
-        check_values(AUX_OPTIONS, {"aux_adam": aux_adam})
         for name in options.keys() - MuonOptions.__annotations__.keys():
             raise TypeError(
                 f"{name}: expected an option of all groups "
-                f"({', '.join(('aux_adam', *MuonOptions.__annotations__))}); "
-                "lr, weight_decay, eps, momentum and betas are set in the groups"
+                f"({', '.join((*_ARGUMENTS, *MuonOptions.__annotations__))}); "
+                "eps and betas are set in the groups"
             )
+        given = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        defaults = MUON_DEFAULTS | {name: v for name, v in given.items() if v is not None}
+        aux = {"weight_decay": defaults["weight_decay"], "aux_adam": aux_adam}
+        check_values(AUX_OPTIONS, aux)
+        if aux_lr is None:
+            scale = options.get("adjust_lr_fn") or _scale_of_rule(options.get("rule", "muon"))
+            aux_lr = defaults["lr"] if scale == "match_rms_adamw" else AUX_DEFAULTS["lr"]
+        else:
+            try:
+                check_values(AUX_OPTIONS, {"lr": plain_value(aux_lr)})
+            except ValueError as error:
+                raise ValueError(f"aux_{error}") from None
+        aux["lr"] = aux_lr
         self.aux_adam = aux_adam
+        self._aux_defaults = aux
         self._engines: dict[str, Optimizer] = {}
-        super().__init__(param_groups, **MUON_DEFAULTS, **options)
+        if isinstance(params, nn.Module):
+            decay = defaults["weight_decay"]
+            groups = muon_param_groups(
+                params, **defaults, aux_lr=aux_lr, aux_weight_decay=decay, no_decay=bool(decay)
+            )
+        else:
+            groups = _with_kinds(params, decays=bool(defaults["weight_decay"]))
+        super().__init__(groups, **defaults, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "aux_adam": self.aux_adam}
+        own = {"aux_adam": self.aux_adam, "_aux_defaults": self._aux_defaults}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -121,8 +165,10 @@ class MuonWithAuxAdam(Muon):
             super().add_param_group(param_group)
             return
         check_keys(AUX_OPTIONS, param_group)
-        own = {"nonfinite": self.defaults["nonfinite"], "aux_adam": self.aux_adam}
+        own = {"nonfinite": self.defaults["nonfinite"], **self._aux_defaults}
         group = plain_options({**AUX_DEFAULTS, **own, **param_group})
+        if isinstance(group["lr"], Tensor):  # schedulers fill it in place
+            group["lr"] = group["lr"].clone()
         group[VERSION_KEY] = FORMAT_VERSION
         check_values(AUX_OPTIONS, group)
         options = set(group)
@@ -274,6 +320,20 @@ class MuonWithAuxAdam(Muon):
             "exp_avg": moments.first.to(torch.float32, copy=True),
             "exp_avg_sq": moments.second.to(torch.float32, copy=True),
         }
+
+
+def _with_kinds(params: Any, *, decays: bool) -> list[Any]:
+    """Groups that say `use_muon`; if one does, they are as they were given."""
+    if isinstance(params, (Tensor, set)) or not isinstance(params, Iterable):
+        return groups_by_shape(params, decays=decays)  # raises
+    entries = list(params)
+    kinds = [isinstance(entry, dict) and "use_muon" in entry for entry in entries]
+    return entries if any(kinds) else groups_by_shape(entries, decays=decays)
+
+
+def _scale_of_rule(rule: str | UpdateRule) -> object:
+    """The `adjust_lr_fn` that a rule brings."""
+    return dict(resolve_rule(rule).options).get("adjust_lr_fn")
 
 
 def _resolve_kind(kind: AuxAdam, params: Sequence[Tensor]) -> str:

@@ -41,12 +41,12 @@ _NORMS = (
 )  # fmt: skip
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 # What models call an output head that is not tied to an embedding.
-_HEAD_NAMES = ("lm_head", "embed_out", "unembed", "unembedding")
+HEAD_NAMES = ("lm_head", "embed_out", "unembed", "unembedding")
 # A module of unknown class tells by the name of its own parameter what its shape does not: that it
 # is no operator, but a list of vectors, or multiplies element by element, as the decays, steps and
 # mixing factors of state-space models do (A_log of Mamba, time_decay and time_maa of RWKV). Their
 # low-rank factors are operators again (time_decay_w1).
-_NOT_AN_OPERATOR = re.compile(
+NOT_AN_OPERATOR = re.compile(
     r"^(?!.*_w\d+$).*(bias|emb|token|position|norm|decay|(^|_)(logs?|dt|ds|time|mix|maa|faaaa|r_k|"
     r"scales?|gammas?|betas?|alphas?|gains?|temperatures?|lambdas?|slopes?|freqs?|masks?|latents?|"
     r"prompts?|queries|registers?|centroids?|codebooks?|prototypes?|anchors?)(_|\d|$))",
@@ -270,7 +270,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
         if isinstance(found, nn.Module):
             heads.update(found.modules())  # PEFT wraps a head: what trains is inside
         if isinstance(module, nn.Linear):
-            if path.rpartition(".")[2] in _HEAD_NAMES:
+            if path.rpartition(".")[2] in HEAD_NAMES:
                 heads.add(module)
             last = module
     if last is not None and last not in repeated and last.out_features in rows:
@@ -292,7 +292,7 @@ def _owner_is_aux(module: nn.Module, name: str, heads: set[nn.Module]) -> bool:
     if isinstance(module, nn.Linear):
         return False
     kind = type(module).__name__.lower()
-    return "norm" in kind or "embedding" in kind or bool(_NOT_AN_OPERATOR.search(name))
+    return "norm" in kind or "embedding" in kind or bool(NOT_AN_OPERATOR.search(name))
 
 
 def _is_bias_or_norm(use: _Use) -> bool:

@@ -96,8 +96,11 @@ def test_groups_override_options() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([nn.Parameter(torch.ones(3, 3))], "use_muon"),
-        ([{"params": [nn.Parameter(torch.ones(3, 3))]}], "use_muon=None"),
+        (
+            [{"params": [nn.Parameter(torch.ones(3, 3))], "use_muon": True},
+             {"params": [nn.Parameter(torch.ones(3, 3))]}],
+            "use_muon=None",
+        ),
         ([{"params": [nn.Parameter(torch.ones(3, 3))], "use_muon": 1}], "use_muon=1"),
         ([{"params": [nn.Parameter(torch.ones(3))], "use_muon": True}], "2 or more dimensions"),
         ([{"params": [nn.Parameter(torch.ones(3))], "use_muon": False, "lr": -1}], "lr: expected"),
@@ -124,9 +127,9 @@ def test_bad_groups_are_refused(groups: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MuonWithAuxAdam(groups)
     optimizer = make()
-    if isinstance(groups[0], dict):
+    if isinstance(groups[-1], dict):
         with pytest.raises(ValueError, match=message):
-            optimizer.add_param_group(groups[0])
+            optimizer.add_param_group(groups[-1])
         assert len(optimizer.param_groups) == 2
 
 
