@@ -24,6 +24,7 @@ from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam
 from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.optimizers.qk_attention import HeadRows, QKProjections, find_projections
 from lowbit_muon.optimizers.qk_clip import QKClip, attach_qk_clip
+from lowbit_muon.optimizers.trainer import MuonFactory, release_gradients
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import NonFiniteGradientError
 from lowbit_muon.state.stored import QuantizedMatrix, quantize
@@ -46,6 +47,7 @@ __all__ = [
     "HeadRows",
     "Lion",
     "Muon",
+    "MuonFactory",
     "MuonH",
     "MuonWithAuxAdam",
     "NonFiniteGradientError",
@@ -66,4 +68,5 @@ __all__ = [
     "muon_param_groups",
     "orthogonalize",
     "quantize",
+    "release_gradients",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,16 +34,18 @@ class GradientRelease:
 
     @property
     def gradient_norm(self) -> float | None:
-        """Norm of all gradients of the last complete step, before clipping; None before one.
+        """Norm of this step's gradients so far, before clipping, or else of the last step's.
 
-        Only with `max_norm`; gradients with inf or nan are not counted.
+        Only with `max_norm`, else None; gradients with inf or nan are not counted.
         """
-        return None if self._last_norm is None else float(self._last_norm)
+        norm = self._last_norm if self._squares is None else self._squares.sqrt()
+        return None if norm is None else float(norm)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """For all but the last backward pass of a step: gradients are kept and add up in `.grad`.
 
+        Accelerate says by itself which pass is the last, within `accelerator.accumulate(model)`.
         That takes the memory that release otherwise saves.
         """
         before, self._accumulating = self._accumulating, True
@@ -59,7 +63,7 @@ class GradientRelease:
     def _watch(self, param: Tensor, group_index: int, index: int) -> RemovableHandle:
         # Indices, since load_state_dict puts other dicts in the place of the groups.
         def ready(param: Tensor) -> None:
-            if not self._accumulating and param.grad is not None:
+            if param.grad is not None and not self._accumulating and _accelerate_synchronises():
                 self._release(param, group_index, index)
 
         return param.register_post_accumulate_grad_hook(ready)
@@ -98,6 +102,12 @@ class GradientRelease:
             self._last_norm, self._squares = self._squares.sqrt(), None
 
 
+def _accelerate_synchronises() -> bool:
+    """False in the passes of Accelerate's (and so of Trainer's) that are not the last of a step."""
+    state = sys.modules.get("accelerate.state")
+    return state is None or bool(state.GradientState().sync_gradients)
+
+
 def attach_gradient_release(
     model: nn.Module, optimizer: Optimizer, *, max_norm: float | None = None
 ) -> GradientRelease:
@@ -113,12 +123,14 @@ def attach_gradient_release(
     Args:
         model: owner of the parameters.
         optimizer: a `Muon` or `MuonWithAuxAdam`.
-        max_norm: clip gradients. Their total norm is not known before the last of them, so each is
-            scaled by max_norm over the larger of the last step's total norm and this step's norm so
-            far. That is `clip_grad_norm_`'s factor where the norm changes slowly, and no gradient
-            ever has a norm above max_norm. clip_grad_norm_ itself finds no gradients.
+        max_norm: clip gradients; inf measures their norm and clips nothing. The total norm is not
+            known before the last of them, so each is scaled by max_norm over the larger of the last
+            step's total norm and this step's norm so far. That is `clip_grad_norm_`'s factor where
+            the norm changes slowly, and no gradient ever has a norm above max_norm.
+            clip_grad_norm_ itself finds no gradients.
 
-    Returns the hooks: `accumulating()` for gradient accumulation, `remove()`, `gradient_norm`.
+    Returns the hooks: `accumulating()` for gradient accumulation, `remove()`, `gradient_norm`. In a
+    Trainer `release_gradients` attaches them.
 
     `GradScaler` looks for inf in gradients before the step and cannot be used: train in bfloat16.
     Activation checkpointing works; with `use_reentrant=True` a parameter that several segments
@@ -139,7 +151,8 @@ def attach_gradient_release(
             "optimizer: expected one that no other process takes part in, got one with a "
             "process_group or DTensors"
         )
-    if max_norm is not None and not (is_real_number(max_norm) and float(max_norm) > 0):
+    endless = max_norm == math.inf  # measures the norm and clips nothing
+    if max_norm is not None and not (endless or (is_real_number(max_norm) and max_norm > 0)):
         raise ValueError(f"max_norm: expected a number > 0 or None, got {max_norm!r}")
     wrapper = type(model).__name__
     if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel") or (

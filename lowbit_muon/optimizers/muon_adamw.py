@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -41,7 +41,6 @@ from lowbit_muon.step.options import (
     plain_value,
 )
 from lowbit_muon.step.rules.recipes import resolve_rule
-from lowbit_muon.step.rules.rule import UpdateRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,22 +117,14 @@ class MuonWithAuxAdam(Muon):
         defaults = MUON_DEFAULTS | {name: v for name, v in given.items() if v is not None}
         aux = {"weight_decay": defaults["weight_decay"], "aux_adam": aux_adam}
         check_values(AUX_OPTIONS, aux)
-        if aux_lr is None:
-            scale = options.get("adjust_lr_fn") or _scale_of_rule(options.get("rule", "muon"))
-            aux_lr = defaults["lr"] if scale == "match_rms_adamw" else AUX_DEFAULTS["lr"]
-        else:
-            try:
-                check_values(AUX_OPTIONS, {"lr": plain_value(aux_lr)})
-            except ValueError as error:
-                raise ValueError(f"aux_{error}") from None
-        aux["lr"] = aux_lr
+        aux["lr"] = resolve_aux_lr(defaults["lr"], aux_lr, options)
         self.aux_adam = aux_adam
         self._aux_defaults = aux
         self._engines: dict[str, Optimizer] = {}
         if isinstance(params, nn.Module):
             decay = defaults["weight_decay"]
             groups = muon_param_groups(
-                params, **defaults, aux_lr=aux_lr, aux_weight_decay=decay, no_decay=bool(decay)
+                params, **defaults, aux_lr=aux["lr"], aux_weight_decay=decay, no_decay=bool(decay)
             )
         else:
             groups = _with_kinds(params, decays=bool(defaults["weight_decay"]))
@@ -331,9 +322,23 @@ def _with_kinds(params: Any, *, decays: bool) -> list[Any]:
     return entries if any(kinds) else groups_by_shape(entries, decays=decays)
 
 
-def _scale_of_rule(rule: str | UpdateRule) -> object:
-    """The `adjust_lr_fn` that a rule brings."""
-    return dict(resolve_rule(rule).options).get("adjust_lr_fn")
+def resolve_aux_lr(
+    lr: float | Tensor, aux_lr: float | Tensor | None, options: Mapping[str, Any]
+) -> float | Tensor:
+    """AdamW's rate beside Muon's `lr`, where it is not given; see `MuonWithAuxAdam`.
+
+    options: of Muon's groups, `adjust_lr_fn` and `rule` among them or not. Raises ValueError for a
+    bad rate or rule.
+    """
+    if aux_lr is None:
+        brought = dict(resolve_rule(options.get("rule", "muon")).options).get("adjust_lr_fn")
+        scale = options.get("adjust_lr_fn") or brought
+        return lr if scale == "match_rms_adamw" else AUX_DEFAULTS["lr"]
+    try:
+        check_values(AUX_OPTIONS, {"lr": plain_value(aux_lr)})
+    except ValueError as error:
+        raise ValueError(f"aux_{error}") from None
+    return aux_lr
 
 
 def _resolve_kind(kind: AuxAdam, params: Sequence[Tensor]) -> str:

@@ -138,6 +138,7 @@ def _say_that_it_goes_by_shape() -> None:
         "MuonWithAuxAdam was given parameters without names or a model, and went by their shapes: "
         "matrices to Muon, and to AdamW what looks like an embedding or a head (taller than wide, "
         "and its shape comes at most twice). Pass the model, or its named_parameters(), for more "
-        "than a guess; `param_groups` shows what went where.",
+        "than a guess; `param_groups` shows what went where. (In transformers' Trainer, whose "
+        "learning_rate does not come here, use MuonFactory.)",
         stacklevel=4,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,13 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.tensors import accumulation_dtype, check_memory, error_context
 from lowbit_muon.formats.auto import AutoFormat, format_of_json, resolve_format_option
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.state.placement import FSDP1_ADVICE, in_parts, is_flattened, local_part
+from lowbit_muon.state.placement import (
+    FSDP1_ADVICE,
+    ZERO_ADVICE,
+    in_parts,
+    is_flattened,
+    local_part,
+)
 from lowbit_muon.state.rounding import Compensation
 from lowbit_muon.state.stored import (
     ROLES,
@@ -93,6 +100,8 @@ def matrix_views(param: Tensor, group: dict[str, Any]) -> list[MatrixView]:
         remedy = "give it to AdamW, as MuonWithAuxAdam with muon_param_groups does"
         if is_flattened(param):
             remedy = FSDP1_ADVICE
+        elif "deepspeed" in sys.modules:
+            remedy = ZERO_ADVICE
         elif "use_muon" in group:
             remedy = "put it into a group with use_muon=False, as muon_param_groups does"
         raise ValueError(

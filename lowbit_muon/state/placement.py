@@ -49,6 +49,10 @@ FSDP1_ADVICE = (
     "FSDP1 (FullyShardedDataParallel) flattens parameters, so that no matrices are left: shard the "
     "model with FSDP2 (torch.distributed.fsdp.fully_shard)"
 )
+ZERO_ADVICE = (
+    "DeepSpeed's ZeRO, if that has flattened it, leaves no matrices: shard the model with FSDP2, "
+    "or train with ZeRO stage 0"
+)
 
 
 def is_flattened(param: Tensor) -> bool:

@@ -16,15 +16,12 @@ def train(*, released: bool) -> list[Tensor]:
     model = make_model()
     optimizer = MuonWithAuxAdam(muon_param_groups(model))
     model, prepared = accelerator.prepare(model, optimizer)
-    release = attach_gradient_release(model, optimizer) if released else None
+    if released:
+        attach_gradient_release(model, optimizer)
     for example in make_examples(4):
         with accelerator.accumulate(model):
             loss = model(**{name: row[None] for name, row in example.items()}).loss
-            if release is not None and not accelerator.sync_gradients:
-                with release.accumulating():
-                    accelerator.backward(loss)
-            else:
-                accelerator.backward(loss)
+            accelerator.backward(loss)
             has_gradients = any(param.grad is not None for param in model.parameters())
             assert has_gradients != (released and accelerator.sync_gradients)
             prepared.step()
