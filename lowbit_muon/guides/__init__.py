@@ -1,6 +1,7 @@
-"""Four guides, of five minutes each.
+"""Five guides, of five minutes each.
 
 - [Replace your Muon in five minutes](replace_your_muon.md)
+- [In your trainer](trainers.md)
 - [Fit a fine-tune in the memory you have](fit_a_finetune.md)
 - [Which rule?](which_rule.md)
 - [Questions and answers](faq.md)
@@ -8,6 +9,10 @@
 <a id="replace_your_muon"></a>
 
 .. include:: replace_your_muon.md
+
+<a id="trainers"></a>
+
+.. include:: trainers.md
 
 <a id="fit_a_finetune"></a>
 

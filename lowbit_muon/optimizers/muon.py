@@ -40,6 +40,7 @@ from lowbit_muon.distributed.state_dicts import (
 from lowbit_muon.formats.auto import AutoFormat
 from lowbit_muon.formats.state_format import FORMAT_VERSION, StateFormat
 from lowbit_muon.linalg.coefficients import Coefficients
+from lowbit_muon.optimizers.lost_updates import watch_lost_updates
 from lowbit_muon.state.diagnosis import Diagnosis, diagnose_parameter
 from lowbit_muon.state.format_choice import revise_format
 from lowbit_muon.state.gradients import NonFiniteGradientError, describe
@@ -201,6 +202,7 @@ class Muon(Optimizer):
         defaults["state_format"] = resolve_group_format(defaults).to_dict()
         defaults["rule"] = resolve_rule(rule).to_dict()
         super().__init__(params, defaults)
+        watch_lost_updates(self)
 
     @plain_modes()
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -140,5 +140,5 @@ def _say_that_it_goes_by_shape() -> None:
         "and its shape comes at most twice). Pass the model, or its named_parameters(), for more "
         "than a guess; `param_groups` shows what went where. (In transformers' Trainer, whose "
         "learning_rate does not come here, use MuonFactory.)",
-        stacklevel=4,
+        stacklevel=5,
     )
