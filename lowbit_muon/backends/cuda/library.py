@@ -1,8 +1,8 @@
 """The shared library of the CUDA kernels (`csrc/cuda`), loaded by ctypes.
 
 An install with LOWBIT_MUON_CUDA=1 puts it beside the CPU's extension. It is loaded when a tensor
-first asks for it, and needs neither torch nor a driver for that. The same library compiled for the emulation (`csrc/cuda/emulation.hpp`) works
-on the CPU's memory; only tests load that.
+first asks for it, and needs neither torch nor a driver for that. The same library compiled for the
+emulation (`csrc/cuda/emulation.hpp`) works on the CPU's memory; only tests load that.
 """
 
 from __future__ import annotations
