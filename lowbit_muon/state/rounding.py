@@ -43,14 +43,16 @@ class Compensation:
     ) -> None:
         """weight + remainder <- decay * (weight + remainder) - step_size * update.
 
-        weight, update: [m, n], the short side first; the numbers may be tensors on their device.
+        weight, update: any float dtype [m, n], the short side first; the numbers may be tensors on
+        their device.
         """
         remainder = self.remainder
         height = max(1, SCRATCH_FLOATS // max(1, weight.shape[1]))
         for start in range(0, weight.shape[0], height):
             rows = slice(start, start + height)
             value = restore(weight[rows], remainder[rows])
-            value.mul_(decay).sub_(update[rows] * step_size)
+            # (in half precision the product would lose what the remainder is for)
+            value.mul_(decay).sub_(update[rows].float() * step_size)
             split(value, weight[rows], remainder[rows])
 
     def scale(self, weight: Tensor, factors: Tensor) -> None:
@@ -87,7 +89,7 @@ def update_weight(
     """
     if isinstance(rounding, Compensation):
         rounding.update(weight, update, decay, step_size)
-    elif weight.dtype == torch.float64:  # kernels know no such weights
+    elif not updated_by_kernels(weight, rounding):
         weight.mul_(decay).sub_(update.double() * step_size)
     else:
         backend.update_weight(
@@ -97,6 +99,11 @@ def update_weight(
             step_size=_as_tensor(step_size, weight),
             seed=rounding,
         )
+
+
+def updated_by_kernels(weight: Tensor, rounding: Rounding | None) -> bool:
+    """Whether `Backend.update_weight` updates such weights: not float64, nor with remainders."""
+    return weight.dtype != torch.float64 and not isinstance(rounding, Compensation)
 
 
 def _as_tensor(value: float | Tensor, weight: Tensor) -> Tensor:

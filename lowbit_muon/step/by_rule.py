@@ -16,7 +16,13 @@ from torch import Tensor
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.state.operands import Dense, Operand
-from lowbit_muon.state.rounding import Compensation, Rounding, exact_weight, update_weight
+from lowbit_muon.state.rounding import (
+    Compensation,
+    Rounding,
+    exact_weight,
+    update_weight,
+    updated_by_kernels,
+)
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
 from lowbit_muon.step.rules.constraint import WeightStep
 from lowbit_muon.step.rules.direction import DirectionMap, Polar
@@ -105,10 +111,10 @@ def step_by_rule(
     values = matrices.weights
     update = _direction(given, matrices, options, polar)
     for stage in rule.scaling:
-        update = stage.apply(update, matrices)
+        update = stage.apply(update if stage.takes_half else update.float(), matrices)
     size = rule.step_size.size(update, scale, values, matrices)
-    if isinstance(size, Tensor) or rule.reads_weights:
-        update, size = update.mul_(size), 1.0
+    if rule.reads_weights or (isinstance(size, Tensor) and size.ndim):
+        update, size = update.float().mul_(size), 1.0
     for index, weight in enumerate(batch.weights):
         move = _Move(weight, update[index], size, accepted[index], batch.rounding[index])
         value = values[index] if values else None
@@ -125,8 +131,6 @@ def _matrices(
     rows, columns = batch.weights[0].shape
     asynchronous = given.x.backend.asynchronous
     grads = batch.stacked_gradients()
-    if asynchronous:
-        grads = torch.where(accepted.view(-1, 1, 1), grads, 0)
     lr = options.lr
     if isinstance(lr, Tensor):  # one on the host would have to be copied to the device
         same = asynchronous and lr.device == accepted.device
@@ -147,6 +151,7 @@ def _matrices(
         options.momentum,
         {name: stored[RULE_PREFIX + name] for name in names} | (taken.state if taken else {}),
         rate=taken.rate if taken else None,
+        accepted=accepted if asynchronous else None,
     )
 
 
@@ -156,12 +161,13 @@ def _as_parameters(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: PolarMap) -> Tensor:
-    """The direction map of the preconditioned momentum, float32 [b, rows, columns]."""
+    """The direction map of the preconditioned momentum [b, rows, columns]: float32, or of
+    Newton-Schulz in half precision, which a device's kernels read as it is."""
     rule, (rows, columns) = options.rule, matrices.shape
     is_polar = isinstance(rule.direction, Polar)
     if is_polar and not rule.precondition and not rule.needs("momentum"):
         update = polar(given.x, given.norm, given.inverse, options).rows(slice(None))
-        return _as_parameters(update.float(), rows, columns)
+        return _as_parameters(update, rows, columns)
     backend, matrix = given.x.backend, given.x.dense()
     inverse = given.norm.clamp_min(TINY).reciprocal().masked_fill(given.inverse == 0, 0.0)
     if backend.asynchronous:  # zeros whatever it is
@@ -180,7 +186,7 @@ def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: Po
     factor = (given.norm * given.inverse).clamp_max(1.0)
     operand = Dense(_as_parameters(x, rows, columns).contiguous(), backend)
     update = polar(operand, norm(x).to(factor).view(-1), factor, options).rows(slice(None))
-    return _as_parameters(update.float(), rows, columns)
+    return _as_parameters(update, rows, columns)
 
 
 def _value(weight: Tensor, rounding: Rounding | None) -> Tensor:
@@ -194,7 +200,7 @@ class _Move:
     """One matrix: weight <- decay * weight - size * update, where accepted."""
 
     weight: Tensor  # [rows, columns]
-    update: Tensor  # float32 [rows, columns]
+    update: Tensor  # [rows, columns], float32 if the rule reads weights
     size: float | Tensor
     accepted: Tensor
     rounding: Rounding | None
@@ -223,6 +229,8 @@ def _apply(
         size = move.accepted * size
         decay = 1 - move.accepted * (1 - decay)
     weight, update = orient(move.weight), orient(move.update)
+    # Kernels leave weights alone that move by zero, whatever the update is; torch does not.
+    masked = backend.asynchronous and not updated_by_kernels(weight, move.rounding)
     whole = decays.needs_weights or backend.asynchronous
     for rows in _panels(weight, move.rounding, whole=whole):
         part, rounding = update[rows], move.rounding
@@ -231,7 +239,7 @@ def _apply(
             if rate is not None and rate.numel() > 1 and weight.shape != move.weight.shape:
                 near = replace(rates, rate=rate.mT[rows])
             decays.add(part, orient(value)[rows], near)
-        if backend.asynchronous:
+        if masked:
             part = torch.where(move.accepted, part, 0)
         if isinstance(rounding, Compensation):
             rounding = rounding.rows(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class Matrices:
 
     Attributes:
         shape: (rows, columns).
-        grads: gradients [b, rows, columns], any float dtype, zeros where they are refused.
+        given: gradients [b, rows, columns], any float dtype. Stages read `grads`.
         size: Frobenius norms of what the direction map is given.
         steps: how many steps each parameter has taken, with this one.
         lr, weight_decay, beta: options of the group; beta is its `momentum`.
@@ -121,10 +122,11 @@ class Matrices:
         weights: before the step, float32 [rows, columns] each, with what rounding left over of
             them; only where a stage asks for them (`Stage.needs_weights`).
         rate: what stages multiply the learning rate by, [b, 1, 1], or [b, 1, columns].
+        accepted: bool [b], which gradients are finite; None if all are.
     """
 
     shape: tuple[int, int]
-    grads: Tensor
+    given: Tensor
     size: Tensor
     steps: Tensor
     lr: float | Tensor
@@ -134,6 +136,14 @@ class Matrices:
     momentum: Tensor | None = None
     weights: list[Tensor] = field(default_factory=list)
     rate: Tensor | None = None
+    accepted: Tensor | None = None
+
+    @functools.cached_property
+    def grads(self) -> Tensor:
+        """Gradients, zeros where they are refused; a pass over them that most rules do without."""
+        if self.accepted is None:
+            return self.given
+        return torch.where(self.accepted.view(-1, 1, 1), self.given, 0)
 
     def multiply_rate(self, factor: Tensor) -> None:
         """Multiply the learning rate, for this step alone."""
@@ -148,6 +158,14 @@ class Matrices:
 def norm(x: Tensor) -> Tensor:
     """Frobenius norms of [b, rows, columns], float32 [b, 1, 1]."""
     return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+
+
+def times(x: Tensor, factors: Tensor) -> Tensor:
+    """x * factors, float32: in the place of a float32 x, in one pass over one in half precision.
+
+    factors: float32 [b, 1, 1], [b, rows, 1] or [b, 1, columns].
+    """
+    return x.mul_(factors) if x.dtype == torch.float32 else x * factors
 
 
 def dimension(axis: str, shape: tuple[int, int]) -> int:
