@@ -81,9 +81,12 @@ def update_weight(
     step_size: float | Tensor,
     rounding: Rounding | None,
     backend: Backend,
+    *,
+    cautious: bool = False,
 ) -> None:
     """weight <- decay * weight - step_size * update, rounded once.
 
+    cautious: decay only where weight * update >= 0; of weights that are `updated_by_kernels`.
     weight: any float dtype [m, n], the short side first; update: float32 or half precision; the
     numbers: one element each, on the weight's device, if they are tensors.
     """
@@ -98,6 +101,7 @@ def update_weight(
             decay=_as_tensor(decay, weight),
             step_size=_as_tensor(step_size, weight),
             seed=rounding,
+            cautious=cautious,
         )
 
 

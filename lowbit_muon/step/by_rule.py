@@ -29,7 +29,7 @@ from lowbit_muon.step.rules.direction import DirectionMap, Polar
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.stage import TINY, Matrices, norm
-from lowbit_muon.step.rules.weight_decay import Rates
+from lowbit_muon.step.rules.weight_decay import Cautious, Rates
 
 # Of a host's cache.
 PANEL_FLOATS = 2**17
@@ -101,9 +101,11 @@ def step_by_rule(
 
     scale: of the learning rate, by the matrices' shape.
     """
-    rule = options.rule
+    rule, backend = options.rule, given.x.backend
     matrices = _matrices(batch, given, stored, accepted, options)
-    if rule.reads_weights:
+    cautious = _decays_in_kernels(rule, batch, backend)
+    reads_weights = bool(rule.needs("weights")) if cautious else rule.reads_weights
+    if reads_weights:
         matrices.weights = [
             _value(weight, rounding)
             for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
@@ -113,13 +115,16 @@ def step_by_rule(
     for stage in rule.scaling:
         update = stage.apply(update if stage.takes_half else update.float(), matrices)
     size = rule.step_size.size(update, scale, values, matrices)
-    if rule.reads_weights or (isinstance(size, Tensor) and size.ndim):
+    if reads_weights or (isinstance(size, Tensor) and size.ndim):
         update, size = update.float().mul_(size), 1.0
     for index, weight in enumerate(batch.weights):
         move = _Move(weight, update[index], size, accepted[index], batch.rounding[index])
         value = values[index] if values else None
         rate = None if matrices.rate is None else matrices.rate[index]
-        _apply(rule, move, value, rate, matrices, scale, given.x.backend)
+        if cautious:
+            _apply_cautiously(rule, move, matrices, scale, backend)
+        else:
+            _apply(rule, move, value, rate, matrices, scale, backend)
     for name, new in matrices.state.items():
         stored.replace(RULE_PREFIX + name, new, accepted)
 
@@ -204,6 +209,27 @@ class _Move:
     size: float | Tensor
     accepted: Tensor
     rounding: Rounding | None
+
+
+def _decays_in_kernels(rule: UpdateRule, batch: Batch, backend: Backend) -> bool:
+    """Whether a decay that goes by signs is left to the kernels that update weights: by torch it
+    takes five passes over matrices in float32, which a host does in its cache."""
+    kernels = all(map(updated_by_kernels, batch.weights, batch.rounding))
+    decays = isinstance(rule.weight_decay, Cautious) and rule.constraint is None
+    return backend.asynchronous and kernels and decays
+
+
+def _apply_cautiously(
+    rule: UpdateRule, move: _Move, matrices: Matrices, scale: float, backend: Backend
+) -> None:
+    """`_apply` for `_decays_in_kernels`."""
+    assert isinstance(rule.weight_decay, Cautious)
+    rates = Rates(matrices.lr, matrices.weight_decay, scale)
+    # products with the mask, and no constants to be copied there
+    decay = 1 - move.accepted * rule.weight_decay.strength(rates)
+    size = move.accepted * move.size
+    weight, update = orient(move.weight), orient(move.update)
+    update_weight(weight, update, decay, size, move.rounding, backend, cautious=True)
 
 
 def _apply(

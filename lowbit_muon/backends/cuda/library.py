@@ -19,7 +19,7 @@ from lowbit_muon.backends.cuda.build import LIBRARY_NAME, VARIABLE
 LIBRARY_PATH = Path(__file__).parents[1] / LIBRARY_NAME
 HOW_TO_BUILD = f"reinstall with {VARIABLE}=1 where nvcc 12.8 or newer is on the PATH"
 # Of the launchers; csrc/cuda/library.cu has the same number.
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATISTICS = {"given": 0, "absmax": 1, "rms": 2}
@@ -129,6 +129,7 @@ LAUNCHERS: dict[str, dict[str, type]] = {
         "decay": c_void_p,
         "step_size": c_void_p,
         "seed": c_void_p,
+        "cautious": c_int,
     },
 }
 
