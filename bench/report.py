@@ -513,6 +513,21 @@ def scaling_ends(models: dict[str, Any]) -> str:
     return table(("model, not measured: from how many GPUs on", *titles), rows)
 
 
+def rules_on_paper() -> str:
+    """Steps by other update rules against Muon's own, on a GPU and on paper."""
+    by_shape: dict[tuple[str, str], list[str]] = {}
+    found = results("scaling")["rules"]
+    for row in found:
+        cells = by_shape.setdefault(("x".join(map(str, row["shape"])), row["format"]), [])
+        if row["rule"] == "muon":
+            cells.append(f"{1e3 * row['seconds']:.2f}")
+        else:
+            cells.append(f"{row['relative']:.3f}")
+    names = list(dict.fromkeys(row["rule"] for row in found if row["rule"] != "muon"))
+    headings = ("on paper, not measured", "format", "`muon`, ms", *(f"`{n}`, times" for n in names))
+    return table(headings, [[*key, *cells] for key, cells in by_shape.items()])
+
+
 def scaling_notes(found: dict[str, Any]) -> str:
     """The calibration."""
     rows = found["calibration"]["rows"]
@@ -550,6 +565,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "paper": paper,
     "scaling": scaling,
     "scaling_more": scaling_more,
+    "rules_on_paper": rules_on_paper,
     "versions": versions,
 }
 

@@ -282,7 +282,8 @@ def check_weights(backend: Backend, device: torch.device, sizes: Sizes) -> int:
         REFERENCE.scaled(x, factor, out=outs[0])
         backend.scaled(x.to(device), factor.to(device), out=outs[1])
         count += same(f"scaled {m}x{n} {dtype}", outs[1], outs[0])
-        for seed in (None, -7) if dtype == torch.bfloat16 else (None,):
+        seeds = (None, -7) if dtype == torch.bfloat16 else (None,)
+        for seed, cautious in itertools.product(seeds, (False, True)):
             weights = [normal((n, m), seed=5).to(dtype).to(d).mT for d in ("cpu", device)]
             for chosen, weight in zip((REFERENCE, backend), weights, strict=True):
                 place = weight.device
@@ -292,8 +293,10 @@ def check_weights(backend: Backend, device: torch.device, sizes: Sizes) -> int:
                     decay=torch.tensor(0.999).to(place),
                     step_size=torch.tensor(0.01).to(place),
                     seed=None if seed is None else torch.tensor(seed, dtype=torch.int32).to(place),
+                    cautious=cautious,
                 )
-            count += same(f"weight {m}x{n} {dtype} {seed}", weights[1], weights[0])
+            name = f"weight {m}x{n} {dtype} {seed} {cautious}"
+            count += same(name, weights[1], weights[0])
     return count
 
 

@@ -190,7 +190,7 @@ class PaperBackend(Backend):
 
     def update_weight(
         self, weight: Tensor, update: Tensor, *, decay: Tensor, step_size: Tensor,
-        seed: Tensor | None = None,
+        seed: Tensor | None = None, cautious: bool = False,
     ) -> None:  # fmt: skip
         self.ledger.add("update_weight", "none", 0, weight, update, weight)
 

@@ -18,7 +18,16 @@ from rich.console import Console
 
 from bench.harness import FILE_WIDTH, write_json
 from bench.scaling.calibration import calibrate, small_model
-from bench.scaling.designs import DTYPE, FORMAT, NETWORK, NODE, NVLINK, Step, limits
+from bench.scaling.designs import (
+    DTYPE,
+    FORMAT,
+    NETWORK,
+    NODE,
+    NVLINK,
+    Step,
+    limits,
+    rules_on_paper,
+)
 from bench.scaling.models import NAMES, make_model
 from bench.scaling.report import (
     calibration_table,
@@ -57,7 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         write_json(
             options.json,
-            {"assumptions": assumptions(), "models": models, "calibration": calibration},
+            {
+                "assumptions": assumptions(),
+                "models": models,
+                "rules": rules_on_paper(),
+                "calibration": calibration,
+            },
         )
     if options.plot:
         plot(options.plot, {n: m for n, m in models.items() if not n.endswith("stacked")})

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu.roofline import step_on_paper, torch_step_on_paper
+from bench.gpu.roofline import PAPER_SHAPES, step_on_paper, torch_step_on_paper
 from bench.scaling.models import Model, Stack
 from lowbit_muon import PRESETS, QuantizedMatrix
 from lowbit_muon.distributed.exchange import Unit, bytes_of_step, packed_bytes
@@ -50,6 +50,7 @@ FORMAT = "spectral4"
 # (https://docs.nvidia.com/dgx/dgxh100-user-guide/): eight GPUs, a ConnectX-7 of 400 Gb/s for each.
 NVLINK, NETWORK, NODE = 450e9, 50e9, 8
 _NS_STEPS = 5
+RULES_ON_PAPER = ("muon", "normuon", "cautious_decay")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,26 @@ def our_seconds(shape: Shape) -> float:
 def torch_seconds(shape: Shape) -> float:
     """The least time of torch.optim.Muon's step, which stands for every other Muon."""
     return torch_step_on_paper(shape, DTYPE).seconds
+
+
+def rules_on_paper() -> list[dict[str, Any]]:
+    """The least time of a step by other update rules, on an H100: the calls that a step makes.
+
+    relative: to Muon's own step of the same shape and format.
+    """
+    rows = []
+    for shape in PAPER_SHAPES:
+        for name in (FORMAT, "fp32"):
+            seconds = [
+                step_on_paper(shape, name, dtype=DTYPE, rule=rule).seconds
+                for rule in RULES_ON_PAPER
+            ]
+            rows += [
+                {"shape": list(shape), "format": name, "rule": rule, "seconds": each,
+                 "relative": each / seconds[0]}
+                for rule, each in zip(RULES_ON_PAPER, seconds, strict=True)
+            ]  # fmt: skip
+    return rows
 
 
 # Who has what -------------------------------------------------------------------------------------

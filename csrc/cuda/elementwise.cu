@@ -85,6 +85,7 @@ struct WeightUpdate {
     const float* decay;
     const float* step_size;
     const int32_t* seed;  // null: round to nearest
+    bool cautious;        // decay only where weight * update >= 0
 };
 
 // The finaliser of MurmurHash3 (https://github.com/aappleby/smhasher).
@@ -130,8 +131,10 @@ __global__ void __launch_bounds__(kTileThreads) update_weight(WeightUpdate args)
         }
         const int64_t r = first_row + row;
         const int64_t c = first_column + column;
-        float value = __fsub_rn(__fmul_rn(args.weight.load(r, c), decay),
-                                __fmul_rn(tile[row][column], step_size));
+        const float change = tile[row][column];
+        float value = args.weight.load(r, c);
+        const bool decays = !args.cautious || __fmul_rn(value, change) >= 0.0f;
+        value = __fsub_rn(__fmul_rn(value, decays ? decay : 1.0f), __fmul_rn(change, step_size));
         if (args.seed != nullptr) {
             const uint32_t index = static_cast<uint32_t>(r * args.columns + c);
             value = round_stochastically(value, mix(mix(index) + seed));
@@ -162,7 +165,8 @@ int lowbit_scaled(int64_t batch, int64_t size,
                   size, blocks);
 }
 
-// weight <- decay * weight - step_size * update, one rounding at the end.
+// weight <- decay * weight - step_size * update, one rounding at the end; if cautious, it decays
+// only where weight * update >= 0.
 int lowbit_update_weight(int64_t rows, int64_t columns,
                          void* weight,  // [rows, columns]
                          int weight_type, int64_t weight_row_stride, int64_t weight_column_stride,
@@ -171,7 +175,7 @@ int lowbit_update_weight(int64_t rows, int64_t columns,
                          const float* decay,      // [1]
                          const float* step_size,  // [1]
                          const int32_t* seed,     // [1], or null
-                         void* stream) {
+                         int cautious, void* stream) {
     const int64_t down = (rows + kTile - 1) / kTile;
     const int64_t across = (columns + kTile - 1) / kTile;
     if (rows <= 0 || columns <= 0 || down >= (int64_t{1} << 31) / across) {
@@ -188,6 +192,7 @@ int lowbit_update_weight(int64_t rows, int64_t columns,
     args.decay = decay;
     args.step_size = step_size;
     args.seed = seed;
+    args.cautious = cautious != 0;
     const Grid grid = {dim3(static_cast<unsigned>(down * across)), kTileThreads,
                        sizeof(float) * kTile * kTilePitch};
     return launch(update_weight, grid, stream, args);

@@ -13,10 +13,10 @@ using namespace lowbit;
 
 extern "C" {
 
-// As lowbit_muon/backends/cuda_library.py expects it; a change of any launcher's arguments raises
+// As lowbit_muon/backends/cuda/library.py expects it; a change of any launcher's arguments raises
 // both.
 int lowbit_interface_version() {
-    return 1;
+    return 2;
 }
 
 const char* lowbit_error_string(int code) {

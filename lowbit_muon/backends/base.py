@@ -407,10 +407,12 @@ class Backend(Kernels):
         decay: Tensor,  # float32, one element
         step_size: Tensor,  # float32, one element
         seed: Tensor | None = None,  # int32, one element
+        cautious: bool = False,
     ) -> None:
         """weight <- decay * weight - step_size * update, in float32 with one rounding at the end.
 
-        Unchanged where decay is 1 and step_size 0, even if the update is not finite. With `seed`
+        Unchanged where decay is 1 and step_size 0, even if the update is not finite. cautious: an
+        element decays only where weight * update >= 0 in float32 (arXiv 2510.12402). With `seed`
         the weight must be bfloat16 and is rounded stochastically: the low half of
         `reference.random_bits(seed, row*n + column)` is added to the 32 bits of the result, which
         are cut after the upper 16. What is not finite is rounded as usual.
@@ -426,4 +428,4 @@ class Backend(Kernels):
             if weight.dtype != torch.bfloat16:
                 raise TypeError(f"weight: expected bfloat16 with a seed, got {weight.dtype}")
         if weight.numel():
-            self._update_weight(weight, update, decay, step_size, seed)
+            self._update_weight(weight, update, decay, step_size, seed, cautious)

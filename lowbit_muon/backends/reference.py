@@ -248,10 +248,13 @@ def round_to_whole(a: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def updated_weight(
-    weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
-) -> Tensor:
+    weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None,
+    cautious: bool,
+) -> Tensor:  # fmt: skip
     """`Backend.update_weight`: the new weight."""
-    result = (weight.float() * decay).sub_(update.float() * step_size)
+    value, change = weight.float(), update.float()
+    factors = torch.where(value * change >= 0, decay, 1.0) if cautious else decay
+    result = (value * factors).sub_(change * step_size)
     if seed is not None:
         result = _round_stochastically(result, seed)
     unchanged = (decay == 1) & (step_size == 0)
@@ -363,6 +366,7 @@ class Kernels:
         out.copy_(torch.where(factor == 0, 0.0, x * factor))
 
     def _update_weight(
-        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
-    ) -> None:
-        weight.copy_(updated_weight(weight, update, decay, step_size, seed))
+        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor,
+        seed: Tensor | None, cautious: bool,
+    ) -> None:  # fmt: skip
+        weight.copy_(updated_weight(weight, update, decay, step_size, seed, cautious))

@@ -43,14 +43,16 @@ class Compensation:
     ) -> None:
         """weight + remainder <- decay * (weight + remainder) - step_size * update.
 
-        weight, update: [m, n], the short side first; the numbers may be tensors on their device.
+        weight, update: any float dtype [m, n], the short side first; the numbers may be tensors on
+        their device.
         """
         remainder = self.remainder
         height = max(1, SCRATCH_FLOATS // max(1, weight.shape[1]))
         for start in range(0, weight.shape[0], height):
             rows = slice(start, start + height)
             value = restore(weight[rows], remainder[rows])
-            value.mul_(decay).sub_(update[rows] * step_size)
+            # (in half precision the product would lose what the remainder is for)
+            value.mul_(decay).sub_(update[rows].float() * step_size)
             split(value, weight[rows], remainder[rows])
 
     def scale(self, weight: Tensor, factors: Tensor) -> None:
@@ -79,15 +81,18 @@ def update_weight(
     step_size: float | Tensor,
     rounding: Rounding | None,
     backend: Backend,
+    *,
+    cautious: bool = False,
 ) -> None:
     """weight <- decay * weight - step_size * update, rounded once.
 
+    cautious: decay only where weight * update >= 0; of weights that are `updated_by_kernels`.
     weight: any float dtype [m, n], the short side first; update: float32 or half precision; the
     numbers: one element each, on the weight's device, if they are tensors.
     """
     if isinstance(rounding, Compensation):
         rounding.update(weight, update, decay, step_size)
-    elif weight.dtype == torch.float64:  # kernels know no such weights
+    elif not updated_by_kernels(weight, rounding):
         weight.mul_(decay).sub_(update.double() * step_size)
     else:
         backend.update_weight(
@@ -96,7 +101,13 @@ def update_weight(
             decay=_as_tensor(decay, weight),
             step_size=_as_tensor(step_size, weight),
             seed=rounding,
+            cautious=cautious,
         )
+
+
+def updated_by_kernels(weight: Tensor, rounding: Rounding | None) -> bool:
+    """Whether `Backend.update_weight` updates such weights: not float64, nor with remainders."""
+    return weight.dtype != torch.float64 and not isinstance(rounding, Compensation)
 
 
 def _as_tensor(value: float | Tensor, weight: Tensor) -> Tensor:

@@ -16,14 +16,20 @@ from torch import Tensor
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import Terms
 from lowbit_muon.state.operands import Dense, Operand
-from lowbit_muon.state.rounding import Compensation, Rounding, exact_weight, update_weight
+from lowbit_muon.state.rounding import (
+    Compensation,
+    Rounding,
+    exact_weight,
+    update_weight,
+    updated_by_kernels,
+)
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
 from lowbit_muon.step.rules.constraint import WeightStep
 from lowbit_muon.step.rules.direction import DirectionMap, Polar
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.stage import TINY, Matrices, norm
-from lowbit_muon.step.rules.weight_decay import Rates
+from lowbit_muon.step.rules.weight_decay import Cautious, Rates
 
 # Of a host's cache.
 PANEL_FLOATS = 2**17
@@ -95,9 +101,11 @@ def step_by_rule(
 
     scale: of the learning rate, by the matrices' shape.
     """
-    rule = options.rule
+    rule, backend = options.rule, given.x.backend
     matrices = _matrices(batch, given, stored, accepted, options)
-    if rule.reads_weights:
+    cautious = _decays_in_kernels(rule, batch, backend)
+    reads_weights = bool(rule.needs("weights")) if cautious else rule.reads_weights
+    if reads_weights:
         matrices.weights = [
             _value(weight, rounding)
             for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
@@ -105,15 +113,18 @@ def step_by_rule(
     values = matrices.weights
     update = _direction(given, matrices, options, polar)
     for stage in rule.scaling:
-        update = stage.apply(update, matrices)
+        update = stage.apply(update if stage.takes_half else update.float(), matrices)
     size = rule.step_size.size(update, scale, values, matrices)
-    if isinstance(size, Tensor) or rule.reads_weights:
-        update, size = update.mul_(size), 1.0
+    if reads_weights or (isinstance(size, Tensor) and size.ndim):
+        update, size = update.float().mul_(size), 1.0
     for index, weight in enumerate(batch.weights):
         move = _Move(weight, update[index], size, accepted[index], batch.rounding[index])
         value = values[index] if values else None
         rate = None if matrices.rate is None else matrices.rate[index]
-        _apply(rule, move, value, rate, matrices, scale, given.x.backend)
+        if cautious:
+            _apply_cautiously(rule, move, matrices, scale, backend)
+        else:
+            _apply(rule, move, value, rate, matrices, scale, backend)
     for name, new in matrices.state.items():
         stored.replace(RULE_PREFIX + name, new, accepted)
 
@@ -160,12 +171,13 @@ def _as_parameters(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: PolarMap) -> Tensor:
-    """The direction map of the preconditioned momentum, float32 [b, rows, columns]."""
+    """The direction map of the preconditioned momentum [b, rows, columns]: float32, or of
+    Newton-Schulz in half precision, which a device's kernels read as it is."""
     rule, (rows, columns) = options.rule, matrices.shape
     is_polar = isinstance(rule.direction, Polar)
     if is_polar and not rule.precondition and not rule.needs("momentum"):
         update = polar(given.x, given.norm, given.inverse, options).rows(slice(None))
-        return _as_parameters(update.float(), rows, columns)
+        return _as_parameters(update, rows, columns)
     backend, matrix = given.x.backend, given.x.dense()
     inverse = given.norm.clamp_min(TINY).reciprocal().masked_fill(given.inverse == 0, 0.0)
     if backend.asynchronous:  # zeros whatever it is
@@ -184,7 +196,7 @@ def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: Po
     factor = (given.norm * given.inverse).clamp_max(1.0)
     operand = Dense(_as_parameters(x, rows, columns).contiguous(), backend)
     update = polar(operand, norm(x).to(factor).view(-1), factor, options).rows(slice(None))
-    return _as_parameters(update.float(), rows, columns)
+    return _as_parameters(update, rows, columns)
 
 
 def _value(weight: Tensor, rounding: Rounding | None) -> Tensor:
@@ -198,10 +210,31 @@ class _Move:
     """One matrix: weight <- decay * weight - size * update, where accepted."""
 
     weight: Tensor  # [rows, columns]
-    update: Tensor  # float32 [rows, columns]
+    update: Tensor  # [rows, columns], float32 if the rule reads weights
     size: float | Tensor
     accepted: Tensor
     rounding: Rounding | None
+
+
+def _decays_in_kernels(rule: UpdateRule, batch: Batch, backend: Backend) -> bool:
+    """Whether a decay that goes by signs is left to the kernels that update weights: by torch it
+    takes five passes over matrices in float32, which a host does in its cache."""
+    kernels = all(map(updated_by_kernels, batch.weights, batch.rounding))
+    decays = isinstance(rule.weight_decay, Cautious) and rule.constraint is None
+    return backend.asynchronous and kernels and decays
+
+
+def _apply_cautiously(
+    rule: UpdateRule, move: _Move, matrices: Matrices, scale: float, backend: Backend
+) -> None:
+    """`_apply` for `_decays_in_kernels`."""
+    assert isinstance(rule.weight_decay, Cautious)
+    rates = Rates(matrices.lr, matrices.weight_decay, scale)
+    # products with the mask, and no constants to be copied there
+    decay = 1 - move.accepted * rule.weight_decay.strength(rates)
+    size = move.accepted * move.size
+    weight, update = orient(move.weight), orient(move.update)
+    update_weight(weight, update, decay, size, move.rounding, backend, cautious=True)
 
 
 def _apply(
@@ -227,6 +260,8 @@ def _apply(
         size = move.accepted * size
         decay = 1 - move.accepted * (1 - decay)
     weight, update = orient(move.weight), orient(move.update)
+    # Kernels leave weights alone that move by zero, whatever the update is; torch does not.
+    masked = backend.asynchronous and not updated_by_kernels(weight, move.rounding)
     whole = decays.needs_weights or backend.asynchronous
     for rows in _panels(weight, move.rounding, whole=whole):
         part, rounding = update[rows], move.rounding
@@ -235,7 +270,7 @@ def _apply(
             if rate is not None and rate.numel() > 1 and weight.shape != move.weight.shape:
                 near = replace(rates, rate=rate.mT[rows])
             decays.add(part, orient(value)[rows], near)
-        if backend.asynchronous:
+        if masked:
             part = torch.where(move.accepted, part, 0)
         if isinstance(rounding, Compensation):
             rounding = rounding.rows(rows)

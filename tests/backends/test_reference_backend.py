@@ -429,3 +429,21 @@ def test_symmetric_products_of_every_dtype(dtype: torch.dtype, shape: tuple[int,
         assert_near(inner, right, 0.5, -2)
     inner.fill_(math.nan)
     assert canvas.isnan().all()  # nothing was written around it
+
+
+def test_a_cautious_update_decays_where_signs_agree() -> None:
+    """And where one of both is zero, or their product is too small for a float32."""
+    values = [0.0, -0.0, 1.0, -3.0, 1e-30, -1e-30]
+    weight = torch.tensor([values] * len(values))
+    update = weight.T.contiguous()
+    decay, step = np.float32(0.9), np.float32(0.25)
+    expected = weight.tolist()
+    for row, u in enumerate(values):
+        for column, w in enumerate(values):
+            agree = float(np.float32(w) * np.float32(u)) >= 0
+            kept = np.float32(w) * (decay if agree else np.float32(1))
+            expected[row][column] = kept - np.float32(u) * step
+    BACKEND.update_weight(
+        weight, update, decay=torch.tensor(0.9), step_size=torch.tensor(0.25), cautious=True
+    )
+    assert torch.equal(weight, torch.tensor(np.array(expected)))

@@ -120,11 +120,13 @@ def update(preset: str, grad: Tensor, out: torch.dtype | None = None) -> Callabl
     )
 
 
-def weight_update(weight: Tensor, update: Tensor, seed: bool) -> Callable[..., object]:
+def weight_update(
+    weight: Tensor, update: Tensor, *, seed: bool = False, cautious: bool = False
+) -> Callable[..., object]:
     one = torch.ones(1)
     seeds = torch.ones(1, dtype=torch.int32) if seed else None
     return lambda backend: backend.update_weight(
-        weight, update, decay=one, step_size=one, seed=seeds
+        weight, update, decay=one, step_size=one, seed=seeds, cautious=cautious
     )
 
 
@@ -158,8 +160,9 @@ ELEMENTWISE: dict[str, Callable[[TritonBackend], object]] = {
     "rotate-two-parts": lambda b: b.rotate(of(FP32, M, 12288), inverse=True),
     "rotate-two-rounds": lambda b: b.rotate(of(FP32, 2, 65536)),
     "scaled": lambda b: b.scaled(of(FP32, 2, M, N), of(FP32, 2), out=of(BF16, 2, M, N)),
-    "weight": weight_update(of(FP32, N, M).T, of(BF16, M, N), False),
-    "weight-stochastic": weight_update(of(BF16, M, N), of(BF16, M, N), True),
+    "weight": weight_update(of(FP32, N, M).T, of(BF16, M, N)),
+    "weight-cautious": weight_update(of(BF16, M, N), of(torch.float16, M, N), cautious=True),
+    "weight-stochastic": weight_update(of(BF16, M, N), of(BF16, M, N), seed=True),
     "limbs": lambda b: b.code_product(of(FP32, M, M), coded("spectral4")),
     "levels-3": lambda b: b.code_gram(coded("spectral3", 100)),
     "combined": lambda b: b.combined(

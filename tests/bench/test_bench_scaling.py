@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
+from bench.gpu.roofline import PAPER_SHAPES, step_on_paper
 from bench.report import results
 from bench.scaling import __main__ as command
 from bench.scaling.calibration import UPDATE_DTYPES, run, small_model
@@ -22,12 +23,14 @@ from bench.scaling.designs import (
     DTYPE,
     NETWORK,
     NVLINK,
+    RULES_ON_PAPER,
     Step,
     all_to_all_seconds,
     limits,
     newton_schulz_operations,
     parts,
     ring_seconds,
+    rules_on_paper,
     sharded_units,
     stored_bytes,
     traffic,
@@ -270,6 +273,17 @@ def test_quick_run(tmp_path: Path) -> None:
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)1 processes without a result.*Trying to create"):
         run(1, [[1, -1, 4]], 1)
+
+
+def test_rules_on_paper_cost_little_more_than_muon() -> None:
+    """Upper bounds: of both, and of what is kept, which changes with the operations of a step."""
+    rows, kept = rules_on_paper(), results("scaling")["rules"]
+    assert len(rows) == 2 * len(PAPER_SHAPES) * len(RULES_ON_PAPER)
+    for row, other in zip(rows, kept, strict=True):
+        assert all(row[name] == other[name] for name in ("shape", "format", "rule"))
+        muon = step_on_paper((row["shape"][0], row["shape"][1]), row["format"]).seconds
+        assert row["relative"] == row["seconds"] / muon
+        assert max(row["relative"], other["relative"]) <= 1.1, row
 
 
 def test_kept_results_are_those_of_the_model() -> None:

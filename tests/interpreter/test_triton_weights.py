@@ -61,14 +61,16 @@ def element(value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", GRAD_TYPES)
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 200), (33, 70)])
-def test_update_weight(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_update_weight(dtype: torch.dtype, shape: tuple[int, int], cautious: bool) -> None:
     """In every layout, with updates of every dtype."""
     for index, kind in enumerate(KINDS):
         start = torch.randn(shape).to(dtype)
         update = torch.randn(shape).to(GRAD_TYPES[index % 3])
         weight, expected = strided_like(start.clone(), kind), start.clone()
-        factors = {"decay": element(0.97), "step_size": torch.tensor(0.13)}
+        update[0, 0] = 0.0  # has no sign that a weight could be against
+        factors = {"decay": element(0.97), "step_size": torch.tensor(0.13), "cautious": cautious}
         TRITON.update_weight(weight, strided_like(update, KINDS[index - 1]), **factors)
         REFERENCE.update_weight(expected, update, **factors)
         assert_same(weight, expected)
@@ -80,7 +82,7 @@ def test_stochastic_rounding(seed: int) -> None:
     start = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(64, 1024)
     update = torch.randn(64, 1024)
     update[3, 5], update[7, 9] = math.inf, math.nan
-    factors = {"decay": element(0.9), "step_size": element(0.3)}
+    factors = {"decay": element(0.9), "step_size": element(0.3), "cautious": seed == 1}
     seeds = torch.tensor([seed], dtype=torch.int32)
     weight, expected = start[:, :500].clone(), start[:, :500].clone()
     TRITON.update_weight(weight, update[:, :500], seed=seeds, **factors)
@@ -90,10 +92,11 @@ def test_stochastic_rounding(seed: int) -> None:
 
 def test_no_step_changes_nothing() -> None:
     start = torch.randn(5, 9).bfloat16()
-    for seed in (None, torch.tensor([7], dtype=torch.int32)):
+    factors = {"decay": element(1.0), "step_size": element(0.0)}
+    for seed, cautious in ((None, False), (torch.tensor([7], dtype=torch.int32), True)):
         weight = start.clone()
         update = torch.full((5, 9), math.nan)
-        TRITON.update_weight(weight, update, decay=element(1.0), step_size=element(0.0), seed=seed)
+        TRITON.update_weight(weight, update, seed=seed, cautious=cautious, **factors)
         assert torch.equal(weight, start)
 
 

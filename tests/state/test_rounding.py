@@ -71,6 +71,17 @@ def test_what_is_not_finite_has_no_remainder(dtype: torch.dtype) -> None:
     assert not remainder[~weight.isfinite()].any()
 
 
+def test_an_update_in_half_precision_is_multiplied_in_float32() -> None:
+    """Of a step of 2**-20 float16 would leave no more than its subnormals do."""
+    update = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)).half()
+    found = []
+    for each in (update, update.float()):
+        weight, remainder = torch.zeros(24, 40).bfloat16(), torch.zeros(24, 40, dtype=torch.int8)
+        Compensation(remainder).update(weight, each, torch.tensor(1.0), torch.tensor(2.0**-20))
+        found.append(restore(weight, remainder))
+    assert torch.equal(*found)
+
+
 def drifted(dtype: torch.dtype, steps: int, **options: Any) -> Tensor:
     """Weights after steps that are each a twentieth of the spacing of a bfloat16 near one."""
     weight = nn.Parameter(torch.ones(24, 40).to(dtype))
@@ -86,6 +97,7 @@ def drifted(dtype: torch.dtype, steps: int, **options: Any) -> Tensor:
     return weight.detach().float()
 
 
+@pytest.mark.filterwarnings("ignore:100% of the bfloat16 weights")  # that is the contrast
 @pytest.mark.parametrize("device", [False, True])
 def test_small_updates_add_up(device: bool, on_device: Callable[[], None]) -> None:
     options: dict[str, Any] = {"state_format": "fp32"}

@@ -213,8 +213,9 @@ class CudaBackend(Backend):
         )
 
     def _update_weight(
-        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
-    ) -> None:
+        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor,
+        seed: Tensor | None, cautious: bool,
+    ) -> None:  # fmt: skip
         arguments: dict[str, object] = {}
         for name, x in (("weight", weight), ("update", update)):
             arguments[name], arguments[f"{name}_type"] = x.data_ptr(), NUMBER_TYPES[x.dtype]
@@ -227,6 +228,7 @@ class CudaBackend(Backend):
             decay=decay.data_ptr(),
             step_size=step_size.data_ptr(),
             seed=None if seed is None else seed.data_ptr(),
+            cautious=int(cautious),
             **arguments,
         )
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LIBRARY_NAME = "_cuda.so"
-# What LOWBIT_MUON_CUDA may say: 1 builds the kernels and fails where that fails, 0 leaves them out.
-# Otherwise they are built where nvcc is found, and the install goes on where that fails.
+# 1 builds the kernels, and the install fails where that fails; 0 or nothing leaves them out. They
+# take minutes to compile, and Triton's do the same work.
 VARIABLE = "LOWBIT_MUON_CUDA"
 
 # A100; RTX 30; RTX 40 and L4; H100 and H200 (no instruction of sm_90a is used); B200. Others from
@@ -62,18 +62,20 @@ def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("nvcc", path=environment.get("PATH"))
 
 
-def reason_to_skip(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Why the kernels are not built, or None. Raises RuntimeError if they must be and cannot."""
+def requested_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What is to build the kernels, or None if nobody asks for them.
+
+    Raises RuntimeError if somebody does and there is no nvcc, or for a value that means nothing.
+    """
     wish = environment.get(VARIABLE, "")
     if wish not in ("", "0", "1"):
         raise RuntimeError(f"{VARIABLE}: expected 0, 1 or nothing, got {wish!r}")
-    if wish == "0":
-        return f"{VARIABLE} is 0"
-    if find_nvcc(environment) is None:
-        if wish == "1":
-            raise RuntimeError(f"{VARIABLE} is 1, but nvcc is neither in CUDA_HOME nor on the PATH")
-        return "no nvcc in CUDA_HOME or on the PATH"
-    return None
+    if wish != "1":
+        return None
+    nvcc = find_nvcc(environment)
+    if nvcc is None:
+        raise RuntimeError(f"{VARIABLE} is 1, but nvcc is neither in CUDA_HOME nor on the PATH")
+    return nvcc
 
 
 def architecture_flags(architectures: Sequence[str] = ARCHITECTURES) -> list[str]:
@@ -105,10 +107,8 @@ def emulation_command(compiler: str, source: Path, output: Path, *flags: str) ->
     return [compiler, *EMULATION_FLAGS, *flags, "-c", "-o", str(output), "-x", "c++", str(source)]
 
 
-def build(folder: Path, output: Path) -> None:
+def build(nvcc: str, folder: Path, output: Path) -> None:
     """Builds the library. Raises RuntimeError with the compiler's words."""
-    nvcc = find_nvcc()
-    assert nvcc is not None, "ask reason_to_skip first"
     output.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(nvcc_command(nvcc, folder, output), capture_output=True, text=True)
     if done.returncode != 0:

@@ -1,8 +1,8 @@
 """The shared library of the CUDA kernels (`csrc/cuda`), loaded by ctypes.
 
-It is looked for beside this file and loaded when a tensor first asks for it: it needs neither torch
-nor a driver to load. The same library compiled for the emulation (`csrc/cuda/emulation.hpp`) works
-on the CPU's memory; only tests load that.
+An install with LOWBIT_MUON_CUDA=1 puts it beside the CPU's extension. It is loaded when a tensor
+first asks for it, and needs neither torch nor a driver for that. The same library compiled for the
+emulation (`csrc/cuda/emulation.hpp`) works on the CPU's memory; only tests load that.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 
 from lowbit_muon.backends.cuda.build import LIBRARY_NAME, VARIABLE
 
-LIBRARY_PATH = Path(__file__).with_name(LIBRARY_NAME)
+LIBRARY_PATH = Path(__file__).parents[1] / LIBRARY_NAME
 HOW_TO_BUILD = f"reinstall with {VARIABLE}=1 where nvcc 12.8 or newer is on the PATH"
 # Of the launchers; csrc/cuda/library.cu has the same number.
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATISTICS = {"given": 0, "absmax": 1, "rms": 2}
@@ -129,6 +129,7 @@ LAUNCHERS: dict[str, dict[str, type]] = {
         "decay": c_void_p,
         "step_size": c_void_p,
         "seed": c_void_p,
+        "cautious": c_int,
     },
 }
 
@@ -197,7 +198,7 @@ class CudaLibrary:
 def unavailable_reason() -> str | None:
     """Why no GPU can use the kernels, or None if one can."""
     if not LIBRARY_PATH.exists():
-        return f"the CUDA library was not built; {HOW_TO_BUILD}"
+        return f"the CUDA library is only built on request; {HOW_TO_BUILD}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.cuda is None:

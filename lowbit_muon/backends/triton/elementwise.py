@@ -149,8 +149,9 @@ class Elementwise(Backend):
             )
 
     def _update_weight(
-        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor, seed: Tensor | None
-    ) -> None:
+        self, weight: Tensor, update: Tensor, decay: Tensor, step_size: Tensor,
+        seed: Tensor | None, cautious: bool,
+    ) -> None:  # fmt: skip
         m, n = weight.shape
         with on_device(weight):
             weights.update_weight_kernel[(_weight_tiles(m, n),)](
@@ -164,6 +165,7 @@ class Elementwise(Backend):
                 m,
                 n,
                 STOCHASTIC=seed is not None,
+                CAUTIOUS=cautious,
                 BLOCK_M=weights.BLOCK_M,
                 BLOCK_N=weights.BLOCK_N,
                 **weights.OPTIONS,

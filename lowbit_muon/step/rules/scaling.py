@@ -21,11 +21,18 @@ from lowbit_muon.step.rules.stage import (
     dimension,
     expect,
     norm,
+    times,
 )
 
 
 class Scaling(Stage):
-    """A stage behind the direction map."""
+    """A stage behind the direction map.
+
+    takes_half: it reads an update in half precision, as Newton-Schulz leaves it on devices, without
+    a float32 copy.
+    """
+
+    takes_half: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
@@ -42,6 +49,7 @@ class VectorMoment(Scaling):
     """
 
     kind: ClassVar[str] = "vector_moment"
+    takes_half: ClassVar[bool] = True
     axis: str = "row"
     beta: float = 0.95
     eps: float = 1e-10
@@ -60,13 +68,14 @@ class VectorMoment(Scaling):
         """See `Scaling.apply`."""
         across = 3 - dimension(self.axis, matrices.shape)
         count = max(1, matrices.shape[across - 1])
-        squares = torch.linalg.vector_norm(update, dim=across, keepdim=True).square_()
+        sizes = torch.linalg.vector_norm(update, dim=across, keepdim=True, dtype=torch.float32)
+        squares = sizes.square_()
         v = matrices.averaged("vector_moment", squares / count, self.beta)
         factors = v.sqrt().add_(self.eps).reciprocal_()
         # ||O|| before and after by the vector alone
         before = squares.sum(dim=(1, 2), keepdim=True)
         after = (squares * factors * factors).sum(dim=(1, 2), keepdim=True)
-        return update.mul_(factors * (before / after.clamp_min_(TINY)).sqrt_())
+        return times(update, factors * (before / after.clamp_min_(TINY)).sqrt_())
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,14 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
 
 
+def times(x: Tensor, factors: Tensor) -> Tensor:
+    """x * factors, float32: in the place of a float32 x, in one pass over one in half precision.
+
+    factors: float32 [b, 1, 1], [b, rows, 1] or [b, 1, columns].
+    """
+    return x.mul_(factors) if x.dtype == torch.float32 else x * factors
+
+
 def dimension(axis: str, shape: tuple[int, int]) -> int:
     """Of [b, rows, columns], the dimension that runs along an axis: whose index tells its members.
 

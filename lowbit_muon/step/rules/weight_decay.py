@@ -67,15 +67,19 @@ class Cautious(ReadingWeights):
     scaled: bool = False
     squared: bool = False
 
-    def add(self, change: Tensor, weight: Tensor, rates: Rates) -> None:
-        """See `WeightDecay.add`."""
+    def strength(self, rates: Rates) -> float | Tensor:
+        """The share of a weight that is taken off where it is."""
         strength = rates.lr * rates.weight_decay
         if self.scaled:
             strength = strength * rates.scale
         if self.squared:
             strength = strength * rates.lr
+        return strength
+
+    def add(self, change: Tensor, weight: Tensor, rates: Rates) -> None:
+        """See `WeightDecay.add`."""
         agreeing = (change * weight).ge_(0)
-        change.addcmul_(weight, agreeing.mul_(strength))
+        change.addcmul_(weight, agreeing.mul_(self.strength(rates)))
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class SizingBackend(Backend):
 
     def update_weight(
         self, weight: Tensor, update: Tensor, *, decay: Tensor, step_size: Tensor,
-        seed: Tensor | None = None,
+        seed: Tensor | None = None, cautious: bool = False,
     ) -> None:  # fmt: skip
         """See `Backend.update_weight`."""
 

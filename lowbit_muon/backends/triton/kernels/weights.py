@@ -136,10 +136,14 @@ def update_weight_kernel(
     rows,
     columns,
     STOCHASTIC: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """weight <- decay * weight - step_size * update, rounded once."""
+    """weight <- decay * weight - step_size * update, rounded once.
+
+    CAUTIOUS: it decays only where weight * update >= 0.
+    """
     row, column, mask = tile_position(rows, columns, BLOCK_M, BLOCK_N)
     decay = tl.load(decay_ptr)
     step_size = tl.load(step_size_ptr)
@@ -147,8 +151,11 @@ def update_weight_kernel(
     weight = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     source = update_ptr + row * stride_um + column * stride_un
     update = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    unchanged = (decay == 1) & (step_size == 0)
+    if CAUTIOUS:
+        decay = tl.where(weight * update >= 0, decay, 1.0)
     result = weight * decay - update * step_size
-    result = tl.where((decay == 1) & (step_size == 0), weight, result)
+    result = tl.where(unchanged, weight, result)
     if STOCHASTIC:
         index = (row * columns + column).to(tl.uint32)
         seed = tl.load(seed_ptr + tl.zeros_like(index)).to(tl.uint32, bitcast=True)
