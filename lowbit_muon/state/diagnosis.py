@@ -75,10 +75,13 @@ def diagnose_parameter(
     state: dict[str, Any],
     group: dict[str, Any],
     name: str,
-    momentum: float,
+    weights: tuple[float, float],
     coefficients: tuple[Triple, ...],
 ) -> Iterator[Diagnosis]:
-    """The diagnoses of a parameter's matrices, of those that have a momentum."""
+    """The diagnoses of a parameter's matrices, of those that have a momentum.
+
+    weights: of momentum and gradient, see `next_momentum`.
+    """
     grad = None
     if param.grad is not None and not is_dtensor(param) and bool(is_usable(param.grad)):
         grad = flatten(param.grad, group)
@@ -93,7 +96,7 @@ def diagnose_parameter(
                 rule=group["rule"]["name"],
                 steps=int(state["step"]),
                 skipped=int(state["skipped"]),
-                momentum=momentum,
+                weights=weights,
                 coefficients=coefficients,
                 backend=group["backend"],
             )
@@ -107,7 +110,7 @@ def diagnose_matrix(
     rule: str,
     steps: int,
     skipped: int,
-    momentum: float,
+    weights: tuple[float, float],
     coefficients: tuple[Triple, ...],
     backend: str,
 ) -> Diagnosis:
@@ -121,7 +124,7 @@ def diagnose_matrix(
     nbytes = stored.nbytes - rule_nbytes
     singular_values = torch.linalg.svdvals(decoded)
     sample = (
-        rotated_sample(decoded) if grad is None else next_momentum(stored, grad, momentum, backend)
+        rotated_sample(decoded) if grad is None else next_momentum(stored, grad, weights, backend)
     )
     return Diagnosis(
         name=name,
