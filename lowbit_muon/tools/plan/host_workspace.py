@@ -22,6 +22,7 @@ from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes
 from lowbit_muon.backends.cpu.adapter import SIDE_BY_SIDE
 from lowbit_muon.formats.state_format import StateFormat
+from lowbit_muon.state.operands import SCRATCH_FLOATS
 from lowbit_muon.state.stored import QuantizedMatrix
 from lowbit_muon.step.batches import HOST_ELEMENTS
 from lowbit_muon.step.rules.rule import UpdateRule
@@ -71,8 +72,12 @@ def _batch_bytes(
     shape: tuple[int, int], f: StateFormat, dtype: torch.dtype, rule: UpdateRule, count: int
 ) -> int:
     """Of a step of one batch of matrices."""
-    params = [nn.Parameter(torch.empty(shape, dtype=dtype, device=META)) for _ in range(count)]
-    grads = [torch.empty_like(param) for param in params]
+    apart = rule.is_fused and dtype != torch.float32 and math.prod(shape) > SCRATCH_FLOATS
+    weights_dtype = torch.float32 if apart else dtype
+    params = [
+        nn.Parameter(torch.empty(shape, dtype=weights_dtype, device=META)) for _ in range(count)
+    ]
+    grads = [torch.empty(shape, dtype=dtype, device=META) for _ in range(count)]
     kept = rule.state(shape)
     momenta = [
         QuantizedMatrix.zeros(shape, f, seed=0, device=META, rule_state=kept) for _ in params
@@ -84,7 +89,23 @@ def _batch_bytes(
     with torch.no_grad(), META, _HostBytes() as memory:
         memory.ignore([*params, *grads, *(t for each in momenta for t in each.tensors.values())])
         update(batch, options, backend)
-    return memory.peak + FLOAT_BYTES * backend.packed
+    most = max(memory.peak, FLOAT_BYTES * _update_floats(shape, f) if apart else 0)
+    return most + FLOAT_BYTES * backend.packed
+
+
+def _update_floats(shape: tuple[int, int], f: StateFormat) -> int:
+    """Of the update of a large weight in half precision by Muon's own step.
+
+    By parts, for each of which all panels of X are decoded again: a step without data would take
+    minutes. The operator, X or a panel of it, low-rank factors, a part of the update and the two
+    that torch converts to float32 to add it; or this part and the one before, and a companded copy
+    of a panel.
+    """
+    m, n = sorted(shape)
+    sizes = (SCRATCH_FLOATS, SCRATCH_FLOATS // 2)
+    panel, part = (min(m, max(1, size // n)) * n for size in sizes)
+    adding = max(3 * part, 2 * part + (panel if f.companded_scale else 0))
+    return m * m + (m * n if f.spectral else panel) + f.rank(m, n) * (m + n) + adding
 
 
 class _HostBytes(LiveBytes):
@@ -105,12 +126,16 @@ class _HostSizing(SizingBackend):
     packed: the most floats that a product packed so far.
     """
 
+    # In torch's operations.
+    scaled = Backend.scaled
+
     name = "host sizing"
     asynchronous = False
 
     def __init__(self) -> None:
         self.rounded_dtype = get_backend("auto", torch.device("cpu")).rounded_dtype
         self.packed = 0
+        self._updated: set[torch.Size] = set()
 
     def product(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
         """See `Backend.product`."""
@@ -145,9 +170,11 @@ class _HostSizing(SizingBackend):
         together = 1 if m > SIDE_BY_SIDE and threads > 2 else min(several, threads)
         x.new_empty(together, m * (-(-m // _STRIP) + 1) * _STRIP + _inverse_spare(m))
 
-    # In torch's operations.
-    update_weight = Backend.update_weight
-    scaled = Backend.scaled
+    def update_weight(self, weight: Tensor, update: Tensor, **options: Any) -> None:
+        """See `Backend.update_weight`: torch's operations, of whose many parts one tells."""
+        if weight.shape not in self._updated:
+            self._updated.add(weight.shape)
+            Backend.update_weight(self, weight, update, **options)
 
 
 def _packed(rows: int, columns: int, depth: int) -> int:
