@@ -329,11 +329,12 @@ class Muon(Optimizer):
 
     def _diagnose_group(self, group: dict[str, Any]) -> Iterator[Diagnosis]:
         options = StepOptions.from_group(group)
+        weights = options.weights.buffer, options.weights.grad
         for name, param in zip(parameter_names(group), group["params"], strict=True):
             state = host_counters(self.state.get(param, {}))
             if has_momentum(state):
                 yield from diagnose_parameter(
-                    param, state, group, name, options.momentum, options.coefficients
+                    param, state, group, name, weights, options.coefficients
                 )
 
     @plain_modes()
@@ -480,7 +481,7 @@ class Muon(Optimizer):
 
         first: the place in the optimizer of the group's first parameter.
         """
-        auto = resolve_group_format(group)
+        auto, options = resolve_group_format(group), StepOptions.from_group(group)
         steps = []
         for index in indices:
             param = group["params"][index]
@@ -494,7 +495,8 @@ class Muon(Optimizer):
                 if group["offload"]:
                     finish_copies(grad.device)  # of what is about to be read
                 name = parameter_names(group)[index]
-                revise_format(auto, grad, self.state[param], views, group, name)
+                weights = options.weights.buffer, options.weights.grad
+                revise_format(auto, grad, self.state[param], views, group, name, weights)
             state = self.state[param]
             if "rows" not in state or isinstance(auto, AutoFormat):
                 prepare_state(
@@ -503,7 +505,7 @@ class Muon(Optimizer):
             f = auto if isinstance(auto, StateFormat) else momentum_format(group, state)
             backend = get_backend(group["backend"], grad.device)
             steps.append(ParameterStep(weight, grad, state, views, first + index, f, backend))
-        step_parameters(steps, StepOptions.from_group(group), group)
+        step_parameters(steps, options, group)
 
     def _only_makes_states(self) -> bool:
         """Whether this step is meant to make states and no more.

@@ -21,7 +21,7 @@ from lowbit_muon.state.parameter import (
     stored_keys,
 )
 from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
-from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.state.stored import RULE_PREFIX, QuantizedMatrix
 from lowbit_muon.state.update_error import UpdateError, next_momentum, rotated_sample
 
 
@@ -32,13 +32,14 @@ class Diagnosis:
     Attributes:
         name: of its parameter, with the index of the matrix behind it if there are several.
         shape: [rows, columns].
-        state_format: name of the format.
-        nbytes, bits_per_element: storage.
+        state_format, rule: names of the format and of the update rule.
+        nbytes, bits_per_element: storage of the momentum.
+        rule_nbytes: storage of what the update rule keeps beside it.
         steps, skipped: of the parameter so far: updates, and gradients with inf or nan.
-        direction_error: error of the update after Newton-Schulz if the momentum is stored once more
-            in its format, relative, in the Frobenius norm; None for a momentum of zeros. Errors of
-            earlier steps add to it: `spectral4` has 0.35 in a closed loop against 0.145 stored once
-            (`python -m bench.fidelity_training --steps 12`).
+        direction_error: error of Muon's update after Newton-Schulz, whatever the rule, if the
+            momentum is stored once more in its format, relative, in the Frobenius norm; None for a
+            momentum of zeros. Errors of earlier steps add to it: `spectral4` has 0.35 in a closed
+            loop against 0.145 stored once (`python -m bench.fidelity_training --steps 12`).
         with_gradient: it is that of the next step's momentum, whose gradient was there. Otherwise
             it is that of a matrix with the stored momentum's singular values and left vectors, but
             entries close to normal: stored values themselves would be stored again without any
@@ -52,8 +53,10 @@ class Diagnosis:
     name: str
     shape: tuple[int, int]
     state_format: str
+    rule: str
     nbytes: int
     bits_per_element: float
+    rule_nbytes: int
     steps: int
     skipped: int
     direction_error: float | None
@@ -72,10 +75,13 @@ def diagnose_parameter(
     state: dict[str, Any],
     group: dict[str, Any],
     name: str,
-    momentum: float,
+    weights: tuple[float, float],
     coefficients: tuple[Triple, ...],
 ) -> Iterator[Diagnosis]:
-    """The diagnoses of a parameter's matrices, of those that have a momentum."""
+    """The diagnoses of a parameter's matrices, of those that have a momentum.
+
+    weights: of momentum and gradient, see `next_momentum`.
+    """
     grad = None
     if param.grad is not None and not is_dtensor(param) and bool(is_usable(param.grad)):
         grad = flatten(param.grad, group)
@@ -87,9 +93,10 @@ def diagnose_parameter(
                 read_matrix(state, view, momentum_format(group, state), device),
                 None if grad is None else grad[view.rows],
                 name=name if len(views) == 1 else f"{name}[{index}]",
+                rule=group["rule"]["name"],
                 steps=int(state["step"]),
                 skipped=int(state["skipped"]),
-                momentum=momentum,
+                weights=weights,
                 coefficients=coefficients,
                 backend=group["backend"],
             )
@@ -100,24 +107,33 @@ def diagnose_matrix(
     grad: Tensor | None,  # [rows, columns], finite
     *,
     name: str,
+    rule: str,
     steps: int,
     skipped: int,
-    momentum: float,
+    weights: tuple[float, float],
     coefficients: tuple[Triple, ...],
     backend: str,
 ) -> Diagnosis:
     """The diagnosis of one stored matrix; `grad` is that of the next step, if there is one."""
     decoded = stored.dequantize(backend)
+    rule_nbytes = sum(
+        tensor.untyped_storage().nbytes()
+        for role, tensor in stored.tensors.items()
+        if role.startswith(RULE_PREFIX)
+    )
+    nbytes = stored.nbytes - rule_nbytes
     singular_values = torch.linalg.svdvals(decoded)
     sample = (
-        rotated_sample(decoded) if grad is None else next_momentum(stored, grad, momentum, backend)
+        rotated_sample(decoded) if grad is None else next_momentum(stored, grad, weights, backend)
     )
     return Diagnosis(
         name=name,
         shape=stored.shape,
         state_format=stored.state_format.name,
-        nbytes=stored.nbytes,
-        bits_per_element=stored.bits_per_element,
+        rule=rule,
+        nbytes=nbytes,
+        bits_per_element=8 * nbytes / max(1, decoded.numel()),
+        rule_nbytes=rule_nbytes,
         steps=steps,
         skipped=skipped,
         direction_error=UpdateError(sample, coefficients, backend).of(stored.state_format),

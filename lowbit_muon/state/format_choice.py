@@ -63,8 +63,11 @@ def revise_format(
     views: list[MatrixView],
     group: dict[str, Any],
     name: str,
+    weights: tuple[float, float],
 ) -> None:
     """Before a step: choose the parameter's format, where that is due, and convert its momentum.
+
+    weights: of momentum and gradient, see `next_momentum`.
 
     The state keeps the choice, and how many steps it was asked for: unlike the number of those
     that were taken, a device need not be waited for to know it.
@@ -76,7 +79,7 @@ def revise_format(
     present = momentum_format(group, state) if state.get("state_format") else None
     chosen, error = present or auto.formats[-1], None
     if bool(is_usable(grad)):
-        samples = _next_momenta(flatten(grad, group), state, views, group, present)
+        samples = _next_momenta(flatten(grad, group), state, views, group, present, weights)
         coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
         chosen, error = choose_format(
             auto, samples, coefficients, present=present, backend=group["backend"]
@@ -109,6 +112,7 @@ def _next_momenta(
     views: list[MatrixView],
     group: dict[str, Any],
     present: StateFormat | None,
+    weights: tuple[float, float],
 ) -> list[Tensor]:
     """What is to be stored after this step; of a momentum of zeros, but for its size."""
     if present is None:
@@ -117,7 +121,7 @@ def _next_momenta(
         next_momentum(
             read_matrix(state, view, present, grad.device),
             grad[view.rows],
-            group["momentum"],
+            weights,
             group["backend"],
         )
         for view in views

@@ -16,12 +16,18 @@ from lowbit_muon.state.stored import QuantizedMatrix, orient, quantize
 SAMPLE_COLUMNS = 128  # at once: entries of a sum of so many are close to normal
 
 
-def next_momentum(stored: QuantizedMatrix, grad: Tensor, momentum: float, backend: str) -> Tensor:
-    """momentum*M + (1 - momentum)*G, or as formats that normalise take it; [rows, columns]."""
+def next_momentum(
+    stored: QuantizedMatrix, grad: Tensor, weights: tuple[float, float], backend: str
+) -> Tensor:
+    """The sum of M and G with these weights, or as formats that normalise take it; [rows, columns].
+
+    weights: of the update rule, momentum and 1 - momentum of Muon's.
+    """
+    momentum, share = weights
     decoded = stored.dequantize(backend)
     if stored.state_format.normalize:
         return momentum * decoded + grad.float() / (grad.float().norm() + NORM_EPS)
-    return momentum * decoded + (1 - momentum) * grad.float()
+    return momentum * decoded + share * grad.float()
 
 
 def rotated_sample(matrix: Tensor) -> Tensor:

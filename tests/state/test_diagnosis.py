@@ -24,11 +24,13 @@ from lowbit_muon.state.update_error import rotated_sample
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 
-def stepped(state_format: str, shape: tuple[int, int] = (48, 96), steps: int = 2) -> Muon:
+def stepped(
+    state_format: str, shape: tuple[int, int] = (48, 96), steps: int = 2, rule: str = "muon"
+) -> Muon:
     """An optimizer of one parameter "w" after some steps, with the next gradient there."""
     generator = torch.Generator().manual_seed(0)
     param = nn.Parameter(torch.zeros(shape))
-    optimizer = Muon([("w", param)], state_format=state_format, nesterov=False)
+    optimizer = Muon([("w", param)], state_format=state_format, nesterov=False, rule=rule)
     for _ in range(steps):
         param.grad = decaying_matrix(*shape, generator)
         optimizer.step()
@@ -44,10 +46,11 @@ def decoded_momentum(optimizer: Muon) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
 @pytest.mark.parametrize("state_format", ["spectral4", "mulaw4", "linear8", "nf4"])
+@pytest.mark.parametrize("rule", ["muon", "moonlight"])  # a sum, which is exported as an average
 def test_with_a_gradient_it_is_the_error_of_the_next_stored_momentum(
-    state_format: str, shape: tuple[int, int]
+    rule: str, state_format: str, shape: tuple[int, int]
 ) -> None:
-    optimizer = stepped(state_format, shape)
+    optimizer = stepped(state_format, shape, rule=rule)
     (param,) = optimizer.param_groups[0]["params"]
     (found,) = optimizer.diagnose()
     following = 0.95 * decoded_momentum(optimizer) + 0.05 * param.grad

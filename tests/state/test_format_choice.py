@@ -26,6 +26,7 @@ from lowbit_muon import (
 )
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.format_choice import choose_format
+from lowbit_muon.state.parameter import matrix_views, momentum_format, read_matrix
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
 __all__ = ["on_device"]  # a fixture
@@ -150,6 +151,30 @@ def test_it_looks_again_when_it_is_due_and_only_then(monkeypatch: pytest.MonkeyP
         param.grad = matrix(seed=step)
         optimizer.step()
     assert looked == [0, 1, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(("rule", "share"), [("muon", 0.05), ("moonlight", 1.0)])
+def test_what_the_rule_stores_next_is_looked_at(
+    rule: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    param = parameter(matrix())
+    optimizer = Muon([param], rule=rule, state_format=AutoFormat(), backend="reference")
+    optimizer.step()
+    seen: list[Tensor] = []
+
+    def watched(auto: AutoFormat, samples: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(samples)
+        return choose_format(auto, samples, *args, **kwargs)
+
+    monkeypatch.setattr("lowbit_muon.state.format_choice.choose_format", watched)
+    (state,) = optimizer.state.values()
+    view = matrix_views(param, optimizer.param_groups[0])[0]
+    f = momentum_format(optimizer.param_groups[0], state)
+    before = read_matrix(state, view, f).dequantize("reference")
+    param.grad = matrix(seed=1)
+    optimizer.step()
+    # the same operations in the same order
+    assert torch.equal(seen[0], 0.95 * before + share * param.grad)
 
 
 def test_a_change_of_format_keeps_the_momentum(caplog: pytest.LogCaptureFixture) -> None:

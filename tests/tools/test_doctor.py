@@ -168,13 +168,45 @@ def test_a_checkpoint_has_the_diagnoses_of_the_optimizer_that_it_was_saved_from(
     assert {row["name"] for row in found["matrices"]} == {
         "up.weight[0]", "up.weight[1]", "down.weight"
     }  # fmt: skip
-    muon_bytes = sum(row["nbytes"] for row in found["matrices"])
+    muon_bytes = sum(row["nbytes"] + row["rule_nbytes"] for row in found["matrices"])
     assert (found["optimizer"], found["aux_parameters"]) == ("MuonWithAuxAdam", 4)
     assert found["aux_bytes"] == optimizer.state_bytes() - muon_bytes
     shown = capsys.readouterr().out
     assert "MuonWithAuxAdam, 3 matrices" in shown
     assert re.search(r"up\.weight\[1\] +24x16 +spectral4 .* ~0\.\d{3} ", shown)
     assert "AdamW, not diagnosed: 4 parameters" in shown
+
+
+def test_rules_and_what_they_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model()
+    groups = muon_param_groups(
+        model, split_fused={"up": 2}, overrides={"down.weight": {"rule": "adamuon"}}
+    )
+    optimizer = MuonWithAuxAdam(groups, rule="normuon", aux_adam="adamw")
+    train(optimizer)
+    found = examine(tmp_path, in_a_dict(tmp_path, model.state_dict(), optimizer.state_dict()))
+    rows = {row["name"]: row for row in found["matrices"]}
+    assert found["matrices"] == plain(optimizer)
+    # NorMuon: a float32 for each of 24 rows; AdaMuon: a byte an element, two vectors of scales.
+    kept = {"up.weight[0]": 4 * 24, "up.weight[1]": 4 * 24, "down.weight": 16 * 48 + 4 * (16 + 48)}
+    rules = {"up.weight[0]": "normuon", "up.weight[1]": "normuon", "down.weight": "adamuon"}
+    assert {name: row["rule_nbytes"] for name, row in rows.items()} == kept
+    assert {name: row["rule"] for name, row in rows.items()} == rules
+    # What a format takes does not depend on the rule.
+    assert rows["down.weight"]["nbytes"] == quantize(torch.ones(16, 48), "spectral4").nbytes
+    assert rows["down.weight"]["bits_per_element"] == 8 * rows["down.weight"]["nbytes"] / (16 * 48)
+    total = sum(row["nbytes"] + row["rule_nbytes"] for row in rows.values())
+    assert found["aux_bytes"] == optimizer.state_bytes() - total
+    shown = capsys.readouterr().out
+    assert re.search(r"down\.weight .* adamuon +1\.0 *$", shown, re.MULTILINE)
+    assert re.search(
+        rf"all, median error .* {sum(kept.values()) / 1024:.1f} *$", shown, re.MULTILINE
+    )
+    assert "rule KiB: what the update rule keeps" in shown
+
+
+def test_tables_of_muon_alone_name_no_rule() -> None:
+    assert "rule" not in shown(Examined("Muon", [row()], AuxState(0, 0), ()), None)
 
 
 def test_the_state_of_a_plain_muon(tmp_path: Path) -> None:
@@ -469,7 +501,8 @@ def test_shapes_are_read_without_the_data(tmp_path: Path) -> None:
 
 def row(name: str = "w", **values: Any) -> Diagnosis:
     defaults: dict[str, Any] = {
-        "shape": (64, 96), "state_format": "spectral4", "nbytes": 3200, "bits_per_element": 4.1,
+        "shape": (64, 96), "state_format": "spectral4", "rule": "muon", "nbytes": 3200,
+        "bits_per_element": 4.1, "rule_nbytes": 0,
         "steps": 5, "skipped": 0, "direction_error": 0.15, "with_gradient": True,
         "effective_rank": 30.0, "stable_rank": 8.0, "end_codes": 0.0154,
     }  # fmt: skip

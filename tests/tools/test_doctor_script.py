@@ -66,6 +66,21 @@ def test_a_script_is_stopped_before_its_step(steps: int, tmp_path: Path) -> None
     assert found["aux_bytes"] == 4 * 4 + 2 * 4 * (32 + 32 + 32 + 8)
 
 
+@pytest.mark.parametrize(
+    "made",
+    ['MuonWithAuxAdam(groups, rule="normuon", aux_adam="adamw")', "NorMuon(groups)"],
+    ids=["option", "class"],
+)
+def test_the_rule_of_a_script_is_named(made: str, tmp_path: Path) -> None:
+    groups = "groups = muon_param_groups(model)\n"
+    if made.startswith("NorMuon"):
+        groups = "from lowbit_muon import NorMuon\ngroups = [model[0].weight, model[2].weight]\n"
+    body = USUAL.replace('MuonWithAuxAdam(muon_param_groups(model), aux_adam="adamw")', made)
+    (found,) = examine(tmp_path, groups + body, "--steps=2")
+    assert [row["rule"] for row in found["matrices"]] == ["normuon"] * 2
+    assert [row["rule_nbytes"] for row in found["matrices"]] == [4 * 32, 4 * 8]
+
+
 def test_the_errors_are_those_of_diagnose_at_that_moment(tmp_path: Path) -> None:
     (found,) = examine(tmp_path, USUAL, "--steps=4")
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import io
@@ -20,11 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from lowbit_muon import RULES, Muon
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune import compare as compare_module
 from lowbit_muon.tools.finetune import training
+from lowbit_muon.tools.finetune.command import add_finetune_command
 from lowbit_muon.tools.finetune.compare import compare
 from lowbit_muon.tools.finetune.llama import Llama, LlamaConfig, rotary_table, rotate
+from lowbit_muon.tools.finetune.optimizers import build_optimizer
 from lowbit_muon.tools.finetune.progress import TrainingProgress
 from lowbit_muon.tools.finetune.report import comparison_table, peak_memory_bytes
 from lowbit_muon.tools.finetune.settings import FinetuneSettings, resumed_settings
@@ -242,6 +246,113 @@ def test_a_resumed_run_keeps_what_decides_its_numbers() -> None:
         resumed_settings(linear, {"steps": 30})
 
 
+# --- update rules ---
+
+
+def muon_group(settings: FinetuneSettings) -> dict[str, Any]:
+    optimizer = build_optimizer(load_model("tiny")[0], settings)
+    (group,) = (group for group in optimizer.param_groups if group["use_muon"])
+    return group
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_brings_its_own_options(name: str) -> None:
+    group = muon_group(FinetuneSettings(model="tiny", rule=name, lr=0.003))
+    assert group["rule"] == RULES[name].to_dict()
+    assert group["lr"] == 0.003
+    usual = {
+        "momentum": 0.95, "nesterov": True, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"
+    }  # fmt: skip
+    for option, value in {**usual, **dict(RULES[name].options)}.items():
+        assert group[option] == value, option
+
+
+def test_options_that_are_given_go_before_the_rules() -> None:
+    # Lion brings 0.99, and 0.95 is what `MuonWithAuxAdam` has where nothing is given.
+    assert dict(RULES["lion"].options)["momentum"] == 0.99
+    lion = FinetuneSettings(model="tiny", rule="lion", momentum=0.95)
+    assert muon_group(lion)["momentum"] == 0.95
+    assert dict(RULES["scion"].options)["weight_decay"] == 1.0
+    scion = FinetuneSettings(model="tiny", rule="scion", weight_decay=0.0)
+    assert muon_group(scion)["weight_decay"] == 0.0
+    assert not muon_group(FinetuneSettings(model="tiny", nesterov=False))["nesterov"]
+    assert not muon_group(FinetuneSettings(model="tiny", format="muonq4"))["nesterov"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "namo", "state_format": "muonq4"},
+        {"rule": "lion", "nesterov": True},
+        {"rule": "lion", "momentum": 0.0},
+    ],
+)
+def test_a_rule_is_refused_as_muon_refuses_it(options: dict[str, Any]) -> None:
+    group = {"params": [torch.nn.Parameter(torch.zeros(4, 4))], "nesterov": False, **options}
+    with pytest.raises(ValueError, match="expected") as refused:
+        Muon([group])
+    settings = {{"state_format": "format"}.get(name, name): v for name, v in options.items()}
+    with pytest.raises(UserError) as stopped:
+        FinetuneSettings(**settings)
+    assert str(stopped.value) == f"--{refused.value}"
+
+
+def test_an_unknown_rule_is_told_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"--rule: expected one of .*, got 'nomuon'") as stopped:
+        FinetuneSettings(rule="nomuon")
+    assert all(name in str(stopped.value) for name in RULES)
+    with pytest.raises(UserError, match="--rule: expected muon with --optimizer adamw, got 'lion'"):
+        FinetuneSettings(rule="lion", optimizer="adamw")
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "state_format"),
+    [
+        ("spectral4", "muon", "spectral4"),
+        ("muon+fp32", "muon", "fp32"),
+        ("normuon+auto", "normuon", "auto"),
+    ],
+)
+def test_a_method_is_a_rule_and_a_format(method: str, rule: str, state_format: str) -> None:
+    settings = FinetuneSettings(rule="lion", optimizer="muon").with_method(method)
+    assert (settings.rule, settings.format) == (rule, state_format)
+    assert settings.with_method(settings.method) == settings
+    assert settings.method == method.removeprefix("muon+")
+    adamw = settings.with_method("adamw")
+    assert (adamw.method, adamw.rule) == ("adamw", "muon")
+
+
+@pytest.mark.parametrize(
+    "method", ["nomuon+spectral4", "normuon+int5", "normuon", "+fp32", "a+b+c"]
+)
+def test_a_method_that_is_none_is_named(method: str) -> None:
+    with pytest.raises(UserError, match=r"--compare: expected .*RULE\+FORMAT") as stopped:
+        FinetuneSettings().with_method(method)
+    assert str(stopped.value).endswith(f"got {method!r}")
+
+
+def test_a_resumed_run_keeps_its_rule() -> None:
+    saved = dataclasses.asdict(FinetuneSettings(rule="lion"))
+    # What the run has is no change, whether the rule brought it or not.
+    kept = resumed_settings(saved, {"rule": "lion", "momentum": 0.99, "weight_decay": 0.1})
+    assert kept.muon_options == FinetuneSettings(rule="lion").muon_options
+    with pytest.raises(UserError, match="--rule: the run being resumed has 'lion', got 'muon'"):
+        resumed_settings(saved, {"rule": "muon"})
+    with pytest.raises(UserError, match=r"--momentum: the run being resumed has 0\.99, got 0\.95"):
+        resumed_settings(saved, {"momentum": 0.95})
+
+
+def test_settings_survive_the_command_line(tiny: FinetuneSettings) -> None:
+    """As a comparison hands them to the process of each run."""
+    parser = argparse.ArgumentParser()
+    add_finetune_command(parser.add_subparsers())
+    for changes in ({"rule": "lion"}, {"momentum": 0.9, "nesterov": False}, {"weight_decay": 0.0}):
+        settings = dataclasses.replace(tiny, **changes)
+        given = vars(parser.parse_args(["finetune", *settings.to_arguments()]))
+        fields = {field.name for field in dataclasses.fields(FinetuneSettings)}
+        assert FinetuneSettings(**{n: v for n, v in given.items() if n in fields}) == settings
+
+
 # --- training ---
 
 
@@ -250,6 +361,8 @@ METHODS = [
     "mulaw4",
     "muonq4",
     "bf16",
+    "adamuon+spectral4",
+    "mars_m+linear8",
     "adamw",
     pytest.param(
         "adamw8bit",
@@ -425,10 +538,11 @@ def test_comparison_continues_and_survives_a_failed_run(
 
 def test_compared_runs_have_processes_of_their_own(tiny: FinetuneSettings, tmp_path: Path) -> None:
     settings = dataclasses.replace(tiny, save_every=0, sample_tokens=0)
-    runs = compare(["linear8"], 1, settings, tmp_path, Console(file=io.StringIO()))
-    in_process = run(settings.with_method("linear8"), tmp_path / "here")
-    result = runs["linear8"][0]
-    assert result["settings"] == dataclasses.asdict(settings.with_method("linear8"))
+    method = "normuon+linear8"
+    runs = compare([method], 1, settings, tmp_path, Console(file=io.StringIO()))
+    in_process = run(settings.with_method(method), tmp_path / "here")
+    result = runs[method][0]
+    assert result["settings"] == dataclasses.asdict(settings.with_method(method))
     assert result["held_out_after"] == in_process["held_out_after"]
     assert result["peak_memory_bytes"] != in_process["peak_memory_bytes"]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lowbit_muon import RULES
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.tools.cli import main
 from lowbit_muon.tools.plan.command import gibibytes, parse_size, verdict
@@ -78,6 +80,48 @@ def test_options_change_what_is_planned(
     more = plans("--activations=1GB")["spectral4"]
     assert more["total"] - more["state"] == 10**9 + usual["weights"] + usual["gradients"]
     assert "0.931 GiB as given" in capsys.readouterr().out
+
+
+def test_a_rule_adds_what_it_keeps_and_its_update(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def result(rule: str) -> dict[str, Any]:
+        path = tmp_path / "plan.json"
+        arguments = ["--device-memory=1GiB", "--device=cpu", f"--rule={rule}", f"--json={path}"]
+        assert main(["plan", model, *arguments]) == 0
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    plain, ours = result("muon"), result("namo_d")
+    shown = capsys.readouterr().out
+    assert "our formats with rule muon, in GiB" in shown
+    assert "our formats with rule namo_d, in GiB" in shown
+    before, after = ({plan["optimizer"]: plan for plan in r["plans"]} for r in (plain, ours))
+    # A float32 for each column: of four projections of 64, two of 64 and one of 96, in two layers.
+    kept = 4 * 2 * (6 * 64 + 96)
+    assert (plain["rule_state"], ours["rule_state"]) == (0, kept)
+    for name in PRESETS.keys() - {"muonq4"}:
+        assert after[name]["state"] - before[name]["state"] == kept
+        assert after[name]["workspace"] > before[name]["workspace"]
+        assert after[name]["momentum_bits"] == before[name]["momentum_bits"]
+    assert after["AdamW8bit"] == before["AdamW8bit"]
+    assert "are what namo_d keeps beside the momentum" in shown
+    assert plain["refused"] == {}
+    refused = ours["refused"]
+    assert set(refused) == {"muonq4"} == before.keys() - after.keys()
+    assert refused["muonq4"].startswith("rule: 'namo_d' needs the momentum's size")
+    assert f"muonq4 is left out: {refused['muonq4']}" in " ".join(shown.split())
+
+
+def test_an_unknown_rule_is_told_the_known_ones(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", model, "--device-memory=1GiB", "--rule=nomuon"])
+    error = capsys.readouterr().err
+    assert "argument --rule: invalid choice: 'nomuon'" in error
+    for name in RULES:
+        assert name in error
 
 
 def plan(name: str, state: int) -> Plan:

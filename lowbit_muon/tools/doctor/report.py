@@ -22,6 +22,11 @@ _HEADINGS = (
     "matrix", "shape", "format", "bits", "KiB", "steps", "skipped", "error", "rank", "stable",
     "ends",
 )  # fmt: skip
+# Of tables with another rule than Muon's.
+_RULE_HEADINGS = ("rule", "rule KiB")
+_RULE_WIDTH = 36  # of both, with the longest name
+RULE_EXPLANATION = """\
+rule KiB: what the update rule keeps beside the momentum; errors are those of Muon's update."""
 EXPLANATION = """\
 error: of the update, relative, from storing the momentum once more; 0 is exact, 1 is as bad as no \
 update; ~: without the next gradient, an estimate.
@@ -34,9 +39,12 @@ _NO_LIMIT = 1000  # where there is no terminal; a table is as wide as it needs
 
 def show(found: Examined, worst: int | None, console: Console) -> None:
     """Print the table of one optimizer, what stands out in it, and what to know of it."""
-    console.width = max(console.width, _LEAST_WIDTH) if console.is_terminal else _NO_LIMIT
+    least = _LEAST_WIDTH + (_RULE_WIDTH if _names_rules(found.rows) else 0)
+    console.width = max(console.width, least) if console.is_terminal else _NO_LIMIT
     console.print(diagnosis_table(found, worst))
     console.print(EXPLANATION)
+    if _names_rules(found.rows):
+        console.print(RULE_EXPLANATION)
     for line in (*found.remarks, *_aux_lines(found)):
         console.print(line)
     sentences = findings(found.rows)
@@ -52,15 +60,25 @@ def diagnosis_table(found: Examined, worst: int | None) -> Table:
     title = f"{found.optimizer}, {matrices(len(rows))}"
     if len(chosen) < len(rows):
         title += f", {len(chosen)} of the largest errors shown"
-    table = make_table(title, _HEADINGS, ("shape", "format"), wrap=False, box=SIMPLE_HEAD)
+    with_rules = _names_rules(rows)
+    headings = _HEADINGS + (_RULE_HEADINGS if with_rules else ())
+    table = make_table(title, headings, ("shape", "format", "rule"), wrap=False, box=SIMPLE_HEAD)
     table.pad_edge = False
     names = table.columns[0]
     names.overflow, names.min_width, names.no_wrap = "fold", _SHORTEST_NAME, False
     for row in chosen:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row), *(_rule_cells(row) if with_rules else ()))
     table.add_section()
-    table.add_row(*_sums(rows))
+    sums = _sums(rows)
+    if with_rules:
+        kept = sum(row.rule_nbytes for row in rows)
+        sums += [""] * (len(headings) - 1 - len(sums)) + [f"{kept / KIB:,.1f}"]
+    table.add_row(*sums)
     return table
+
+
+def _names_rules(rows: Sequence[Diagnosis]) -> bool:
+    return any(row.rule != "muon" for row in rows)
 
 
 def _sort_key(row: Diagnosis) -> float:
@@ -82,6 +100,10 @@ def _cells(row: Diagnosis) -> list[str]:
         f"{row.stable_rank:.1f}",
         "" if row.end_codes is None else f"{row.end_codes:.2%}",
     ]
+
+
+def _rule_cells(row: Diagnosis) -> list[str]:
+    return [printable(row.rule), f"{row.rule_nbytes / KIB:,.1f}"]
 
 
 def _sums(rows: Sequence[Diagnosis]) -> list[str]:

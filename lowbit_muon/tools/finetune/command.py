@@ -46,6 +46,7 @@ def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         "--compare",
         metavar="NAMES",
         help="train each of these formats, adamw, adamw8bit (with commas) and print one table; "
+        "normuon+spectral4 is a format with another update rule than Muon's; "
         "the same command continues an interrupted comparison",
     )
     parser.add_argument("--seeds", type=int, default=1, help="with --compare: seeds for each")
@@ -56,18 +57,19 @@ def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentP
 
 def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
     # Options that are not given stay out of the namespace: a resumed run takes them from its start.
-    shown = "" if field.default == "" else f" (default: {field.default})"
+    shown = "" if field.default in ("", None) else f" (default: {field.default})"
+    kind = field.metadata["kind"]
     options: dict[str, Any] = {
         "dest": field.name,
         "default": argparse.SUPPRESS,
         "help": field.metadata["help"] + shown,
     }
-    if isinstance(field.default, bool):
+    if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options.update(type=type(field.default), metavar=type(field.default).__name__.upper())
+        options.update(type=kind, metavar=kind.__name__.upper())
     if field.metadata["choices"]:
-        options.update(choices=field.metadata["choices"], metavar=None)
+        options.update(choices=field.metadata["choices"], metavar=field.metadata["metavar"])
     parser.add_argument(option_flag(field.name), **options)
 
 
@@ -153,7 +155,7 @@ def _load_newest(store: CheckpointStore, processes: Processes) -> tuple[dict[str
 def _compare(arguments: argparse.Namespace, given: dict[str, Any], console: Console) -> None:
     if arguments.resume:
         raise UserError("--resume: not with --compare, which continues by itself")
-    clash = sorted({"format", "optimizer"} & given.keys())
+    clash = sorted({"format", "optimizer", "rule"} & given.keys())
     if clash:
         raise UserError(f"{option_flag(clash[0])}: not with --compare, which names the methods")
     if not 1 <= arguments.seeds <= MOST_SEEDS:

@@ -14,7 +14,7 @@ from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.step.options import AuxAdam
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.processes import Processes
-from lowbit_muon.tools.finetune.settings import FinetuneSettings
+from lowbit_muon.tools.finetune.settings import MUON, FinetuneSettings
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-8
@@ -32,19 +32,17 @@ def build_optimizer(
     groups = muon_param_groups(
         model,
         lr=settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.uses_nesterov,
-        weight_decay=settings.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
         aux_lr=settings.aux_lr,
         aux_betas=ADAM_BETAS,
         aux_eps=ADAM_EPS,
         aux_weight_decay=0.0,
     )
     try:
-        if settings.optimizer == "muon":
+        if settings.optimizer == MUON:
+            own = settings.muon_options  # in the groups, where they go before the rule's
             return MuonWithAuxAdam(
-                groups,
+                [{**group, **own} if group["use_muon"] else group for group in groups],
+                rule=settings.rule,
                 state_format=settings.format,
                 aux_adam=cast(AuxAdam, settings.aux_adam),
                 seed=settings.seed,
@@ -55,7 +53,7 @@ def build_optimizer(
             aux_adam=cast(AuxAdam, settings.optimizer),
         )
     except RuntimeError as error:
-        option = "--aux-adam" if settings.optimizer == "muon" else "--optimizer"
+        option = "--aux-adam" if settings.optimizer == MUON else "--optimizer"
         raise UserError(f"{option}: {error}; pip install bitsandbytes") from None
 
 
@@ -69,7 +67,7 @@ def _adamw_group(group: dict[str, Any], settings: FinetuneSettings) -> dict[str,
         "lr": settings.adamw_lr,
         "betas": ADAM_BETAS,
         "eps": ADAM_EPS,
-        "weight_decay": settings.weight_decay,
+        "weight_decay": settings.in_force("weight_decay"),
     }
 
 

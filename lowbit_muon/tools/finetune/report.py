@@ -96,7 +96,11 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
             f"{max(result['peak_memory_bytes'] for result in results) / MIB:,.0f}",
             f"{statistics.median(result['seconds_per_step'] for result in results):.2f}",
         )
-    notes = [f"{method}: no Nesterov" for method in runs if method in FORMATS_WITHOUT_NESTEROV]
+    notes = [
+        f"{method}: no Nesterov"
+        for method in runs
+        if method.rpartition("+")[2] in FORMATS_WITHOUT_NESTEROV
+    ]
     before = {result["held_out_before"] for results in runs.values() for result in results}
     starts = [f"before: {loss:.4f}" for loss in before if loss is not None]
     seeds = max(len(results) for results in runs.values())

@@ -27,7 +27,7 @@ from lowbit_muon.tools.finetune.optimizers import build_optimizer, count_formats
 from lowbit_muon.tools.finetune.processes import AveragedLoss, Processes
 from lowbit_muon.tools.finetune.progress import TrainingProgress
 from lowbit_muon.tools.finetune.report import peak_memory_bytes, plot_losses
-from lowbit_muon.tools.finetune.settings import FinetuneSettings
+from lowbit_muon.tools.finetune.settings import MUON, FinetuneSettings
 from lowbit_muon.tools.finetune.smollm2 import load_model
 from lowbit_muon.tools.finetune.text import make_corpus, read_text
 from lowbit_muon.tools.output import write_json
@@ -213,7 +213,7 @@ class FinetuneRun:
         return {
             "method": settings.method,
             "settings": dataclasses.asdict(settings),
-            "uses_nesterov": settings.uses_nesterov,
+            "muon_options": settings.muon_options if settings.optimizer == MUON else None,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "muon_matrices": count_matrices(self.optimizer),
             "formats": count_formats(self.optimizer, self.processes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.step.rules.recipes import RULES
+from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.tools.console import make_table, plain_console, printable
 from lowbit_muon.tools.output import check_outputs, write_json
-from lowbit_muon.tools.plan.memory import EXACTNESS, Plan, Routing, fitting, make_plans, route
+from lowbit_muon.tools.plan.memory import (
+    EXACTNESS,
+    MUON,
+    Plan,
+    Routing,
+    fitting,
+    make_plans,
+    refusal,
+    route,
+    rule_state_bytes,
+)
 from lowbit_muon.tools.plan.model_shapes import ModelShapes, read_model
 
 DESCRIPTION = """Show the memory that training a model takes with torch.optim.Muon, AdamW, 8-bit
@@ -74,6 +87,13 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
         help="AdamW beside our Muon, for embeddings, heads, norms, biases (adamw8bit)",
     )
     parser.add_argument(
+        "--rule",
+        choices=tuple(RULES),
+        default=MUON.name,
+        metavar="NAME",
+        help="update rule of our Muon, as in lowbit_muon.RULES (muon)",
+    )
+    parser.add_argument(
         "--activations", type=parse_size, default=0, metavar="SIZE", help="most of them (0)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
@@ -86,16 +106,23 @@ def run_plan(arguments: argparse.Namespace) -> int:
     shapes = read_model(arguments.model)
     routing = route(shapes.model)
     plans = make_plans(
-        routing, DTYPES[arguments.dtype], arguments.device, arguments.aux, arguments.activations
+        routing,
+        DTYPES[arguments.dtype],
+        arguments.device,
+        arguments.aux,
+        arguments.activations,
+        RULES[arguments.rule],
     )
     memory: int = arguments.device_memory
     console = plain_console()
     if not console.is_terminal:
         console.width = _TABLE_WIDTH
     _show_model(shapes, routing, arguments, console)
-    console.print(_table(plans, memory))
+    console.print(_table(plans, memory, arguments.rule))
     console.print(verdict(plans, memory))
     console.print(_notes(arguments))
+    for line in _rule_notes(routing, RULES[arguments.rule]):
+        console.print(line)
     if arguments.json is not None:
         write_json(arguments.json, _as_json(shapes, routing, plans, arguments))
     return 0
@@ -113,9 +140,10 @@ def _show_model(
     )
 
 
-def _table(plans: Sequence[Plan], device_memory: int) -> Table:
+def _table(plans: Sequence[Plan], device_memory: int, rule: str) -> Table:
     table = make_table(
-        f"one training step, in GiB; {gibibytes(device_memory)} to fit in",
+        f"one training step, our formats with rule {rule}, in GiB; "
+        f"{gibibytes(device_memory)} to fit in",
         ("optimizer", "bits", "weights", "gradients", "state", "workspace", "total", "fits"),
     )
     for plan in plans:
@@ -163,7 +191,7 @@ def _notes(arguments: argparse.Namespace) -> str:
     else:
         activations = "Activations are NOT counted: add them with --activations SIZE."
     workspace = (
-        "Workspace: of the C++ backend, by formulas that tests hold to measured peaks."
+        "Workspace: of the C++ backend, by a step without data; tests hold it to measured peaks."
         if arguments.device == "cpu"
         else "Workspace on a GPU is an estimate from the code's own allocations; not counted are "
         "the CUDA context, libraries' workspaces and the allocator's fragmentation."
@@ -173,6 +201,20 @@ def _notes(arguments: argparse.Namespace) -> str:
         "bits: stored for an element of the momentum (of both moments for AdamW); our formats, "
         f"by name alone, with {arguments.aux} for the rest."
     )
+
+
+def _rule_notes(routing: Routing, rule: UpdateRule) -> Iterator[str]:
+    kept = rule_state_bytes(routing, rule)
+    if kept:
+        yield f"state: {gibibytes(kept)} GiB of it are what {rule.name} keeps beside the momentum."
+    for name, reason in _refusals(rule).items():
+        yield f"{name} is left out: {reason}"
+
+
+def _refusals(rule: UpdateRule) -> dict[str, str]:
+    """Why formats have no row, by name."""
+    found = {name: refusal(rule, state_format) for name, state_format in PRESETS.items()}
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def _as_json(
@@ -189,6 +231,9 @@ def _as_json(
         "dtype": arguments.dtype,
         "device": arguments.device,
         "aux": arguments.aux,
+        "rule": arguments.rule,
+        "rule_state": rule_state_bytes(routing, RULES[arguments.rule]),
+        "refused": _refusals(RULES[arguments.rule]),
         "plans": [
             {
                 "optimizer": plan.name,

@@ -9,9 +9,10 @@ and fragmentation. So this is an estimate; no GPU has confirmed it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,8 @@ from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.parameter import ParameterStep, matrix_views, write_matrix
 from lowbit_muon.state.stored import QuantizedMatrix
 from lowbit_muon.step.batches import DEVICE_ELEMENTS, step_parameters
+from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.rules.stage import Stage
 from lowbit_muon.step.update import StepOptions
 
 META = torch.device("meta")
@@ -37,15 +40,21 @@ META = torch.device("meta")
 CHUNK_COLUMNS = {2: 256, 3: 512, 4: 128}
 LIMB_COLUMNS, LEVEL_COLUMNS = 64, 128
 _MOST_TRACED = 64  # parameters of a batch
+# What stages call the rounds of what they repeat, and how many are enough to see their memory.
+_ROUNDS, _MOST_ROUNDS = {"rounds", "power_rounds"}, 2
 _REDUCTIONS = (torch.ops.aten.sum, torch.ops.aten.linalg_vector_norm)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class LiveBytes(TorchDispatchMode):
     """Adds up the "meta" storages that operations create while they are alive.
 
-    live, peak: bytes now, and the most so far.
+    live, peak: bytes now, and the most so far. converts: dtypes of which a reduction to another one
+    converts its argument first, whatever that other one is.
     """
+
+    # ATen/native/ReduceOpsUtils.h, make_reduction: on a GPU all pairs of dtypes but half precision
+    # to float32 go through `self.to(dtype)`.
+    converts: tuple[torch.dtype, ...] = (torch.float32,)
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._count(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live + _hidden_bytes(func, args, kwargs))
+        self.peak = max(self.peak, self.live + self._hidden_bytes(func, args, kwargs))
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -76,19 +85,14 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.live -= size
 
-
-def _hidden_bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """The converted copy that a reduction to another dtype makes of its argument.
-
-    ATen/native/ReduceOpsUtils.h, make_reduction: on a GPU all pairs of dtypes but half precision to
-    float32 go through `self.to(dtype)`.
-    """
-    dtype = kwargs.get("dtype")
-    if dtype is None or func.overloadpacket not in _REDUCTIONS or args[0].dtype == dtype:
-        return 0
-    if args[0].dtype in _HALF and dtype == torch.float32:
-        return 0
-    return args[0].numel() * dtype.itemsize
+    def _hidden_bytes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+        """The converted copy that a reduction to another dtype makes of its argument."""
+        dtype = kwargs.get("dtype")
+        if dtype is None or func.overloadpacket not in _REDUCTIONS or args[0].dtype == dtype:
+            return 0
+        if dtype == torch.float32 and args[0].dtype not in self.converts:
+            return 0
+        return args[0].numel() * dtype.itemsize
 
 
 class SizingBackend(Backend):
@@ -200,6 +204,7 @@ def muon_step_bytes(
     count: int,
     state_format: StateFormat,
     dtype: torch.dtype,
+    rule: UpdateRule,
     *,
     stack: bool = False,
 ) -> int:
@@ -212,26 +217,67 @@ def muon_step_bytes(
     elements = max(1, math.prod(shape) // matrices)
     # No batch is larger, so parameters beyond these only repeat it (`step.batches`).
     count = min(count, math.ceil(max(1, DEVICE_ELEMENTS // elements) / matrices))
-    if count > _MOST_TRACED:  # each more takes as much as the one before
-        size = partial(muon_step_bytes, shape, state_format=state_format, dtype=dtype, stack=stack)
-        most, half = size(_MOST_TRACED), size(_MOST_TRACED // 2)
-        return most + (count - _MOST_TRACED) * (most - half) // (_MOST_TRACED // 2)
+    size = partial(_batch_bytes, shape, state_format, dtype, rule, stack)
+    return extrapolated(size, count)
+
+
+def extrapolated(size: Callable[[int], int], count: int) -> int:
+    """size(count) of a batch, of which each more takes as much as the one before."""
+    if count <= _MOST_TRACED:
+        return size(count)
+    most, half = size(_MOST_TRACED), size(_MOST_TRACED // 2)
+    return most + (count - _MOST_TRACED) * (most - half) // (_MOST_TRACED // 2)
+
+
+def planned_group(
+    params: Sequence[nn.Parameter], state_format: StateFormat, rule: UpdateRule, **options: Any
+) -> dict[str, Any]:
+    """The parameters as a group of our Muon, with what its rule and format bring."""
+    group = {"params": list(params), **options}
+    nesterov = not state_format.normalize
+    muon = Muon([group], rule=_shortened(rule), state_format=state_format, nesterov=nesterov)
+    return muon.param_groups[0]
+
+
+def _shortened(rule: UpdateRule) -> UpdateRule:
+    """The rule with fewer rounds of what its stages repeat, which takes as much memory in each."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(rule):
+        value = getattr(rule, field.name)
+        if isinstance(value, Stage):
+            changes[field.name] = _shortened_stage(value)
+        elif field.name in ("precondition", "scaling"):
+            changes[field.name] = tuple(map(_shortened_stage, value))
+    return dataclasses.replace(rule, **changes)
+
+
+def _shortened_stage(stage: Stage) -> Stage:
+    names = {field.name for field in dataclasses.fields(stage)} & _ROUNDS
+    return dataclasses.replace(stage, **{n: min(_MOST_ROUNDS, getattr(stage, n)) for n in names})
+
+
+def _batch_bytes(
+    shape: Sequence[int],
+    state_format: StateFormat,
+    dtype: torch.dtype,
+    rule: UpdateRule,
+    stack: bool,
+    count: int,
+) -> int:
+    """Of a step of parameters that fit into one batch."""
     params = [nn.Parameter(torch.empty(*shape, dtype=dtype, device=META)) for _ in range(count)]
-    optimizer = Muon(
-        [{"params": params, "batch_experts": stack}],
-        state_format=state_format,
-        nesterov=not state_format.normalize,
-    )
-    group, backend = optimizer.param_groups[0], SizingBackend()
+    group, backend = planned_group(params, state_format, rule, batch_experts=stack), SizingBackend()
     steps: list[ParameterStep] = []
     existing: list[Tensor] = []
     for number, param in enumerate(params):
         views = matrix_views(param, group)
         state: dict[str, Any] = {"step": 0, "skipped": 0}
         for view in views:
-            write_matrix(
-                state, view, QuantizedMatrix.zeros(view.shape, state_format, seed=0, device=META)
+            kept = rule.state(view.shape)
+            matrix = QuantizedMatrix.zeros(
+                view.shape, state_format, seed=0, device=META, rule_state=kept
             )
+            write_matrix(state, view, matrix)
         grad = torch.empty_like(param)
         steps.append(ParameterStep(param, grad, state, views, number, state_format, backend))
         existing += [param, grad, *(v for v in state.values() if isinstance(v, Tensor))]

@@ -1,33 +1,39 @@
-"""Memory of a Muon step on a CPU above weights, gradients and state, as formulas.
+"""Memory of a Muon step on a CPU above weights, gradients and state.
 
-Sizes are in floats of 4 bytes for an oriented matrix [m, n], m <= n. The step has four phases, and
-the largest counts: the root iteration of spectral formats, the Gram matrix of what is
-orthogonalised, its Newton-Schulz operator, and the weight update. To each is added what the C++
-products pack (csrc/cpu/product.cpp), which torch does not see. The m x m iterations are not
-formulas: they run on tensors without data (`LiveBytes`).
+Found as on a GPU (`device_workspace`), by running the step itself on tensors without data, with
+what the C++ backend allocates in the place of what Triton's adapters do. To the most of that is
+added the most that its products pack at once (csrc/cpu/product.cpp), which torch does not see.
 
 tests/tools/test_plan_memory.py holds this to what torch's profiler and the C++ products measure.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import Backend
+from lowbit_muon.backends.codes import PackedCodes
 from lowbit_muon.backends.cpu.adapter import SIDE_BY_SIDE
 from lowbit_muon.formats.state_format import StateFormat
-from lowbit_muon.linalg.coefficients import resolve_coefficients
-from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS, gram_operator
-from lowbit_muon.linalg.root_fractions import root_fractions
-from lowbit_muon.linalg.root_iteration import iterate_root
 from lowbit_muon.state.operands import SCRATCH_FLOATS
+from lowbit_muon.state.stored import QuantizedMatrix
 from lowbit_muon.step.batches import HOST_ELEMENTS
-from lowbit_muon.tools.plan.device_workspace import META, LiveBytes, SizingBackend
+from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.update import Batch, StepOptions, update
+from lowbit_muon.tools.plan.device_workspace import (
+    META,
+    LiveBytes,
+    SizingBackend,
+    extrapolated,
+    planned_group,
+)
 
 FLOAT_BYTES = 4
 # Of csrc/cpu: rows of a strip, steps and rows of a streamed block, words packed at once
@@ -35,10 +41,6 @@ FLOAT_BYTES = 4
 _STRIP, _STREAM, _PACKED_WORDS = 16, 192, 2**20
 # Rows of the largest matrices that are inverted without spare memory (kSmallInverse).
 _SMALL_INVERSE = 64
-# lowbit_muon/state/operands.py: rows that panels of a Gram matrix have at least.
-_FEWEST_ROWS = 64
-# Coefficients and steps of torch.optim.Muon, our default.
-_COEFFICIENTS = resolve_coefficients("muon", 5)
 
 
 def muon_step_bytes(
@@ -46,6 +48,7 @@ def muon_step_bytes(
     count: int,
     state_format: StateFormat,
     dtype: torch.dtype,
+    rule: UpdateRule,
     *,
     stack: bool = False,
 ) -> int:
@@ -62,54 +65,116 @@ def muon_step_bytes(
     count *= math.prod(shape[:-2]) if stack else 1
     encoder = 3 * m * m if state_format.spectral else 0
     batch = min(count, max(1, HOST_ELEMENTS // (m * n + encoder)))
-    floats, packed = _matrix_floats(m, n, state_format, dtype)
-    found = FLOAT_BYTES * (batch * floats + min(batch, torch.get_num_threads()) * packed)
-    # several gradients lie side by side, and their codes in a new place
-    return found + (batch * m * n * (dtype.itemsize + 1) if batch > 1 else 0)
+    return extrapolated(partial(_batch_bytes, (rows, columns), state_format, dtype, rule), batch)
 
 
-def _matrix_floats(m: int, n: int, f: StateFormat, dtype: torch.dtype) -> tuple[int, int]:
-    """Floats for one matrix, and those that its products pack."""
-    in_memory = f.spectral or m * n <= SCRATCH_FLOATS
-    # rows of a panel, `row_slices`
-    panel = n * (m if m * n <= SCRATCH_FLOATS else max(1, SCRATCH_FLOATS // n))
-    rank = f.rank(m, n)
-    # the decoder keeps factors; storing new ones takes the old, their directions, P, R and copies
-    kept = rank * (m + n)
-    buffer = m * n if in_memory else 0
-    phases = [buffer + kept + _operator_floats(m)]
-    rounded = get_backend("auto", torch.device("cpu")).rounded_dtype is not None
-    if m >= ROUNDED_ROWS and n < 2 * m and rounded:
-        # the standard form: X, the next X, X X^T and its polynomial
-        phases.append(kept + 2 * m * n + 2 * m * m)
-    if in_memory:
-        packed = max(_packed_symmetric(m, m, 2), _packed_symmetric(m, n, 1))
-    else:
-        room = max(SCRATCH_FLOATS, 3 * m * m)
-        height = m if m * n <= room else min(m, max(_FEWEST_ROWS, room // (2 * n)))
-        phases.append(kept + m * m + (1 if height == m else 2) * height * n)
-        packed = max(
-            _packed_symmetric(m, m, 2),
-            _packed_symmetric(height, n, 1),
-            0 if height == m else _packed(height, height, n),
-        )
-    packed = max(packed, _packed(m, n, m))
-    if f.spectral:
-        phases.append(buffer + _root_floats(m, f.shift(m)))
-    # the operator, a panel of X if that is not in memory, and for a weight in half precision a
-    # panel of the update and the two that torch converts to float32 to add it
-    update = 0
-    if dtype != torch.float32:
-        update = 3 * min(m, max(1, SCRATCH_FLOATS // (2 * n))) * n
-    phases.append(buffer + kept + m * m + (0 if in_memory else panel) + update)
-    # Storing: the operator of a spectral format, a panel; a companded copy of it and, if there are
-    # several, of the last one; factors, old and new.
-    companded = min(2 * panel, m * n) if f.companded_scale else 0
-    operator = m * m if f.spectral else 0
-    phases.append(buffer + operator + panel + companded + kept + 3 * kept)
-    if f.normalize:  # a Frobenius norm in float64 converts the whole gradient
-        phases.append(2 * m * n)
-    return max(phases), packed
+def _batch_bytes(
+    shape: tuple[int, int], f: StateFormat, dtype: torch.dtype, rule: UpdateRule, count: int
+) -> int:
+    """Of a step of one batch of matrices."""
+    apart = rule.is_fused and dtype != torch.float32 and math.prod(shape) > SCRATCH_FLOATS
+    weights_dtype = torch.float32 if apart else dtype
+    params = [
+        nn.Parameter(torch.empty(shape, dtype=weights_dtype, device=META)) for _ in range(count)
+    ]
+    grads = [torch.empty(shape, dtype=dtype, device=META) for _ in range(count)]
+    kept = rule.state(shape)
+    momenta = [
+        QuantizedMatrix.zeros(shape, f, seed=0, device=META, rule_state=kept) for _ in params
+    ]
+    options = StepOptions.from_group(planned_group(params, f, rule))
+    weights = [param.detach() for param in params]
+    batch = Batch(weights, grads, momenta, [None] * count, steps=[0] * count)
+    backend = _HostSizing()
+    with torch.no_grad(), META, _HostBytes() as memory:
+        memory.ignore([*params, *grads, *(t for each in momenta for t in each.tensors.values())])
+        update(batch, options, backend)
+    most = max(memory.peak, FLOAT_BYTES * _update_floats(shape, f) if apart else 0)
+    return most + FLOAT_BYTES * backend.packed
+
+
+def _update_floats(shape: tuple[int, int], f: StateFormat) -> int:
+    """Of the update of a large weight in half precision by Muon's own step.
+
+    By parts, for each of which all panels of X are decoded again: a step without data would take
+    minutes. The operator, X or a panel of it, low-rank factors, a part of the update and the two
+    that torch converts to float32 to add it; or this part and the one before, and a companded copy
+    of a panel.
+    """
+    m, n = sorted(shape)
+    sizes = (SCRATCH_FLOATS, SCRATCH_FLOATS // 2)
+    panel, part = (min(m, max(1, size // n)) * n for size in sizes)
+    adding = max(3 * part, 2 * part + (panel if f.companded_scale else 0))
+    return m * m + (m * n if f.spectral else panel) + f.rank(m, n) * (m + n) + adding
+
+
+class _HostBytes(LiveBytes):
+    """`LiveBytes` of a step that reads flags and factors: all is finite, no factor is zero."""
+
+    # On CPUs a reduction to another dtype converts half precision as well.
+    converts = (torch.float16, torch.bfloat16, torch.float32)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1.0
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _HostSizing(SizingBackend):
+    """Allocates like the C++ adapter and computes nothing.
+
+    packed: the most floats that a product packed so far.
+    """
+
+    # In torch's operations.
+    scaled = Backend.scaled
+
+    name = "host sizing"
+    asynchronous = False
+
+    def __init__(self) -> None:
+        self.rounded_dtype = get_backend("auto", torch.device("cpu")).rounded_dtype
+        self.packed = 0
+        self._updated: set[torch.Size] = set()
+
+    def product(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        """See `Backend.product`."""
+        self._pack(a, _packed(a.shape[-2], b.shape[-1], a.shape[-1]))
+        return super().product(a, b, **options)
+
+    def symmetric_product(self, a: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
+        """See `Backend.symmetric_product`."""
+        operands = 1 if b is None or b is a else 2
+        self._pack(a, _packed_symmetric(a.shape[-2], a.shape[-1], operands))
+        return super().symmetric_product(a, b, **options)
+
+    def _pack(self, a: Tensor, floats: int) -> None:
+        together = min(math.prod(a.shape[:-2]), torch.get_num_threads())
+        self.packed = max(self.packed, together * floats)
+
+    def code_gram(self, codes: PackedCodes) -> Tensor:
+        """See `Backend.code_gram`."""
+        return codes.scales.new_empty(*codes.packed.shape[:-1], codes.packed.shape[-2])
+
+    def code_product(
+        self, a: Tensor, codes: PackedCodes, *, out: Tensor | None = None, beta: float = 0.0
+    ) -> Tensor:
+        """See `Backend.code_product`."""
+        return a.new_empty(*a.shape[:-1], codes.columns) if out is None else out
+
+    def _add_inverses(
+        self, x: Tensor, poles: Sequence[float], weights: Sequence[float], out: Tensor
+    ) -> None:
+        m, threads = x.shape[-1], torch.get_num_threads()
+        several = math.prod(x.shape[:-2]) * len(poles)
+        together = 1 if m > SIDE_BY_SIDE and threads > 2 else min(several, threads)
+        x.new_empty(together, m * (-(-m // _STRIP) + 1) * _STRIP + _inverse_spare(m))
+
+    def update_weight(self, weight: Tensor, update: Tensor, **options: Any) -> None:
+        """See `Backend.update_weight`: torch's operations, of whose many parts one tells."""
+        if weight.shape not in self._updated:
+            self._updated.add(weight.shape)
+            Backend.update_weight(self, weight, update, **options)
 
 
 def _packed(rows: int, columns: int, depth: int) -> int:
@@ -128,39 +193,9 @@ def _packed_symmetric(size: int, depth: int, operands: int) -> int:
     return operands * rows * steps
 
 
-@functools.cache
-def _operator_floats(m: int) -> int:
-    """Of the Newton-Schulz operator of a Gram matrix [m, m], that matrix included."""
-    return _traced_floats(m, lambda gram: gram_operator(gram, _COEFFICIENTS, SizingBackend()))
-
-
-def _root_floats(m: int, shift: float) -> int:
-    """Of the spectral encoder's operator, the Gram matrix included."""
-    fractions = root_fractions(shift)
-    if fractions is None:
-        return _iterated_root_floats(m, shift)
-    threads = torch.get_num_threads()
-    together = 1 if m > SIDE_BY_SIDE and threads > 2 else min(len(fractions.poles), threads)
-    return 2 * m * m + together * (m * (-(-m // _STRIP) + 1) * _STRIP + _inverse_spare(m))
-
-
 def _inverse_spare(m: int) -> int:
     """Floats that an inverse takes beside its matrix (csrc/cpu/inverse.cpp)."""
     if m <= _SMALL_INVERSE:
         return 0
     first = -(-(m // 2) // _STRIP) * _STRIP
     return first * (m - first) + max(_inverse_spare(first), _inverse_spare(m - first))
-
-
-@functools.cache
-def _iterated_root_floats(m: int, shift: float) -> int:
-    return _traced_floats(
-        m, lambda gram: iterate_root(gram, shift, SizingBackend(), overwrite=True)
-    )
-
-
-def _traced_floats(m: int, run: Callable[[Tensor], Tensor]) -> int:
-    with torch.no_grad(), LiveBytes() as memory:
-        # a batch of one: its products write into their results, as the CPU kernels do
-        run(torch.empty(1, m, m, device=META))
-    return memory.peak // FLOAT_BYTES

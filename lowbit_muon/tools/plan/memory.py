@@ -16,6 +16,9 @@ from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.step.options import GROUP_DEFAULTS, apply_rule
+from lowbit_muon.step.rules.recipes import RULES
+from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.plan import device_workspace, host_workspace
 
@@ -23,6 +26,7 @@ Shape = tuple[int, ...]
 Device = Literal["cuda", "cpu"]
 AdamKind = Literal["adamw", "adamw8bit"]
 
+MUON = RULES["muon"]
 TORCH_MUON, ADAMW, ADAMW8BIT = "torch.optim.Muon", "torch.optim.AdamW", "AdamW8bit"
 # Formats from the most exact to the least, by README's error of the update in closed loop on real
 # momentum. muonq4 is another update rule, and what has not been measured is not ranked.
@@ -108,12 +112,18 @@ class Plan:
 
 
 def make_plans(
-    routing: Routing, dtype: torch.dtype, device: Device, aux: AdamKind, activations: int = 0
+    routing: Routing,
+    dtype: torch.dtype,
+    device: Device,
+    aux: AdamKind,
+    activations: int = 0,
+    rule: UpdateRule = MUON,
 ) -> list[Plan]:
-    """Every optimizer and format, by total.
+    """Every optimizer and every format that the rule takes, by total.
 
     dtype: of weights, gradients and the moments of torch's optimizers, which are like the
     parameter. aux: AdamW of what our Muon does not take; torch.optim.Muon goes with torch's.
+    rule: of our Muon.
     """
     elements = routing.muon_elements + routing.aux_elements
     size = elements * dtype.itemsize
@@ -146,19 +156,31 @@ def make_plans(
             ),
         )
     )
-    aux_state = adam_state_bytes(routing.aux, dtype, aux)
+    other_state = adam_state_bytes(routing.aux, dtype, aux) + rule_state_bytes(routing, rule)
     aux_step = adam_step_bytes(routing.aux, dtype, aux, device)
     for name, state_format in PRESETS.items():
+        if refusal(rule, state_format):
+            continue
         state = muon_state_bytes(routing, state_format)
         plans.append(
             plan(
                 name,
                 8 * state / routing.muon_elements,
-                state + aux_state,
-                max(aux_step, muon_step_bytes(routing, state_format, dtype, device)),
+                state + other_state,
+                max(aux_step, muon_step_bytes(routing, state_format, dtype, device, rule)),
             )
         )
     return sorted(plans, key=lambda plan: plan.total)
+
+
+def refusal(rule: UpdateRule, state_format: StateFormat) -> str:
+    """What `Muon` says of a rule that does not go with a format; empty if it does."""
+    chosen = {"rule": rule, "state_format": state_format, "nesterov": not state_format.normalize}
+    try:
+        apply_rule({**GROUP_DEFAULTS, **chosen}, (), GROUP_DEFAULTS)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 _ADAM_ROWS: tuple[tuple[str, AdamKind], ...] = ((ADAMW, "adamw"), (ADAMW8BIT, "adamw8bit"))
@@ -170,6 +192,17 @@ def muon_state_bytes(routing: Routing, state_format: StateFormat) -> int:
         count * _matrices(shape, stack)[0] * _stored_bytes(_matrices(shape, stack)[1], state_format)
         for (shape, stack), count in routing.muon.items()
     )
+
+
+def rule_state_bytes(routing: Routing, rule: UpdateRule) -> int:
+    """What the rule keeps of all these matrices beside their momenta."""
+    total = 0
+    for (shape, stack), count in routing.muon.items():
+        matrices, one = _matrices(shape, stack)
+        kept = rule.state(one).values()
+        sizes = (math.prod(each.shape) * each.dtype.itemsize for each in kept)
+        total += count * matrices * sum(sizes)
+    return total
 
 
 def _matrices(shape: Shape, stack: bool) -> tuple[int, tuple[int, int]]:
@@ -185,16 +218,16 @@ def _stored_bytes(shape: tuple[int, int], state_format: StateFormat) -> int:
 
 
 def muon_step_bytes(
-    routing: Routing, state_format: StateFormat, dtype: torch.dtype, device: Device
+    routing: Routing,
+    state_format: StateFormat,
+    dtype: torch.dtype,
+    device: Device,
+    rule: UpdateRule = MUON,
 ) -> int:
     """The most that our Muon holds in a step above weights, gradients and state."""
-    if device == "cpu":
-        return max(
-            host_workspace.muon_step_bytes(shape, count, state_format, dtype, stack=stack)
-            for (shape, stack), count in routing.muon.items()
-        )
+    workspace = host_workspace if device == "cpu" else device_workspace
     return max(
-        device_workspace.muon_step_bytes(shape, count, state_format, dtype, stack=stack)
+        workspace.muon_step_bytes(shape, count, state_format, dtype, rule, stack=stack)
         for (shape, stack), count in routing.muon.items()
     )
 
