@@ -37,7 +37,8 @@ from lowbit_muon.step.rules.scaling import FixedNorm, Scaling, VectorMoment
 from lowbit_muon.step.rules.stage import Matrices, Stage
 from lowbit_muon.step.rules.step_size import Bounded
 
-SHAPES = ((24, 40), (40, 24), (24, 40), (16, 16), (1, 7), (7, 1))
+# The first and the third are a batch.
+SHAPES = ((24, 40), (40, 24), (24, 40), (1, 7))
 ALL = {**RULES, "pion 2 of 5": pion(2)}
 
 
