@@ -84,6 +84,10 @@ def test_second_moments_by_hand() -> None:
     step = move("adamuon", weight, grads, sign=False, **options)
     close(step, 0.1 * 0.2 * math.sqrt(2) * DIVIDED, 1e-6)
     close(move("muon2", weight, grads, **options), 0.1 * DIVIDED, 1e-6)
+    # V is of gradients also where M is (0.75 + 2, 1 + 1.5).
+    step = move("muon2", weight, grads, **{**options, "momentum": 0.5, "nesterov": False})
+    divided = matrix([2.75 / math.sqrt(8.56), 2.5 / math.sqrt(7.44)])
+    close(step, 0.1 * nn.functional.normalize(divided), 1e-6)
 
 
 def test_a_first_second_moment_leaves_signs() -> None:
