@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LIBRARIES = ("lowbit_muon", "torch.distributed.tensor", "torch.distributed.fsdp")
+# torch imports its compiler late, for any optimizer or DTensor: five seconds of each process.
+LIBRARIES = ("lowbit_muon", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo")
 TIMEOUT = 300  # seconds, of a test on a machine that is busy with something else
 
 _CONTEXT = multiprocessing.get_context("forkserver")

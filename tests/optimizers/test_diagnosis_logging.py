@@ -294,6 +294,7 @@ def test_tensorboard_itself(tmp_path: Path) -> None:
         assert (event.step, event.value) == (2, pytest.approx(value))
 
 
+@pytest.mark.long  # seconds to import Lightning for one call
 def test_a_logger_of_lightning(tmp_path: Path) -> None:
     loggers = pytest.importorskip("lightning.pytorch.loggers")
     model, optimizer = make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -187,6 +188,17 @@ def test_parameters_of_one_dimension_are_rejected() -> None:
         Muon([nn.Parameter(torch.zeros(5))])
 
 
+@functools.cache
+def run_format(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, nesterov: bool
+) -> tuple[Tensor, torch.optim.Optimizer]:
+    return run(
+        lambda p: Muon(p, state_format=name, lr=0.02, nesterov=nesterov, weight_decay=0.0),
+        shape,
+        dtype,
+    )
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1, 9), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -194,9 +206,8 @@ def test_every_format_steps_near_the_full_precision_one(
     name: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     nesterov = not PRESETS[name].normalize
-    options = {"lr": 0.02, "nesterov": nesterov, "weight_decay": 0.0}
-    ours, optimizer = run(lambda p: Muon(p, state_format=name, **options), shape, dtype)
-    exact, _ = run(lambda p: Muon(p, state_format="fp32", **options), shape, dtype)
+    ours, optimizer = run_format(name, shape, dtype, nesterov)
+    exact, _ = run_format("fp32", shape, dtype, nesterov)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert bool(ours.isfinite().all())
     assert ours.dtype == dtype

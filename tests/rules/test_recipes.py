@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import ORACLES, exact_polar, newton_schulz
+from oracles import ORACLES
+from oracles.maps import exact_polar, newton_schulz, sinkhorn
 from torch import Tensor, nn
 from wide import wide
 
@@ -131,9 +132,14 @@ def test_cautious_decay_of_any_rule(decay: str, scaled: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
 def test_sinkhorn_balances_rows_and_columns(shape: tuple[int, int]) -> None:
-    weight = torch.zeros(shape)
-    rule = UpdateRule("x", direction=Sinkhorn(30), options=(("adjust_lr_fn", "none"),))
-    moved = ours(rule, weight, gradients(shape)[:1], weight_decay=0.0) / LR
+    weight, grads = torch.zeros(shape), gradients(shape)[:1]
+
+    def moved_by(direction: Sinkhorn) -> Tensor:
+        rule = UpdateRule("x", direction=direction, options=(("adjust_lr_fn", "none"),))
+        return ours(rule, weight, grads, weight_decay=0.0) / LR
+
+    assert_close(moved_by(Sinkhorn(2)), -sinkhorn(grads[0].double(), rounds=2))
+    moved = moved_by(Sinkhorn(30))
     # thirty rounds of a positive matrix (its squares) converge far below float32
     torch.testing.assert_close(
         moved.square().mean(dim=1), torch.ones(shape[0], dtype=torch.float64), rtol=1e-4, atol=0

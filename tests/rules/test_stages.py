@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import power_iteration, soft_cap_coupling
+from oracles.maps import power_iteration, soft_cap_coupling
 from torch import Tensor, nn
 
 from lowbit_muon import PRESETS, RULES, Muon, UpdateRule
