@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import ORACLES, exact_polar, newton_schulz
+from oracles_gains import GAINS
 from torch import Tensor, nn
 from wide import wide
 
@@ -40,8 +41,11 @@ ORACLE_OF: dict[str, tuple[str, dict[str, Any]]] = {
         {"inner": newton_schulz(resolve_coefficients("polar_express", 8), 8)},
     ),
 }
-# Rules whose weight decay is a part of them, and no option.
-FIXED_DECAY = {"scion", "scion_sign", "scion_columns", "muonh", "muon_ball", "spectral_sphere"}
+# Rules whose weight decay is a part of them, and no option; or zero where it is left at 0.1.
+FIXED_DECAY = {
+    *("scion", "scion_sign", "scion_columns", "muonh", "muon_ball", "spectral_sphere"),
+    *GAINS,
+}
 
 
 def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
@@ -74,7 +78,7 @@ def ours(rule: UpdateRule, weight: Tensor, grads: list[Tensor], **options: Any) 
 
 
 def theirs(name: str, weight: Tensor, grads: list[Tensor], **options: Any) -> Tensor:
-    oracle = ORACLES[name](weight, lr=LR, **options)
+    oracle = (ORACLES | GAINS)[name](weight, lr=LR, **options)
     for grad in grads:
         oracle.step(grad.double())
     return oracle.weight
