@@ -232,10 +232,11 @@ def test_gains_move_by_less_than_a_half_precision_weight_s_last_bit(name: str) -
         first = torch.ones(())
     for axis in ("row_gain", "column_gain"):
         if axis in state:
-            # Adam's steps of a constant gradient are lr each, less where a direction turned
+            # Adam's steps of a constant gradient are lr each. Gains below 8 are rounded by 2^-22
+            # at most, 30 times: 0.24 % of what they moved by. Directions of fixed norm move by
+            # 30 lr of themselves, 0.3 %, and gradients of gains with them.
             moved = (first - state[axis]) / (30 * 1e-4)
-            assert float(moved.min()) > 0.5
-            assert float(moved.max()) < 1.01
+            assert float((moved - 1).abs().max()) < 0.006
 
 
 def test_angular_steps_fade() -> None:

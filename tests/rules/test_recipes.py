@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import ORACLES, exact_polar, newton_schulz
 from oracles_gains import GAINS
+from oracles_sampling import SAMPLED
 from torch import Tensor, nn
 from wide import wide
 
@@ -78,7 +79,7 @@ def ours(rule: UpdateRule, weight: Tensor, grads: list[Tensor], **options: Any) 
 
 
 def theirs(name: str, weight: Tensor, grads: list[Tensor], **options: Any) -> Tensor:
-    oracle = (ORACLES | GAINS)[name](weight, lr=LR, **options)
+    oracle = (ORACLES | GAINS | SAMPLED)[name](weight, lr=LR, **options)
     for grad in grads:
         oracle.step(grad.double())
     return oracle.weight

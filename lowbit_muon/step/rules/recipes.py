@@ -28,6 +28,7 @@ from lowbit_muon.step.rules.precondition import (
     Sign,
 )
 from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.rules.sampling import Progressive
 from lowbit_muon.step.rules.scaling import (
     Brake,
     ColumnSignalToNoise,
@@ -226,6 +227,9 @@ RULES: dict[str, UpdateRule] = {
         _decoupled("md_rows", "row"),
         _decoupled("md_columns", "column"),
         _decoupled("md_decoupling", "both"),
+        # arXiv 2510.02239, with Muon's steps: layers are taken in a share of the steps, which each
+        # layer has of its own (`Progressive`); half is the mean of equal chances
+        UpdateRule("drop_muon", sampling=Progressive(), options=(_PLAIN,)),
         # Arongil/lipschitz-transformers (arXiv 2507.13338): what its weights are brought to
         UpdateRule("soft_cap", constraint=SoftCap()),
         UpdateRule("hard_cap", constraint=HardCap()),

@@ -16,6 +16,7 @@ from lowbit_muon.step.rules.gains import Gains
 from lowbit_muon.step.rules.gradient import GradientTransform
 from lowbit_muon.step.rules.momentum import Momentum
 from lowbit_muon.step.rules.precondition import Preconditioner
+from lowbit_muon.step.rules.sampling import Sampling
 from lowbit_muon.step.rules.scaling import Scaling
 from lowbit_muon.step.rules.stage import Stage, expect
 from lowbit_muon.step.rules.step_size import StepSize
@@ -25,7 +26,7 @@ from lowbit_muon.step.rules.weight_decay import OfGains, WeightDecay
 RULE_OPTIONS = (
     "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "weight_decay",
 )  # fmt: skip
-_OPTIONAL = ("gains", "gradient", "constraint")
+_OPTIONAL = ("sampling", "gains", "gradient", "constraint")
 # The stages of Muon itself.
 _MOMENTUM, _POLAR, _STEP_SIZE, _WEIGHT_DECAY = Momentum(), Polar(), StepSize(), WeightDecay()
 
@@ -49,8 +50,9 @@ class UpdateRule:
         constraint: where weights are brought back to, or None.
         options: ((name, value), ...) of `RULE_OPTIONS`: what a group's options are where they were
             left at their defaults.
-        gains: the first stage, what weights are the product of, beside directions, which are then
-            the weights of all others; or None.
+        gains: what weights are the product of, beside directions, which are then the weights of all
+            other stages; or None. It comes before `gradient`.
+        sampling: which parameters a step takes, or None for all. It comes first.
     """
 
     name: str
@@ -64,6 +66,7 @@ class UpdateRule:
     constraint: Constraint | None = None
     options: tuple[tuple[str, Any], ...] = ()
     gains: Gains | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         expect(isinstance(self.name, str) and bool(self.name), "name", "a string", self.name)
@@ -183,6 +186,7 @@ def _hashable(value: Any) -> Any:
 
 # Field -> (class of its stage, whether it holds several), in the order of a step.
 _STAGES: dict[str, tuple[type[Stage], bool]] = {
+    "sampling": (Sampling, False),
     "gains": (Gains, False),
     "gradient": (GradientTransform, False),
     "momentum": (Momentum, False),

@@ -150,6 +150,16 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
 
 
+def mixed(bits: Any) -> Any:
+    """The finaliser of MurmurHash3, but for its last shift; of an int below 2^32, or int64 tensors.
+
+    The higher of its 32 bits look random.
+    """
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return bits
+
+
 def dimension(axis: str, shape: tuple[int, int]) -> int:
     """Of [b, rows, columns], the dimension that runs along an axis: whose index tells its members.
 
