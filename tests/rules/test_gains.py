@@ -85,6 +85,13 @@ def test_rows_of_zeros_start_to_move(name: str) -> None:
     assert all(bool(value.isfinite().all()) for value in state.values() if torch.is_tensor(value))
 
 
+@pytest.mark.parametrize("name", ["md_rows", "md_columns", "md_decoupling"])
+def test_weights_of_zeros_stay_where_the_norm_of_directions_does(name: str) -> None:
+    found, state = stepped(torch.zeros(8, 12), gradients((8, 12)), rule=name)
+    assert not found.any()
+    assert all(bool(value.isfinite().all()) for value in state.values() if torch.is_tensor(value))
+
+
 @pytest.mark.parametrize("name", ["muown", "angular_muown"])
 def test_gains_may_change_their_sign(name: str) -> None:
     """Directions stay where they are then, so that momentum goes on."""
