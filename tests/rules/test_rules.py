@@ -477,7 +477,9 @@ def test_stages_check_their_fields(make: Any, message: str) -> None:
 
 def test_muon_itself_forms_no_update() -> None:
     fused = {name for name, rule in ALL.items() if rule.is_fused}
-    assert fused == {"muon", "moonlight", "dion_muon", "muonclip", "scion", "pion 2 of 5"}
+    assert fused == {
+        *("muon", "moonlight", "dion_muon", "muonclip", "scion", "pion 2 of 5", "drop_muon")
+    }
     assert not replace(RULES["muon"], direction=Rows()).is_fused
     assert replace(RULES["muon"], momentum=SumMomentum(), direction=Polar()).is_fused
 
