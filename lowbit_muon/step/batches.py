@@ -181,10 +181,10 @@ def _count(items: Sequence[_Item], accepted: Tensor) -> None:
             elif item.counts:
                 count_skipped(item.one.state, item.one.param)
         return
-    skipped = ~accepted
-    if items[0].one.taken is not None:
-        skipped &= torch.stack([item.one.taken for item in items if item.one.taken is not None])
-    steps = (~skipped).long()
+    taken = [item.one.taken for item in items if item.one.taken is not None]
+    if taken:  # what was not sampled is no skipped gradient
+        accepted = accepted | ~torch.stack(taken)
+    steps = accepted.long()
     counted = [
         (_counter(item.one.state, name, accepted.device), change)
         for name, changes in (("step", steps.unbind()), ("skipped", (1 - steps).unbind()))
