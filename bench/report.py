@@ -222,6 +222,8 @@ def kept_bytes(rule: UpdateRule) -> str:
     tall, wide = found(more, fewer), found(fewer, more)
     if not tall:
         return ""
+    if tall == wide and tall % (more + fewer) == 0:
+        return f"{tall // (more + fewer)} a row and a column"
     for of_tall, of_wide, unit in (
         (more * fewer, more * fewer, "an element"),
         (more, more, "a row or column, whichever are more"),

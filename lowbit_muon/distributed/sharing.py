@@ -281,8 +281,15 @@ class ShardedParameters(SharedParameters):
         def apply(unit: Unit, change: Tensor) -> None:
             self._apply(unit, change, group, states, first)
 
+        taken = active
+        if options.rule.sampling is not None:
+            sampling, seed = options.rule.sampling, group["seed"]
+            counted = {p: states[self.params[p]] for p in active}
+            taken = {
+                p for p, c in counted.items() if sampling.takes(seed, int(c["step"] + c["skipped"]))
+            }
         chosen = [[self.units[i] for i in members] for members in self.rounds]
-        chosen = [[unit for unit in units if unit.parameter in active] for units in chosen]
+        chosen = [[unit for unit in units if unit.parameter in taken] for units in chosen]
         step_in_rounds(
             self.exchange,
             [units for units in chosen if units],

@@ -45,9 +45,11 @@ HEAD_NAMES = ("lm_head", "embed_out", "unembed", "unembedding")
 # A module of unknown class tells by the name of its own parameter what its shape does not: that it
 # is no operator, but a list of vectors, or multiplies element by element, as the decays, steps and
 # mixing factors of state-space models do (A_log of Mamba, time_decay and time_maa of RWKV). Their
-# low-rank factors are operators again (time_decay_w1).
+# low-rank factors are operators again (time_decay_w1), and so is a projection behind an embedding
+# (emb_proj of Outlier-Safe Pre-Training, arXiv 2506.19697).
 NOT_AN_OPERATOR = re.compile(
-    r"^(?!.*_w\d+$).*(bias|emb|token|position|norm|decay|(^|_)(logs?|dt|ds|time|mix|maa|faaaa|r_k|"
+    r"^(?!.*(_w\d+|_proj|projection)$)"
+    r".*(bias|emb|token|position|norm|decay|(^|_)(logs?|dt|ds|time|mix|maa|faaaa|r_k|"
     r"scales?|gammas?|betas?|alphas?|gains?|temperatures?|lambdas?|slopes?|freqs?|masks?|latents?|"
     r"prompts?|queries|registers?|centroids?|codebooks?|prototypes?|anchors?)(_|\d|$))",
     re.IGNORECASE,
@@ -99,8 +101,8 @@ def muon_param_groups(
     ModuleList if it has as many outputs as an embedding has rows); norms; biases, vectors, scalars
     and matrices with one row or column; depthwise convolutions; and what an unknown module calls
     bias, emb*, token*, position* or norm*, or by a name of elementwise parameters, such as A_log,
-    time_decay or layer_scale. A parametrised weight (torch.nn.utils.parametrizations) is taken as
-    its module's own.
+    time_decay or layer_scale, unless it ends in _proj or projection. A parametrised weight
+    (torch.nn.utils.parametrizations) is taken as its module's own.
 
     Names are the model's own: the prefixes of torch.compile, DistributedDataParallel, activation
     checkpointing and the like are left out. Patterns are looked for in names with them, too.

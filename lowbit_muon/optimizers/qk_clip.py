@@ -36,6 +36,8 @@ from lowbit_muon.state.placement import (
     local_shard,
 )
 from lowbit_muon.state.rounding import Compensation
+from lowbit_muon.step.rules.gains import RowGains
+from lowbit_muon.step.rules.recipes import resolve_rule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -292,9 +294,10 @@ def attach_qk_clip(
         TypeError: arguments, or projections, of another type.
         ValueError: no attention layer was found; threshold or alpha are out of range; queries or
             keys are normalised behind their projections (Qwen3); heads do not fit a projection; a
-            weight is frozen, not the optimizer's, flattened by FSDP1 or shared by two layers; a
-            layer has a clip already; several processes take part and process_group is None, or
-            Muon keeps `compensation` of weights of which each process has a copy.
+            weight is frozen, not the optimizer's, flattened by FSDP1 or shared by two layers, or
+            its rule has gains of rows (muown), which would undo the clip; a layer has a clip
+            already; several processes take part and process_group is None, or Muon keeps
+            `compensation` of weights of which each process has a copy.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch Optimizer, got {type(optimizer).__name__}")
@@ -401,7 +404,7 @@ def _check_rows(place: str, rows: HeadRows) -> None:
 
 
 def _check_parameters(layers: list[_Layer], optimizer: Optimizer) -> None:
-    owned = {param for group in optimizer.param_groups for param in group["params"]}
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     seen: dict[Tensor, str] = {}
     for layer in layers:
         for scaled in layer.scaled:
@@ -410,13 +413,23 @@ def _check_parameters(layers: list[_Layer], optimizer: Optimizer) -> None:
                 raise ValueError(f"{name}: {FSDP1_ADVICE}")
             if not param.requires_grad:
                 raise ValueError(f"{name}: expected a parameter that is trained, got a frozen one")
-            if param.ndim == 2 and param not in owned:
+            if param.ndim == 2 and param not in groups:
                 raise ValueError(f"{name}: expected a parameter of the optimizer, got another one")
+            rule = groups[param].get("rule") if param in groups else None
+            if isinstance(optimizer, Muon) and rule and _restores_rows(rule):
+                raise ValueError(
+                    f"{name}: expected a rule that takes weights as they are, got "
+                    f"'{rule['name']}', whose gains would bring their rows back"
+                )
             if param in seen:
                 raise ValueError(
                     f"{name}: expected a parameter of one layer, got one that is {seen[param]}, too"
                 )
             seen[param] = name
+
+
+def _restores_rows(rule: Mapping[str, Any]) -> bool:
+    return isinstance(resolve_rule(rule).gains, RowGains)
 
 
 def _check_processes(

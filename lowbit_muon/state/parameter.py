@@ -53,6 +53,7 @@ class ParameterStep:
     number: int  # its place in the optimizer
     state_format: StateFormat
     backend: Backend
+    taken: Tensor | None = None  # bool, whether it is to be stepped, if the host does not know
 
 
 def parameter_names(group: dict[str, Any]) -> list[str]:

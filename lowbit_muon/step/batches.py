@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lowbit_muon.state.offload import Fetched
 from lowbit_muon.state.parameter import ParameterStep, part_of, read_matrix
 from lowbit_muon.state.rounding import Compensation, Rounding, rounding_seed, seed_of_step
 from lowbit_muon.state.stored import QuantizedMatrix, orient
+from lowbit_muon.step.rules.sampling import Sampling
 from lowbit_muon.step.update import Batch, StepOptions, update
 
 State = dict[str, Any]
@@ -36,13 +37,15 @@ class _Item:
     rounding: Rounding | None
     one: ParameterStep
     counts: bool  # whether its parameter is counted by it
-    usable: Tensor | None  # for a parameter of several matrices: whether its whole gradient is
+    usable: Tensor | None  # whether its whole parameter is to be stepped, if that is known
 
 
 def step_parameters(
     steps: Sequence[ParameterStep], options: StepOptions, group: dict[str, Any]
 ) -> None:
     """One step of parameters of one group, each with its gradient."""
+    if options.rule.sampling is not None:
+        steps = list(_taken(steps, options.rule.sampling, group["seed"]))
     buckets: dict[Hashable, list[_Item]] = defaultdict(list)
     for one in steps:
         for item in _items(one, group):
@@ -68,6 +71,21 @@ def step_parameters(
                 item.weight.copy_(weight.view(item.weight.shape))
 
 
+def _taken(
+    steps: Sequence[ParameterStep], sampling: Sampling, seed: int
+) -> Iterator[ParameterStep]:
+    """Those that are sampled; on devices all, with what tells which. Others are counted here."""
+    for one in steps:
+        state, device = one.state, one.param.device
+        if one.backend.asynchronous:
+            count = _counter(state, "step", device) + _counter(state, "skipped", device)
+            yield replace(one, taken=torch.as_tensor(sampling.takes(seed, count)))
+        elif sampling.takes(seed, int(state["step"]) + int(state["skipped"])):
+            yield one
+        else:
+            state["step"] += 1
+
+
 def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
     """The matrices of a parameter; none if a host finds that its gradient is not usable."""
     state, views = one.state, one.views
@@ -80,6 +98,8 @@ def _items(one: ParameterStep, group: dict[str, Any]) -> Iterator[_Item]:
             count_skipped(state, one.param)
             return
         usable = None
+    if one.taken is not None:
+        usable = one.taken if usable is None else one.taken & usable
     rounds = "remainder" in state or group["stochastic_rounding"]
     counts = True
     for index, view in enumerate(views):
@@ -139,7 +159,7 @@ def _fetched(
 
 
 def _flags(items: Sequence[_Item]) -> Tensor:
-    """Which of them belong to a parameter whose whole gradient is usable, bool [b]."""
+    """Which of them belong to a parameter that is to be stepped, bool [b]."""
     flags = [item.usable for item in items]
     some = next(flag for flag in flags if flag is not None)
     return torch.stack([torch.ones_like(some) if flag is None else flag for flag in flags])
@@ -161,6 +181,9 @@ def _count(items: Sequence[_Item], accepted: Tensor) -> None:
             elif item.counts:
                 count_skipped(item.one.state, item.one.param)
         return
+    taken = [item.one.taken for item in items if item.one.taken is not None]
+    if taken:  # what was not sampled is no skipped gradient
+        accepted = accepted | ~torch.stack(taken)
     steps = accepted.long()
     counted = [
         (_counter(item.one.state, name, accepted.device), change)

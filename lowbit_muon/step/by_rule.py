@@ -26,6 +26,7 @@ from lowbit_muon.state.rounding import (
 from lowbit_muon.state.stored import RULE_PREFIX, StoredBatch, orient
 from lowbit_muon.step.rules.constraint import WeightStep
 from lowbit_muon.step.rules.direction import DirectionMap, Polar
+from lowbit_muon.step.rules.gains import Factors, GainRates
 from lowbit_muon.step.rules.precondition import to_norm_one
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.stage import TINY, Matrices, norm
@@ -40,12 +41,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a gradient's transform made: gradients [b, m, n] for the momentum, factors [b, 1, 1] of
-    the learning rate or None, and what the stage keeps then, by name."""
+    """What became of gradients before the momentum.
+
+    grads: [b, m, n], for the momentum. state: what the stage keeps then, by name. rate: factors of
+    the learning rate [b, 1, 1], or None. factors: of the gains before this step, or None.
+    """
 
     grads: Tensor
-    rate: Tensor | None
     state: dict[str, Tensor]
+    rate: Tensor | None = None
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -76,16 +81,27 @@ PolarMap = Callable[[Operand, Tensor, Tensor, "StepOptions"], Rows]
 
 
 def transformed(grads: Tensor, batch: Batch, stored: StoredBatch, options: StepOptions) -> Taken:
-    """What the rule's transform makes of gradients, finite [b, m, n]; nothing is stored yet."""
-    stage, (rows, columns) = options.rule.gradient, batch.weights[0].shape
+    """What the rule's gains, or its transform, make of gradients, finite [b, m, n].
+
+    Nothing is stored yet.
+    """
+    rule, (rows, columns) = options.rule, batch.weights[0].shape
+    stage = rule.gains or rule.gradient
     assert stage is not None
     state = {name: stored[RULE_PREFIX + name] for name in stage.state((rows, columns))}
     parameters = _as_parameters(grads, rows, columns)
+    if rule.gains is not None:
+        asynchronous = stored.backend.asynchronous
+        lr = _learning_rate(options, grads.device, asynchronous)
+        rates = GainRates(lr, options.weight_decay, _steps(batch, asynchronous))
+        new, factors = rule.gains.split(torch.stack(_values(batch)), parameters, state, rates)
+        return Taken(_as_parameters(new, rows, columns), state, factors=factors)
+    assert rule.gradient is not None
     momentum = None
-    if stage.needs_stored:
+    if rule.gradient.needs_stored:
         momentum = _as_parameters(stored.add(Terms(1.0))[0], rows, columns)
-    new, rate = stage.apply(parameters, state, options.momentum, momentum)
-    return Taken(_as_parameters(new, rows, columns), rate, state)
+    new, rate = rule.gradient.apply(parameters, state, options.momentum, momentum)
+    return Taken(_as_parameters(new, rows, columns), state, rate)
 
 
 def step_by_rule(
@@ -105,26 +121,23 @@ def step_by_rule(
     matrices = _matrices(batch, given, stored, accepted, options)
     cautious = _decays_in_kernels(rule, batch, backend)
     reads_weights = bool(rule.needs("weights")) if cautious else rule.reads_weights
-    if reads_weights:
-        matrices.weights = [
-            _value(weight, rounding)
-            for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
-        ]
-    values = matrices.weights
+    values = _values(batch) if reads_weights else []
+    matrices.weights = values
+    if given.taken is not None and given.taken.factors is not None:
+        matrices.weights = list(given.taken.factors.directions(torch.stack(values)).unbind())
     update = _direction(given, matrices, options, polar)
     for stage in rule.scaling:
         update = stage.apply(update if stage.takes_half else update.float(), matrices)
-    size = rule.step_size.size(update, scale, values, matrices)
+    size = rule.step_size.size(update, scale, matrices.weights, matrices)
     if reads_weights or (isinstance(size, Tensor) and size.ndim):
         update, size = update.float().mul_(size), 1.0
     for index, weight in enumerate(batch.weights):
         move = _Move(weight, update[index], size, accepted[index], batch.rounding[index])
-        value = values[index] if values else None
-        rate = None if matrices.rate is None else matrices.rate[index]
         if cautious:
             _apply_cautiously(rule, move, matrices, scale, backend)
         else:
-            _apply(rule, move, value, rate, matrices, scale, backend)
+            value = values[index] if values else None
+            _apply(rule, move, value, index, matrices, scale, backend)
     for name, new in matrices.state.items():
         stored.replace(RULE_PREFIX + name, new, accepted)
 
@@ -135,29 +148,21 @@ def _matrices(
     """What the stages see."""
     rows, columns = batch.weights[0].shape
     asynchronous = given.x.backend.asynchronous
+    names, taken = options.rule.state((rows, columns)), given.taken
 
     def read_grads() -> Tensor:
-        grads = batch.stacked_gradients()
+        of_gains = taken is not None and taken.factors is not None
+        grads = taken.grads if taken is not None and of_gains else batch.stacked_gradients()
         if asynchronous:
             grads = torch.where(accepted.view(-1, 1, 1), grads, 0)
         return _as_parameters(grads, rows, columns)
 
-    lr = options.lr
-    if isinstance(lr, Tensor):  # one on the host would have to be copied to the device
-        same = asynchronous and lr.device == accepted.device
-        lr = lr.reshape(()).float() if same else float(lr)
-    counts = batch.steps
-    if asynchronous:
-        steps = torch.stack([torch.as_tensor(count) for count in counts]).float()
-    else:
-        steps = torch.tensor([float(count) for count in counts])
-    names, taken = options.rule.state((rows, columns)), given.taken
     return Matrices(
         (rows, columns),
         read_grads,
         given.size.float().view(-1, 1, 1),
-        (steps + 1).view(-1, 1, 1),
-        lr,
+        _steps(batch, asynchronous),
+        _learning_rate(options, accepted.device, asynchronous),
         options.weight_decay,
         options.momentum,
         {name: stored[RULE_PREFIX + name] for name in names} | (taken.state if taken else {}),
@@ -165,8 +170,29 @@ def _matrices(
     )
 
 
+def _learning_rate(
+    options: StepOptions, device: torch.device, asynchronous: bool
+) -> float | Tensor:
+    """The group's, as a tensor only if it is one on the device."""
+    lr = options.lr
+    if not isinstance(lr, Tensor):
+        return lr
+    # one on the host would have to be copied to the device
+    same = asynchronous and lr.device == device
+    return lr.reshape(()).float() if same else float(lr)
+
+
+def _steps(batch: Batch, asynchronous: bool) -> Tensor:
+    """How many steps each parameter has taken, with this one, float32 [b, 1, 1]."""
+    if asynchronous:
+        steps = torch.stack([torch.as_tensor(count) for count in batch.steps]).float()
+    else:
+        steps = torch.tensor([float(count) for count in batch.steps])
+    return (steps + 1).view(-1, 1, 1)
+
+
 def _as_parameters(x: Tensor, rows: int, columns: int) -> Tensor:
-    """A view of matrices [b, m, n], which have the short side first, as [b, rows, columns]."""
+    """A view of matrices [.., m, n], which have the short side first, as [.., rows, columns]."""
     return x if rows <= columns else x.mT
 
 
@@ -199,10 +225,13 @@ def _direction(given: Given, matrices: Matrices, options: StepOptions, polar: Po
     return _as_parameters(update, rows, columns)
 
 
-def _value(weight: Tensor, rounding: Rounding | None) -> Tensor:
-    """A weight in float32 [rows, columns], with what rounding left over of it."""
-    value = exact_weight(orient(weight), rounding)
-    return value if weight.shape[0] <= weight.shape[1] else value.mT
+def _values(batch: Batch) -> list[Tensor]:
+    """The weights in float32 [rows, columns], with what rounding left over of them."""
+    rows, columns = batch.weights[0].shape
+    return [
+        _as_parameters(exact_weight(orient(weight), rounding), rows, columns)
+        for weight, rounding in zip(batch.weights, batch.rounding, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -241,19 +270,17 @@ def _apply(
     rule: UpdateRule,
     move: _Move,
     value: Tensor | None,  # the weight in float32, if the rule reads it
-    rate: Tensor | None,  # of its learning rate, [1, 1] or [1, columns]
+    index: int,  # of the matrix
     matrices: Matrices,
     scale: float,
     backend: Backend,
 ) -> None:
     """Decay the weight, subtract the update and bring it to where the rule constrains it."""
+    rate = None if matrices.rate is None else matrices.rate[index]  # [1, 1] or [1, columns]
     decays, rates = rule.weight_decay, Rates(matrices.lr, matrices.weight_decay, scale, rate)
     decay, size = decays.factor(rates), move.size
-    if value is not None and rule.constraint is not None:
-        if decays.reads_weights:
-            decays.add(move.update, value, rates)
-        step = WeightStep(decay, matrices.lr * scale)
-        new = rule.constraint.apply(value * decay - move.update, value, step)
+    if value is not None and (rule.constraint is not None or rule.gains is not None):
+        new = _new_weight(rule, move.update, index, matrices, rates)
         torch.sub(value, new, out=move.update)
         value, decay = None, 1.0
     if backend.asynchronous:  # products with the mask, and no constants to be copied there
@@ -275,6 +302,22 @@ def _apply(
         if isinstance(rounding, Compensation):
             rounding = rounding.rows(rows)
         update_weight(weight[rows], part, decay, size, rounding, backend)
+
+
+def _new_weight(
+    rule: UpdateRule, update: Tensor, index: int, matrices: Matrices, rates: Rates
+) -> Tensor:
+    """Where one matrix is brought, float32 [rows, columns]; the update is used up."""
+    weight, decay = matrices.weights[index], rule.weight_decay.factor(rates)
+    if rule.weight_decay.reads_weights:
+        rule.weight_decay.add(update, weight, rates)
+    new = weight * decay - update
+    if rule.constraint is not None:
+        new = rule.constraint.apply(new, weight, WeightStep(decay, rates.lr * rates.scale))
+    if rule.gains is not None:
+        kept = {name: value[index] for name, value in matrices.state.items()}
+        new = rule.gains.product(new, kept)
+    return new
 
 
 def _panels(weight: Tensor, rounding: Rounding | None, *, whole: bool) -> list[slice]:

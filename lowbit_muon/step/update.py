@@ -161,7 +161,7 @@ def update(batch: Batch, options: StepOptions, backend: Backend) -> Tensor:
     stored = StoredBatch(batch.momenta, backend)
     grads = batch.stacked_gradients()
     taken = None
-    if options.rule.gradient is not None:
+    if options.rule.gradient is not None or options.rule.gains is not None:
         usable = torch.linalg.vector_norm(grads, ord=math.inf, dim=(1, 2)) <= LARGEST_NORM
         if not backend.asynchronous and not bool(usable.all()):
             return _update_in_parts(usable.tolist(), batch, options, backend, skipped=True)

@@ -383,6 +383,26 @@ def test_only_operators_of_state_space_models_go_to_muon() -> None:
     }  # fmt: skip
 
 
+class Projected(nn.Module):
+    """A learnable square matrix behind an embedding (Outlier-Safe Pre-Training)."""
+
+    def __init__(self, *, linear: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 8)  # as wide as it is long, to be nasty
+        if linear:
+            self.emb_proj = nn.Linear(8, 8, bias=False)
+        else:
+            self.emb_proj = nn.Parameter(torch.eye(8))
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+
+
+@pytest.mark.parametrize(("linear", "name"), [(True, "emb_proj.weight"), (False, "emb_proj")])
+def test_a_projection_behind_an_embedding_goes_to_muon(linear: bool, name: str) -> None:
+    groups = muon_param_groups(Projected(linear=linear))
+    assert names(groups, True) == {name, "layers.0.weight", "layers.1.weight"}
+    assert names(groups, False) == {"embedding.weight"}
+
+
 def parametrised() -> nn.Sequential:
     from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 

@@ -20,6 +20,7 @@ from torch.optim import SGD
 
 from lowbit_muon import (
     HeadRows,
+    Muon,
     QKProjections,
     attach_qk_clip,
 )
@@ -106,6 +107,14 @@ def test_projections_that_cannot_be_scaled_are_named() -> None:
     model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
     with pytest.raises(ValueError, match=r"^layers\.1\.q_proj\.weight: .*layers\.0\.q_proj"):
         attach_qk_clip(model, standing_still(model))
+
+
+def test_gains_that_would_undo_a_clip_are_refused() -> None:
+    model = Model()
+    matrices = [param for param in model.parameters() if param.ndim == 2]
+    with pytest.raises(ValueError, match=r"q_proj\.weight: .*'muown', whose gains would bring"):
+        attach_qk_clip(model, Muon(matrices, rule="muown"))
+    attach_qk_clip(model, Muon(matrices, rule="md_decoupling")).detach()
 
 
 def test_normalised_queries_are_refused_by_name() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import ORACLES
+from oracles.gains import GAINS
 from oracles.maps import exact_polar, newton_schulz, sinkhorn
 from torch import Tensor, nn
 from wide import wide
@@ -41,8 +42,11 @@ ORACLE_OF: dict[str, tuple[str, dict[str, Any]]] = {
         {"inner": newton_schulz(resolve_coefficients("polar_express", 8), 8)},
     ),
 }
-# Rules whose weight decay is a part of them, and no option.
-FIXED_DECAY = {"scion", "scion_sign", "scion_columns", "muonh", "muon_ball", "spectral_sphere"}
+# Rules whose weight decay is a part of them, and no option; or zero where it is left at 0.1.
+FIXED_DECAY = {
+    *("scion", "scion_sign", "scion_columns", "muonh", "muon_ball", "spectral_sphere"),
+    *GAINS,
+}
 
 
 def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:

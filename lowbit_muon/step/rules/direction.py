@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, mixed
 
 # Singular values below this share of the largest are rounding of float32: noise of 2^-25 of the
 # largest element, whose spectral norm is sqrt(m) + sqrt(n) times that.
@@ -183,10 +183,7 @@ class SoftClip(DirectionMap):
 def _signs(steps: Tensor, rows: int, columns: int) -> Tensor:
     """Signs [b, rows, columns] that look random; steps: [b, 1, 1]."""
     place = torch.arange(rows * columns, dtype=torch.int64, device=steps.device)
-    # The finaliser of MurmurHash3 in 32 bits.
-    bits = (place.view(1, rows, columns) + steps.long() * 0x9E3779B1) & 0xFFFFFFFF
-    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
-        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    bits = mixed((place.view(1, rows, columns) + steps.long() * 0x9E3779B1) & 0xFFFFFFFF)
     return ((bits >> 15) & 1).float() * 2 - 1
 
 

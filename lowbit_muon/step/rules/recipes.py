@@ -16,6 +16,7 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
+from lowbit_muon.step.rules.gains import AxisGains, RowGains
 from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
 from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
 from lowbit_muon.step.rules.precondition import (
@@ -27,6 +28,7 @@ from lowbit_muon.step.rules.precondition import (
     Sign,
 )
 from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.rules.sampling import Progressive
 from lowbit_muon.step.rules.scaling import (
     Brake,
     ColumnSignalToNoise,
@@ -45,18 +47,31 @@ from lowbit_muon.step.rules.spectral_constraint import (
     SpectralHammer,
     SpectralSphere,
 )
-from lowbit_muon.step.rules.step_size import Bounded, RelativeToWeights, StepSize
+from lowbit_muon.step.rules.step_size import Bounded, Fading, RelativeToWeights, StepSize
 from lowbit_muon.step.rules.tangent import SpectralTangent
-from lowbit_muon.step.rules.weight_decay import ByRate, Cautious, Spectral
+from lowbit_muon.step.rules.weight_decay import ByRate, Cautious, OfGains, Spectral
 
 _SUM = SumMomentum()
 _RMS = ("adjust_lr_fn", "match_rms_adamw")
 _SPECTRAL = ("adjust_lr_fn", "spectral_unclamped")
 _UNSCALED = ("adjust_lr_fn", "none")
 _PLAIN = ("nesterov", False)
+_UNDECAYED = ("weight_decay", 0.0)
 _POLAR_EXPRESS = ("ns_coefficients", "polar_express")
 _SCION = (("momentum", 0.9), _PLAIN, ("weight_decay", 1.0))
 _LONG_SIDE = VectorMoment(axis="long", beta=0.9)
+
+
+def _decoupled(name: str, axis: str) -> UpdateRule:
+    return UpdateRule(
+        name,
+        gains=AxisGains(axis=axis),
+        step_size=RelativeToWeights(),
+        weight_decay=OfGains(),
+        constraint=FrobeniusSphere(),
+        options=(_UNDECAYED,),
+    )
+
 
 RULES: dict[str, UpdateRule] = {
     rule.name: rule
@@ -195,8 +210,26 @@ RULES: dict[str, UpdateRule] = {
             "muonh",
             step_size=RelativeToWeights(),
             constraint=FrobeniusSphere(),
-            options=(("weight_decay", 0.0),),
+            options=(_UNDECAYED,),
         ),
+        # arXiv 2605.10797 (kcc-lion/muown); arXiv 2606.23637 (fhueb/angular-muown)
+        UpdateRule("muown", gains=RowGains(), weight_decay=OfGains(), options=(_RMS, _UNDECAYED)),
+        UpdateRule(
+            "angular_muown",
+            gains=RowGains(keeps_sizes=False),
+            momentum=_SUM,
+            step_size=Fading(),
+            weight_decay=OfGains(),
+            options=(_POLAR_EXPRESS, _UNDECAYED),
+        ),
+        # swiss-ai/Megatron-LM-MoE (arXiv 2606.25971): directions on the sphere of the weights' norm
+        # at the start, gains of rows, of columns, or of both
+        _decoupled("md_rows", "row"),
+        _decoupled("md_columns", "column"),
+        _decoupled("md_decoupling", "both"),
+        # arXiv 2510.02239, with Muon's steps: layers are taken in a share of the steps, which each
+        # layer has of its own (`Progressive`); half is the mean of equal chances
+        UpdateRule("drop_muon", sampling=Progressive(), options=(_PLAIN,)),
         # Arongil/lipschitz-transformers (arXiv 2507.13338): what its weights are brought to
         UpdateRule("soft_cap", constraint=SoftCap()),
         UpdateRule("hard_cap", constraint=HardCap()),
@@ -208,12 +241,12 @@ RULES: dict[str, UpdateRule] = {
             "spectral_sphere",
             precondition=(SpectralTangent(),),
             constraint=SpectralSphere(),
-            options=(_POLAR_EXPRESS, _SPECTRAL, ("weight_decay", 0.0)),
+            options=(_POLAR_EXPRESS, _SPECTRAL, _UNDECAYED),
         ),
         UpdateRule(
             "muon_ball",
             constraint=SpectralSphere(),
-            options=(_POLAR_EXPRESS, _SPECTRAL, ("weight_decay", 0.0)),
+            options=(_POLAR_EXPRESS, _SPECTRAL, _UNDECAYED),
         ),
         # mlolab/llm-spectral-clipping on momentum (arXiv 2603.14315)
         UpdateRule("spectra", direction=SoftClip(), options=(_PLAIN,)),

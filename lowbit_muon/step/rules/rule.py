@@ -12,19 +12,21 @@ from typing import Any
 from lowbit_muon.state.stored import RuleState
 from lowbit_muon.step.rules.constraint import Constraint
 from lowbit_muon.step.rules.direction import Direction, Polar
+from lowbit_muon.step.rules.gains import Gains
 from lowbit_muon.step.rules.gradient import GradientTransform
 from lowbit_muon.step.rules.momentum import Momentum
 from lowbit_muon.step.rules.precondition import Preconditioner
+from lowbit_muon.step.rules.sampling import Sampling
 from lowbit_muon.step.rules.scaling import Scaling
 from lowbit_muon.step.rules.stage import Stage, expect
 from lowbit_muon.step.rules.step_size import StepSize
-from lowbit_muon.step.rules.weight_decay import WeightDecay
+from lowbit_muon.step.rules.weight_decay import OfGains, WeightDecay
 
 # A group's options that a rule may bring values of its own for.
 RULE_OPTIONS = (
     "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "weight_decay",
 )  # fmt: skip
-_OPTIONAL = ("gradient", "constraint")
+_OPTIONAL = ("sampling", "gains", "gradient", "constraint")
 # The stages of Muon itself.
 _MOMENTUM, _POLAR, _STEP_SIZE, _WEIGHT_DECAY = Momentum(), Polar(), StepSize(), WeightDecay()
 
@@ -48,6 +50,9 @@ class UpdateRule:
         constraint: where weights are brought back to, or None.
         options: ((name, value), ...) of `RULE_OPTIONS`: what a group's options are where they were
             left at their defaults.
+        gains: what weights are the product of, beside directions, which are then the weights of all
+            other stages; or None. It comes before `gradient`.
+        sampling: which parameters a step takes, or None for all. It comes first.
     """
 
     name: str
@@ -60,6 +65,8 @@ class UpdateRule:
     weight_decay: WeightDecay = _WEIGHT_DECAY
     constraint: Constraint | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    gains: Gains | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         expect(isinstance(self.name, str) and bool(self.name), "name", "a string", self.name)
@@ -76,6 +83,12 @@ class UpdateRule:
         for stage in self.stages():
             missing = set(stage.reads_state) - set(names)
             expect(not missing, stage.kind, f"stages that keep {sorted(missing)}", names)
+        of_gains = isinstance(self.weight_decay, OfGains)
+        if self.gains is not None:
+            expect(of_gains, "weight_decay", "OfGains() with gains", self.weight_decay)
+            expect(self.gradient is None, "gradient", "None with gains", self.gradient)
+        else:
+            expect(not of_gains, "gains", "a Gains for its OfGains weight decay", None)
         good = all(name in RULE_OPTIONS for name, _ in self.options)
         expect(good, "options", f"values of {', '.join(RULE_OPTIONS)}", self.options)
 
@@ -92,7 +105,8 @@ class UpdateRule:
     def is_fused(self) -> bool:
         """Whether a step is W <- decay * W - lr * scale * polar(u), without an update matrix."""
         return (
-            self.gradient is None
+            self.gains is None
+            and self.gradient is None
             and not self.precondition
             and not self.scaling
             and self.constraint is None
@@ -131,13 +145,11 @@ class UpdateRule:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: the name, and what differs from the defaults."""
         values: dict[str, Any] = {"name": self.name}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in _STAGES and value != field.default:
+        for name in _STAGES:
+            value = getattr(self, name)
+            if value != getattr(UpdateRule, name):  # the field's default
                 several = isinstance(value, tuple)
-                values[field.name] = (
-                    [each.to_dict() for each in value] if several else value.to_dict()
-                )
+                values[name] = [each.to_dict() for each in value] if several else value.to_dict()
         if self.options:
             values["options"] = json.loads(json.dumps(dict(self.options)))
         return values
@@ -174,6 +186,8 @@ def _hashable(value: Any) -> Any:
 
 # Field -> (class of its stage, whether it holds several), in the order of a step.
 _STAGES: dict[str, tuple[type[Stage], bool]] = {
+    "sampling": (Sampling, False),
+    "gains": (Gains, False),
     "gradient": (GradientTransform, False),
     "momentum": (Momentum, False),
     "precondition": (Preconditioner, True),

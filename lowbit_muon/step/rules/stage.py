@@ -164,6 +164,16 @@ def times(x: Tensor, factors: Tensor) -> Tensor:
     return x.mul_(factors) if x.dtype == torch.float32 else x * factors
 
 
+def mixed(bits: Any) -> Any:
+    """The finaliser of MurmurHash3, but for its last shift; of an int below 2^32, or int64 tensors.
+
+    The higher of its 32 bits look random.
+    """
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return bits
+
+
 def dimension(axis: str, shape: tuple[int, int]) -> int:
     """Of [b, rows, columns], the dimension that runs along an axis: whose index tells its members.
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, norm
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, norm
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,33 @@ class Bounded(StepSize):
         if isinstance(size, Tensor):
             return size.clamp(min=self.lowest, max=highest)
         return min(max(size, self.lowest), highest)
+
+
+@dataclass(frozen=True)
+class Fading(StepSize):
+    """lr * rate * scale * (1 + decay * t)^-degree behind `warmup` steps, with t of them before.
+
+    AngularMuown's angular step size (arXiv 2606.23637; its numbers are those of
+    fhueb/angular-muown), which goes down while the gains' learning rate need not.
+    """
+
+    kind: ClassVar[str] = "fading"
+    decay: float = 0.001
+    degree: float = 1.0
+    warmup: int = 0
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        whole = isinstance(self.warmup, int)
+        expect(whole, "fading: warmup", "a whole number >= 0", self.warmup)
+
+    def size(
+        self, update: Tensor, scale: float, weights: list[Tensor], matrices: Matrices
+    ) -> float | Tensor:
+        """See `StepSize.size`."""
+        behind = (matrices.steps - 1 - self.warmup).clamp_min_(0)
+        fading = behind.mul_(self.decay).add_(1).pow_(-self.degree)
+        return fading * super().size(update, scale, weights, matrices)
 
 
 @dataclass(frozen=True)

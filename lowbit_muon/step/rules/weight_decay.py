@@ -45,6 +45,17 @@ class WeightDecay(Stage):
         """
 
 
+@dataclass(frozen=True)
+class OfGains(WeightDecay):
+    """None of directions: gains decay, by the group's weight decay (`gains.Gains`)."""
+
+    kind: ClassVar[str] = "of_gains"
+
+    def factor(self, rates: Rates) -> float | Tensor:
+        """See `WeightDecay.factor`."""
+        return 1.0
+
+
 class ReadingWeights(WeightDecay):
     """Weight decay that is a part of the change."""
 

@@ -42,6 +42,7 @@ from oracles.directions import (
     Spectra,
     TurboMuon,
 )
+from oracles.gains import GAINS
 from oracles.gradients import Dion2, MarsM, NorDion2
 from oracles.moments import (
     AdaGO,
@@ -54,6 +55,7 @@ from oracles.moments import (
     NorMuonPaper,
     NorMuonSpeedrun,
 )
+from oracles.sampling import DropMuon
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -96,4 +98,6 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "spectral_decay": SpectralDecay,
     "muon_ball": MuonBall,
     "spectral_sphere": SpectralSphere,
+    **GAINS,
+    "drop_muon": DropMuon,
 }
