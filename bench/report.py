@@ -1,4 +1,4 @@
-"""The tables of measurements in README.md, bench/results/README.md and two guides.
+"""The tables of measurements in README.md, bench/results/README.md and the guides.
 
     python -m bench.report          writes them between the markers, from bench/results/*.json
 
@@ -33,8 +33,7 @@ RESULTS = ROOT / "bench" / "results"
 FILES = (
     ROOT / "README.md",
     RESULTS / "README.md",
-    ROOT / "lowbit_muon" / "guides" / "fit_a_finetune.md",
-    ROOT / "lowbit_muon" / "guides" / "which_rule.md",
+    *sorted((ROOT / "lowbit_muon" / "guides").glob("*.md")),
 )
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices

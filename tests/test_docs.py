@@ -100,7 +100,7 @@ def test_measurements_are_those_of_the_results() -> None:
     from bench import report
 
     texts = [guide.read_text(encoding="utf-8") for guide in GUIDES]
-    assert set().union(*map(report.blocks, texts)) == {"memory_limits", "rules"}
+    assert set().union(*map(report.blocks, texts)) == {"memory_limits", "rules", "paper", "scaling"}
     for text in texts:
         assert report.fill(text) == text
 

@@ -1,9 +1,12 @@
-"""Five guides, of five minutes each.
+"""Guides, of five minutes each.
 
 - [Replace your Muon in five minutes](replace_your_muon.md)
 - [In your trainer](trainers.md)
 - [Fit a fine-tune in the memory you have](fit_a_finetune.md)
+- [Which format?](formats.md)
 - [Which rule?](which_rule.md)
+- [Over several processes](distributed.md)
+- [On a GPU](gpu.md)
 - [Questions and answers](faq.md)
 
 <a id="replace_your_muon"></a>
@@ -18,9 +21,21 @@
 
 .. include:: fit_a_finetune.md
 
+<a id="formats"></a>
+
+.. include:: formats.md
+
 <a id="which_rule"></a>
 
 .. include:: which_rule.md
+
+<a id="distributed"></a>
+
+.. include:: distributed.md
+
+<a id="gpu"></a>
+
+.. include:: gpu.md
 
 <a id="faq"></a>
 
