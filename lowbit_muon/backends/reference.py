@@ -252,9 +252,10 @@ def updated_weight(
     cautious: bool,
 ) -> Tensor:  # fmt: skip
     """`Backend.update_weight`: the new weight."""
-    value, change = weight.float(), update.float()
-    factors = torch.where(value * change >= 0, decay, 1.0) if cautious else decay
-    result = (value * factors).sub_(change * step_size)
+    factors = decay
+    if cautious:
+        factors = torch.where(weight.float() * update.float() >= 0, decay, 1.0)
+    result = (weight.float() * factors).sub_(update.float() * step_size)  # two copies at a time
     if seed is not None:
         result = _round_stochastically(result, seed)
     unchanged = (decay == 1) & (step_size == 0)

@@ -20,7 +20,7 @@ from lowbit_muon.state.rounding import Compensation
 
 STEPS = 3  # that are measured
 SHARE = 0.5  # of weights without any change, from which on it is said
-_SAMPLE = 4096  # elements, about
+_SAMPLE = 1024  # elements, about: a share is off by 0.016 (one standard deviation)
 
 
 def watch_lost_updates(optimizer: Optimizer) -> None:
@@ -78,7 +78,7 @@ class _Watch:
         before, self._before = self._before, None
         group = self._group(optimizer)
         if before is not None and self._counts(optimizer):
-            share = (self._sample(optimizer) == before).float().mean()
+            share = (self._sample(optimizer) == before).count_nonzero() / before.numel()
             if share.is_cuda:
                 share = torch.empty((), pin_memory=True).copy_(share, non_blocking=True)
                 self._copied = torch.cuda.Event()

@@ -56,7 +56,6 @@ def test_it_is_said_once_with_what_helps(dtype: torch.dtype) -> None:
 
 
 def test_the_share_is_measured() -> None:
-    """Of 64 x 96 weights that are all sampled (two thirds of the rows, every row counted)."""
     optimizer = make(lr=2e-5)
     weight = optimizer.param_groups[0]["params"][1]
     before = weight.detach().clone()
@@ -67,9 +66,9 @@ def test_the_share_is_measured() -> None:
     with pytest.warns(RuntimeWarning, match=MESSAGE) as caught:
         train(optimizer, 1)
     said = int(str(caught[0].message).split("%")[0]) / 100
-    # The same weights and updates of the same size: three steps differ by their gradients alone,
-    # a share of 6,144 weights by less than 1 / sqrt(6144) = 0.013, and 0.005 of rounding.
-    assert said == pytest.approx(float(share), abs=0.02)
+    # Steps are of the same size, and differ by their gradients alone. Of some 1000 of 6144 weights
+    # a share has a standard deviation of at most 0.016; four of them.
+    assert said == pytest.approx(float(share), abs=0.065)
 
 
 @pytest.mark.parametrize(

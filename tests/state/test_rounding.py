@@ -97,7 +97,6 @@ def drifted(dtype: torch.dtype, steps: int, **options: Any) -> Tensor:
     return weight.detach().float()
 
 
-@pytest.mark.filterwarnings("ignore:100% of the bfloat16 weights")  # that is the contrast
 @pytest.mark.parametrize("device", [False, True])
 def test_small_updates_add_up(device: bool, on_device: Callable[[], None]) -> None:
     options: dict[str, Any] = {"state_format": "fp32"}

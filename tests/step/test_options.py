@@ -52,15 +52,16 @@ def test_signatures_docstrings_and_groups_are_those_of_the_table() -> None:
 
     aux = {option.name: option for option in AUX_OPTIONS}
     own = inspect.signature(MuonWithAuxAdam).parameters
-    assert list(own) == ["param_groups", "aux_adam", "options"]
+    plain = ["params", "lr", "weight_decay", "momentum", "aux_lr", "aux_adam"]
+    assert list(own) == [*plain, "options"]
     assert own["aux_adam"].default == aux["aux_adam"].default
-    # momentum comes with KellerJordan's groups; the others mean something else to AdamW.
+    # eps means something else to AdamW, and so its groups set it; the others are arguments.
     in_the_groups = {"momentum", "lr", "weight_decay", "eps"}
     assert set(MuonOptions.__annotations__) == set(BY_NAME) - in_the_groups
     for name in MuonOptions.__annotations__:  # types are those of Muon's arguments
         annotation = MuonOptions.__annotations__[name].__forward_arg__
         assert annotation == signature[name].annotation
-    expected = ["param_groups", "aux_adam", *MuonOptions.__annotations__]
+    expected = [*plain, *MuonOptions.__annotations__]
     assert sorted(documented(MuonWithAuxAdam)) == sorted(expected)
 
     optimizer = MuonWithAuxAdam(
@@ -294,7 +295,7 @@ def test_what_cycling_schedulers_leave_in_adamws_groups_still_loads() -> None:
     assert resumed.param_groups[1]["momentum"] == optimizer.param_groups[1]["momentum"]
 
 
-@pytest.mark.parametrize("name", ["lr", "eps", "betas", "state_fromat", "maximize"])
+@pytest.mark.parametrize("name", ["eps", "betas", "state_fromat", "maximize"])
 def test_the_constructor_of_both_names_what_it_does_not_take(name: str) -> None:
     group = {"params": [matrix()], "use_muon": True}
     with pytest.raises(TypeError, match=f"^{name}: expected an option of all groups"):
