@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import json
@@ -75,10 +74,7 @@ def test_the_code_runs(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("path", [README, *GUIDES], ids=["README", *ids])
 def test_commands_are_understood(path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers(required=True)
-    for add_command in cli.COMMANDS:
-        add_command(commands)
+    parser = cli.make_parser()
     for arguments in documentation.commands(path):
         if "..." not in arguments:  # something is left out
             parser.parse_args(cli.split_at_dashes(arguments)[0])

@@ -60,6 +60,7 @@ from lowbit_muon.state.parameter import (
 from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.step.batches import host_counters, step_parameters
 from lowbit_muon.step.options import (
+    AUX_DEFAULTS,
     DEFAULT_COEFFICIENTS,
     DEFAULT_EPS,
     GROUP_DEFAULTS,
@@ -273,6 +274,26 @@ class Muon(Optimizer):
                     self._step_shared(group, part, first)
                 first += count
         return loss
+
+    def __repr__(self) -> str:
+        """A line a group: its kind and size, its rate, and what is not at its default."""
+        lines = [f"  {self._describe_group(group)}," for group in self.param_groups]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
+    def _describe_group(self, group: dict[str, Any]) -> str:
+        usual = AUX_DEFAULTS if group.get("use_muon") is False else self._usual
+        values = {name: group[name] for name in usual if name in group}
+        plain = {"state_format", "rule"} & values.keys()
+        values |= {name: values[name].get("name", "auto") for name in plain}
+        always = ("lr", "weight_decay", "state_format")
+        shown = [
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if name in always or value != usual[name]
+        ]
+        kind = "AdamW" if group.get("use_muon") is False else "Muon"
+        size = sum(param.numel() for param in group["params"])
+        return f"{kind}: {len(group['params'])} parameters, {size:,} elements, {', '.join(shown)}"
 
     def state_bytes(self) -> int:
         """Bytes that the optimizer's state really takes here (storage, not elements times bits)."""

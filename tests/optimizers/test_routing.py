@@ -255,3 +255,17 @@ def test_it_trains_and_comes_back() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == 0.1
     assert other.state_bytes() == optimizer.state_bytes()
+
+
+def test_its_description_has_a_line_a_group() -> None:
+    """Kind, size, rate, and what is not at its default."""
+    optimizer = MuonWithAuxAdam(Model(), lr=2e-4, aux_adam="adamw", rule="normuon", ns_steps=4)
+    elements = LAYERS * WIDTH * (WIDTH + WIDTH // 2 + 8 * WIDTH)
+    first, muon, aux, last = repr(optimizer).splitlines()
+    assert (first, last) == ("MuonWithAuxAdam(", ")")
+    assert muon == (
+        f"  Muon: {4 * LAYERS} parameters, {elements:,} elements, lr=0.0002, weight_decay=0.0, "
+        "ns_steps=4, rule='normuon', state_format='spectral4',"
+    )
+    assert aux.startswith("  AdamW: 7 parameters, ")
+    assert aux.endswith("lr=0.0003, weight_decay=0.0, aux_adam='adamw',")

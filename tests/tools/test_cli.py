@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import lowbit_muon
 from lowbit_muon import __version__
 from lowbit_muon.backends import describe_backends
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.tools.cli import main
+from lowbit_muon.tools.commands import COMMANDS
 from lowbit_muon.tools.finetune import command
 from lowbit_muon.tools.finetune.settings import FinetuneSettings
 
@@ -117,7 +119,25 @@ def test_settings_survive_the_command_line() -> None:
         model="tiny", lr=3e-5, steps=7, nesterov=False, schedule="linear", prompt="a 'b' c"
     )
     parser = argparse.ArgumentParser()
-    command.add_finetune_command(parser.add_subparsers())
+    command.add_command(parser.add_subparsers(), "")
     arguments = vars(parser.parse_args(["finetune", *settings.to_arguments()]))
     given = {k: v for k, v in arguments.items() if k in FinetuneSettings.__dataclass_fields__}
     assert FinetuneSettings(**given) == settings
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_does_not_wait_for_torch(argument: str) -> None:
+    """Which takes seconds to import."""
+    program = (
+        "import contextlib, sys\n"
+        "from lowbit_muon.tools.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main([{argument!r}])\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    *shown, imported = done.stdout.splitlines()
+    assert imported == "False", done.stderr
+    assert (shown == [f"lowbit-muon {lowbit_muon.__version__}"]) == (argument == "--version")
+    for name, entry in COMMANDS.items():
+        found = [line for line in shown if line.split() == [name, *entry.help.split()]]
+        assert len(found) == (argument == "--help")

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from lowbit_muon import Muon
-from lowbit_muon.tools import cli
+from lowbit_muon.tools import info
 from lowbit_muon.tools.cli import main
 from lowbit_muon.tools.console import plain_console, printable
 from lowbit_muon.tools.errors import UserError
@@ -189,7 +189,7 @@ def test_any_terminal_shows_any_text(encoding: str, monkeypatch: pytest.MonkeyPa
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(cli, "run_info", run)
+    monkeypatch.setattr(info, "run_info", run)
     assert main(["info"]) == 2
     assert b"[bold] :smile:\n" in out.buffer.getvalue()  # type: ignore[attr-defined]
     err.flush()

@@ -40,11 +40,11 @@ MOST_REPEATS = 10**6
 MOST_ELEMENTS = 2**32  # of a matrix; dozens of that size lie in memory at once
 
 
-def add_bench_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], help: str) -> None:
     """Add `bench` to the command line."""
     parser = commands.add_parser(
         "bench",
-        help="time a step and its parts against torch's optimizers",
+        help=help,
         description=DESCRIPTION,
         epilog=EPILOG,
     )

@@ -30,11 +30,11 @@ EPILOG = "example: lowbit-muon doctor train.py --steps 50 -- --batch-size 8"
 STEPS = 10
 
 
-def add_doctor_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], help: str) -> None:
     """Add `doctor` to the command line."""
     parser = commands.add_parser(
         "doctor",
-        help="what storing the momentum does to each matrix's update",
+        help=help,
         usage="lowbit-muon doctor TARGET [options] [-- ARGUMENT ...]",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -35,11 +35,9 @@ sequences of a step and Muon's momentum; its checkpoints resume on any number of
 MOST_SEEDS = 1000
 
 
-def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], help: str) -> None:
     """Add `finetune` to the command line."""
-    parser = commands.add_parser(
-        "finetune", help="fine-tune a pretrained language model", description=DESCRIPTION
-    )
+    parser = commands.add_parser("finetune", help=help, description=DESCRIPTION)
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument(

@@ -56,11 +56,9 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * units[match[2].lower()])
 
 
-def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], help: str) -> None:
     """Add `plan` to the command line."""
-    parser = commands.add_parser(
-        "plan", help="memory of training a model, by optimizer", description=DESCRIPTION
-    )
+    parser = commands.add_parser("plan", help=help, description=DESCRIPTION)
     parser.add_argument(
         "model",
         type=Path,
