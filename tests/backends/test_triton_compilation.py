@@ -286,8 +286,9 @@ EXACT_PRODUCTS = [name for name in PRODUCTS if "dense" not in name and "symmetri
 DIVIDING = [n for n in ELEMENTWISE if n.startswith(("update", "quantize", "encode", "limbs"))]
 
 
-# Kernels that go element by element are much alike on all NVIDIA GPUs.
-ALIKE = ("sm_80", "sm_100")
+# Kernels that go element by element are much alike on all NVIDIA GPUs, and products for sm_80 are
+# those for sm_90 without its asynchronous ones.
+OFTEN = {True: ("sm_90", "gfx942"), False: ("sm_90", "sm_100", "gfx942")}
 
 
 def compilations(names: Sequence[str]) -> pytest.MarkDecorator:
@@ -296,7 +297,7 @@ def compilations(names: Sequence[str]) -> pytest.MarkDecorator:
         pytest.param(
             name,
             target,
-            marks=[pytest.mark.long] if name in ELEMENTWISE and target in ALIKE else [],
+            marks=[] if target in OFTEN[name in ELEMENTWISE] else [pytest.mark.long],
         )
         for name, target in itertools.product(names, TARGETS)
     ]
