@@ -52,7 +52,7 @@ versions: venv
 mutants: venv
 	$(BIN)/python -m bench.mutants $(ARGS)
 
-# The guides and the reference, from build/docs/index.html.
+# README, the guides, the reference and the measurements as a site: open build/docs/index.html.
 docs: venv
 	$(BIN)/python tests/documentation.py build/docs
 

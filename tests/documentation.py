@@ -1,16 +1,17 @@
-"""README, guides and the reference pages: the code and links in them, and how the pages are made.
+"""README, guides and the site: the code and links in them, and how the site is made of them.
 
-    python tests/documentation.py FOLDER      writes the reference, with the guides, as HTML
+    python tests/documentation.py FOLDER      writes the site: these, measurements and reference
 
-`tests/test_readme.py` and `tests/test_docs.py` use the rest.
+`tests/test_readme.py`, `tests/test_docs.py` and `tests/test_site.py` use the rest.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
-import warnings
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,16 @@ MODULES = (
     "lowbit_muon",
     "lowbit_muon.state.coded_products",
     "lowbit_muon.linalg.newton_schulz",
-    "lowbit_muon.guides",
+)
+SITE = ROOT / "tests" / "docs_site"  # settings, contents and the pages of the reference
+RESULTS = ROOT / "bench" / "results"
+SITE_FILES = (
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *GUIDES,
+    RESULTS / "README.md",
+    *sorted(RESULTS.glob("*.svg")),
 )
 _HIDDEN = re.compile(r"```.*?```|`[^`\n]*`", flags=re.DOTALL)  # nothing in code is a link
 
@@ -63,34 +73,35 @@ def named_tests(path: Path) -> set[tuple[str, str]]:
     return set(re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", text))
 
 
-def build_reference(folder: Path) -> None:
-    """Write the pages. A warning of pdoc's is an error.
+def write_sources(folder: Path) -> None:
+    """What Sphinx reads: the pages where the repository has them, so that links work in both."""
+    for path in SITE_FILES:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    shutil.copytree(SITE / "reference", folder / "reference")
+    # The site's contents: a forge would show their directives in README.
+    with (folder / README.name).open("a", encoding="utf-8") as front_page:
+        front_page.write((SITE / "contents.md").read_text(encoding="utf-8"))
 
-    The guides are one page: their links to each other become links within it.
-    """
-    from pdoc import doc, render
 
-    render.configure(docformat="google")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        modules = {name: doc.Module.from_name(name) for name in MODULES}
-        # By its __all__ the package has none, and no page would lead to theirs.
-        modules["lowbit_muon"].__dict__["submodules"] = list(modules.values())[1:]
-        pages = {
-            f"{name.replace('.', '/')}.html": render.html_module(module, modules)
-            for name, module in modules.items()
-        }
-        pages |= {"index.html": render.html_index(modules)}
-        pages |= {"search.js": render.search_index(modules)}
-    for guide in GUIDES:
-        name = "lowbit_muon/guides.html"
-        pages[name] = pages[name].replace(f'href="{guide.name}"', f'href="#{guide.stem}"')
-    for name, page in pages.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+def build_site(folder: Path) -> int:
+    """Write the site; returns the exit status. A warning of Sphinx's is an error."""
+    from sphinx.cmd.build import build_main
+
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = Path(scratch, "sources")
+        write_sources(sources)
+        options = ["--quiet", "--fail-on-warning", "--keep-going"]
+        options += ["--conf-dir", str(SITE), "--doctree-dir", f"{scratch}/doctrees"]
+        status = build_main([*options, str(sources), str(folder)])
+    if status == 0:
+        shutil.copy(folder / "README.html", folder / "index.html")
+    return status
 
 
 if __name__ == "__main__":
-    build_reference(Path(sys.argv[1]))
-    print(f"written to {Path(sys.argv[1]) / 'index.html'}")
+    site = Path(sys.argv[1])
+    status = build_site(site)
+    print(f"written to {site / 'index.html'}" if status == 0 else f"not complete: {site}")
+    sys.exit(status)

@@ -52,30 +52,32 @@ LARGEST_EXPONENT = 80
 class StateFormat:
     """How one momentum matrix is stored. Frozen, hashable, and `to_dict`/`from_dict` round-trip.
 
-    bits: 2, 3, 4 or 8 for codes; 16 (bfloat16) or 32 (float32) for a dense, uncoded state, for
-      which the codec fields are unused; it has no factors and nothing is companded.
-    codebook, mu, exponent, tread, table: the levels: mu-law with parameter mu, linear, power law
-      sign(u)|u|**exponent, each mid-rise (2**bits levels, none at zero) or mid-tread
-      (2**bits - 1 levels, one at zero), or an explicit ascending table.
-    granularity, block_size: one scale for the tensor, for each row of the short side, or for each
-      block of `block_size` along the long side.
-    statistic, clip: the largest level stands for clip * RMS or clip * absmax of its block.
-    snap_levels: levels are whole numbers of at most 127, so that integer matrix units read the
-      same codes exactly.
-    companded_scale: values are mu-law companded first and the (then linear) codes and their scales
-      live in the companded domain, as MuonQ does (arXiv 2605.11396).
-    factor_rank / factor_divisor: a low-rank part of this rank, or of rank
-      max(1, min(rows, columns) // factor_divisor), kept beside the codes; 0 and 0 for none.
-    factor_bits: bits of the low-rank factors' codes, one scale for each column of a factor.
-    residual_after: the codes hold what is left after the factors as they are stored, which makes up
-      for their quantisation, or, as in MuonQ, after the exact ones.
-    spectral, spectral_shift: store Y = U y(S) V^T with y^3 + c*y = s instead of M = U S V^T
-      (singular values scaled to sum of squares one), c = spectral_shift >= 0.005; None for 0.03
-      below 512 rows (short side) and 0.1 from there on (`shift`).
-    rotate: codes and factors are taken after a fixed orthogonal transform of their rows, so that a
-      few large columns do not spoil a row's scale (`backends.base.Backend.rotate`).
-    normalize: gradient and momentum are divided by their Frobenius norms in every step and the
-      momentum is a sum (MuonQ).
+    Attributes:
+        name: what tables and errors call it; of presets also what `state_format` takes.
+        bits: 2, 3, 4 or 8 for codes; 16 (bfloat16) or 32 (float32) for a dense, uncoded state, for
+            which the codec fields are unused; it has no factors and nothing is companded.
+        codebook, mu, exponent, tread, table: the levels: mu-law with parameter mu, linear, power
+            law sign(u)|u|**exponent, each mid-rise (2**bits levels, none at zero) or mid-tread
+            (2**bits - 1 levels, one at zero), or an explicit ascending table.
+        granularity, block_size: one scale for the tensor, for each row of the short side, or for
+            each block of `block_size` along the long side.
+        statistic, clip: the largest level stands for clip * RMS or clip * absmax of its block.
+        snap_levels: levels are whole numbers of at most 127, so that integer matrix units read the
+            same codes exactly.
+        companded_scale: values are mu-law companded first and the (then linear) codes and their
+            scales live in the companded domain, as MuonQ does (arXiv 2605.11396).
+        factor_rank, factor_divisor: a low-rank part of this rank, or of rank max(1, min(rows,
+            columns) // factor_divisor), kept beside the codes; 0 and 0 for none.
+        factor_bits: bits of the low-rank factors' codes, one scale for each column of a factor.
+        residual_after: the codes hold what is left after the factors as they are stored, which
+            makes up for their quantisation, or, as in MuonQ, after the exact ones.
+        spectral, spectral_shift: store Y = U y(S) V^T with y^3 + c*y = s instead of M = U S V^T
+            (singular values scaled to sum of squares one), c = spectral_shift >= 0.005; None for
+            0.03 below 512 rows (short side) and 0.1 from there on (`shift`).
+        rotate: codes and factors are taken after a fixed orthogonal transform of their rows, so
+            that a few large columns do not spoil a row's scale (`backends.base.Backend.rotate`).
+        normalize: gradient and momentum are divided by their Frobenius norms in every step and the
+            momentum is a sum (MuonQ).
     """
 
     name: str

@@ -15,7 +15,7 @@ dtype's eps) limits it: a direction far below sqrt(eps) of the largest is lifted
 factor only while the lift is below about 1/sqrt(eps). `gram_is_precise` is that condition.
 
 In half precision the Gram form restarts: its steps are split into runs that `gram_is_precise`
-allows, and X and R are computed anew after each:
+allows, and X and R are computed anew after each::
 
     R = X X^T; Z = b R + c R^2; W <- a W + w Z + Z W, w <- a w; R <- a^2 R + 2 a R Z + R Z Z
     X <- w X + W X
@@ -257,19 +257,25 @@ def orthogonalize(
 ) -> Tensor:
     """U p(S) V^T of x / max(||x||_F, eps) = U S V^T: x with all singular values brought near one.
 
-    x: [m, n] or a batch [b, m, n], each matrix by itself; any floating point dtype, strides and
-    magnitude; not modified. Returns the same shape and dtype, contiguous.
-    steps, coefficients: see `resolve_coefficients`.
-    method: "newton_schulz" or "gram" (one polynomial, see the module's docstring), or "auto" for
-    the faster that is precise.
-    eps: as torch.optim.Muon's, a floor for the norm; 0 is allowed.
-    backend: "auto", or a backend's name; raises if it is unavailable.
+    Args:
+        x: [m, n] or a batch [b, m, n], each matrix by itself; any floating point dtype, strides and
+            magnitude; not modified.
+        steps: 1 to 99 steps.
+        coefficients: (a, b, c) for every step; a sequence of such triples, one for each step, of
+            which the last repeats if there are fewer; or a name in NS_COEFFICIENTS.
+        method: "newton_schulz" or "gram" (one polynomial, `lowbit_muon.linalg.newton_schulz`), or
+            "auto" for the faster that is precise.
+        eps: as torch.optim.Muon's, a floor for the norm; 0 is allowed.
+        backend: "auto", or a backend's name; raises if it is unavailable.
 
-    Computed in float64 for float64 input and else in float32, normalised before anything is
-    multiplied. A zero matrix gives zeros. A non-finite element makes its whole matrix NaN.
+    Returns x's shape and dtype, contiguous. Computed in float64 for float64 input and else in
+    float32, normalised before anything is multiplied. A zero matrix gives zeros. A non-finite
+    element makes its whole matrix NaN.
+
     Floats of memory above x, k = min(m, n): 2 m n + 2 k^2 for newton_schulz, max(4 k^2,
     m n + k^2) for gram; m n more if x is of half precision, has no unit stride, or has entries
     whose squares leave the dtype's range.
+
     Raises TypeError or ValueError naming the parameter.
     """
     triples = _checked(x, steps, coefficients, method, eps)

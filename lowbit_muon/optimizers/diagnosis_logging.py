@@ -27,7 +27,7 @@ def log_diagnoses(
     per_matrix: bool = True,
     step: Callable[[], int] | None = None,
 ) -> RemovableHandle:
-    """Log the optimizer's diagnosis before every `every`-th step, while its gradients are there.
+    """Log the optimizer's diagnosis before every `every`-th step, while its gradients are there::
 
         handle = log_diagnoses(optimizer, SummaryWriter("runs/a"), every=500)  # TensorBoard
         log_diagnoses(optimizer, wandb, every=500, step=lambda: wandb.run.step)

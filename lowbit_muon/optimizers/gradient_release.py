@@ -127,7 +127,7 @@ def attach_gradient_release(
             known before the last of them, so each is scaled by max_norm over the larger of the last
             step's total norm and this step's norm so far. That is `clip_grad_norm_`'s factor where
             the norm changes slowly, and no gradient ever has a norm above max_norm.
-            clip_grad_norm_ itself finds no gradients.
+            `clip_grad_norm_` itself finds no gradients.
 
     Returns the hooks: `accumulating()` for gradient accumulation, `remove()`, `gradient_norm`. In a
     Trainer `release_gradients` attaches them.

@@ -83,9 +83,10 @@ class MuonWithAuxAdam(Muon):
             8 bits where bitsandbytes is installed and works on the parameters' device and dtype,
             else torch.optim.AdamW, with one warning that says why. For float16 parameters
             torch.optim.AdamW has an eps of 6e-8 at least, since a smaller one is zero there.
-        nesterov, ns_coefficients, ns_steps, adjust_lr_fn, rule, state_format, ns_input, ns_dtype,
-            stochastic_rounding, compensation, backend, batch_experts, row_splits, seed, offload: as
-            for `Muon`, for the groups that do not set them.
+        nesterov, ns_coefficients, ns_steps, adjust_lr_fn, rule, state_format, ns_input, ns_dtype:
+            as for `Muon`, for the groups that do not set them.
+        stochastic_rounding, compensation, backend, batch_experts, row_splits, seed, offload: as for
+            `Muon`, for the groups that do not set them.
         process_group, update_dtype: as for `Muon`; AdamW's state is not shared.
         nonfinite: as for `Muon`, for both kinds of parameters.
 

@@ -29,9 +29,14 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 class HeadRows:
     """Outputs of a projection that belong to heads: `heads` runs of `size`, `stride` apart.
 
-    projection: nn.Linear (outputs are the rows of its weight) or transformers' Conv1D (columns).
-    start: the first head's first output. stride: from one head's first to the next one's; None for
-    heads that lie side by side, which is `size`. A bias is scaled with the weight.
+    Attributes:
+        projection: nn.Linear (outputs are the rows of its weight) or transformers' Conv1D
+            (columns). A bias is scaled with the weight.
+        heads: number of heads.
+        size: outputs of a head.
+        start: the first head's first output.
+        stride: from one head's first to the next one's; None for heads that lie side by side, which
+            is `size`.
     """
 
     projection: nn.Module
@@ -45,9 +50,12 @@ class HeadRows:
 class QKProjections:
     """What makes the queries and keys of one attention layer, for `attach_qk_clip(find=...)`.
 
-    key: with as many heads as the queries, or fewer (GQA), whose number divides theirs: query head
-    h then sees key head h // (query heads / key heads). query_rotary: the part of each query that
-    meets a key which all heads share, as the rotary part of multi-head latent attention (MLA).
+    Attributes:
+        query: the queries' heads.
+        key: with as many heads as the queries, or fewer (GQA), whose number divides theirs: query
+            head h then sees key head h // (query heads / key heads).
+        query_rotary: the part of each query that meets a key which all heads share, as the rotary
+            part of multi-head latent attention (MLA).
     """
 
     query: HeadRows

@@ -252,7 +252,7 @@ def attach_qk_clip(
 
     QK-clip of Kimi K2 (arXiv 2507.20534, section 2.1): where the largest logit S of a head, since
     the last step and after the softmax's scale, is above the threshold t, its queries and keys are
-    scaled by gamma = t / S in product. Heads below it keep their weights bit for bit.
+    scaled by gamma = t / S in product. Heads below it keep their weights bit for bit::
 
         clip = attach_qk_clip(model, optimizer)
         ...                          # train as ever
@@ -289,8 +289,9 @@ def attach_qk_clip(
             of them has to step as often as the others.
 
     Returns the attached clip: `max_logits`, `clipped_heads`, `record()`, `detach()`.
+    Where it raises, nothing is attached.
 
-    Raises, with nothing attached:
+    Raises:
         TypeError: arguments, or projections, of another type.
         ValueError: no attention layer was found; threshold or alpha are out of range; queries or
             keys are normalised behind their projections (Qwen3); heads do not fit a projection; a

@@ -6,16 +6,19 @@ whole, unless its format's decoder makes it (spectral formats).
 
 What the entries of X are multiplied as:
 
-f32  float32, decoded by panels of rows: for every format and with an addend.
-s8   the codes' own levels, whole numbers of at most 127: the Gram matrix is summed in exact int32,
-     and for A X each row of A is split into two int8 limbs (15 bits and a sign). Scales of a row
-     fold out of the sums; block scales are applied to the sum of each block, as MixPE does after
-     each group (arXiv 2411.16158). Codes alone, no addend.
+f32
+    float32, decoded by panels of rows: for every format and with an addend.
+s8
+    the codes' own levels, whole numbers of at most 127: the Gram matrix is summed in exact int32,
+    and for A X each row of A is split into two int8 limbs (15 bits and a sign). Scales of a row
+    fold out of the sums; block scales are applied to the sum of each block, as MixPE does after
+    each group (arXiv 2411.16158). Codes alone, no addend.
 f16, bf16
-     X divided by its largest magnitude and rounded to half precision, for the tensor cores of GPUs:
-     Gram matrices of any X, summed in float32. Backends for CPUs have no such products.
-auto of a Gram matrix: s8 where it can read the codes, since its sums are exact, else f32; of A X
-     and X V: f32.
+    X divided by its largest magnitude and rounded to half precision, for the tensor cores of GPUs:
+    Gram matrices of any X, summed in float32. Backends for CPUs have no such products.
+auto
+    of a Gram matrix: s8 where it can read the codes, since its sums are exact, else f32; of A X and
+    X V: f32.
 
 The optimizer decodes spectral formats by the s8 products, and steps codes alone by them where
 `ns_input="stored"`; all others are decoded to float32 by panels or as a whole (`state.operands`).

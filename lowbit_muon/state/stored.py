@@ -163,14 +163,15 @@ class QuantizedMatrix:
 
     shape: (rows, columns) of the matrix itself. tensors: all storage, by role, with m <= n the
     sorted shape; which of them there are depends on the format (`lowbit_muon.state.codecs`):
-      dense [m, n];
-      codes uint8 [m, bytes], scales float32 [m, blocks] or [1, 1];
-      norm float64 [1]: Frobenius norm, for formats that store the matrix scaled to norm one;
-      noise float64 [1]: squared Frobenius norm of the quantisation error of a spectral format's Y
+
+    - dense [m, n];
+    - codes uint8 [m, bytes], scales float32 [m, blocks] or [1, 1];
+    - norm float64 [1]: Frobenius norm, for formats that store the matrix scaled to norm one;
+    - noise float64 [1]: squared Frobenius norm of the quantisation error of a spectral format's Y
       (both float32 on devices without float64);
-      left_codes, right_codes uint8 [rank, bytes] and left_scales, right_scales float32 [rank, 1]:
+    - left_codes, right_codes uint8 [rank, bytes] and left_scales, right_scales float32 [rank, 1]:
       the factors of rows and of columns;
-      rule.*: what an update rule keeps beside the momentum (`Stage.state`).
+    - `rule.*`: what an update rule keeps beside the momentum (`Stage.state`).
     """
 
     state_format: StateFormat
