@@ -14,9 +14,10 @@ from documentation import GUIDES, README, ROOT
 from torch import nn
 
 from lowbit_muon.tools import cli
-from lowbit_muon.tools.plan.command import DTYPES, gibibytes
-from lowbit_muon.tools.plan.memory import make_plans, route
+from lowbit_muon.tools.plan.advice import gibibytes
+from lowbit_muon.tools.plan.memory import route
 from lowbit_muon.tools.plan.model_shapes import read_model
+from lowbit_muon.tools.plan.plans import Setup, make_plans, our_plans
 
 ids = [guide.stem for guide in GUIDES]
 # The fields of Llama-3.1-8B's config.json that sizes depend on.
@@ -100,7 +101,12 @@ def test_the_plan_is_what_the_planner_says(tmp_path: Path) -> None:
     stated = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.split("\n")[3:-1]]
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     routing = route(read_model(tmp_path).model)
-    plans = {plan.name: plan for plan in make_plans(routing, DTYPES["bf16"], "cuda", "adamw8bit")}
+    plans = {plan.name: plan for plan in make_plans(routing, Setup())}
+    released = Setup(gradient_release=True)
+    plans |= {
+        f"{plan.name}, gradient release": plan
+        for plan in our_plans(routing, released, ("spectral4", "spectral2"))
+    }
     assert len(stated) > 3
     for name, *sizes in stated:
         plan = plans[name]

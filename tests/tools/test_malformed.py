@@ -24,6 +24,7 @@ from torch import nn
 from lowbit_muon import Muon
 from lowbit_muon.tools.cli import main
 from lowbit_muon.tools.plan import command
+from lowbit_muon.tools.plan.plans import Plan
 
 ODD: list[Any] = [
     None, True, -1, 0, 10**9, 10**30, 0.5, float("nan"), float("inf"), "", "../x", "a\0b",
@@ -73,8 +74,8 @@ def check(
 @pytest.fixture
 def plan(check: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], int]:
     """`check` of `plan` and a file's content, without the sizes, which take a while."""
-    monkeypatch.setattr(command, "make_plans", lambda *_: [])
-    monkeypatch.setattr(command, "verdict", lambda *_: "")
+    fits = Plan("spectral4", 4.0, 0, 0, 0, 0, 0)
+    monkeypatch.setattr(command, "make_plans", lambda *_: [fits])
 
     def run(name: str, content: bytes) -> int:
         Path(name).write_bytes(content)

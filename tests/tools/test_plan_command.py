@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from lowbit_muon import RULES
+from lowbit_muon import RULES, MuonWithAuxAdam, attach_gradient_release
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.tools.cli import main
-from lowbit_muon.tools.plan.command import gibibytes, parse_size, verdict
-from lowbit_muon.tools.plan.memory import Plan
+from lowbit_muon.tools.plan.advice import exact_size, gibibytes, script, verdict
+from lowbit_muon.tools.plan.command import parse_size
+from lowbit_muon.tools.plan.plans import Plan, Setup
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -32,17 +36,24 @@ def model(tmp_path: Path) -> str:
     ("text", "size"),
     [
         ("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("8192MiB", 2**33), ("1.5 TB", 15 * 10**11),
-        ("512kib", 2**19), ("100", 100), ("7B", 7),
+        ("512kib", 2**19), ("24G", 24 * 2**30), ("0.5 m", 2**19), ("7B", 7),
     ],
 )  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "24 potatoes", "-1GiB", "1e9", "24Gib/s"])
+@pytest.mark.parametrize("text", ["", "24", "GiB", "24 potatoes", "-1GiB", "1e9", "24Gib/s"])
 def test_bad_sizes(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 24GiB"):
+    expected = r"expected a size with its unit, such as 24GiB or 24G \(2\^30 bytes each\), 24GB"
+    with pytest.raises(argparse.ArgumentTypeError, match=expected):
         parse_size(text)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 24 * 2**30, 24 * 10**9, 2**40 + 1, 3 * 2**39])
+def test_sizes_in_commands_are_exact(size: int) -> None:
+    assert parse_size(exact_size(size)) == size
+    assert exact_size(24 * 2**30) == "24GiB"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -54,13 +65,15 @@ def test_table_and_json(
     assert main(["plan", model, *arguments]) == 0
     shown = capsys.readouterr().out
     assert "Activations are NOT counted" in shown
-    for name in (*PRESETS, "AdamW8bit", "torch.optim.AdamW", "torch.optim.Muon + AdamW"):
+    for name in (*PRESETS, "AdamW8bit", "torch.optim.AdamW", "torch.optim.Muon"):
         assert f" {name} " in shown
     result = json.loads(path.read_text())
     assert result["parameters"] == 300 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 128) + 64
     assert result["muon_elements"] + result["aux_elements"] == result["parameters"]
     plans = result["plans"]
+    assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith("  "))
     assert [plan["fits"] for plan in plans] == [plan["total"] <= 2**21 for plan in plans]
+    assert result["change"] is None
     for plan in plans:
         parts = ("weights", "gradients", "state", "workspace")
         assert plan["total"] == sum(plan[part] for part in parts)
@@ -76,10 +89,15 @@ def test_options_change_what_is_planned(
 
     usual = plans()["spectral4"]
     assert plans("--dtype=fp32")["spectral4"]["weights"] == 2 * usual["weights"]
-    assert plans("--aux=adamw")["spectral4"]["state"] > usual["state"]
-    more = plans("--activations=1GB")["spectral4"]
-    assert more["total"] - more["state"] == 10**9 + usual["weights"] + usual["gradients"]
-    assert "0.931 GiB as given" in capsys.readouterr().out
+    assert plans("--aux-adam=adamw")["spectral4"]["state"] > usual["state"]
+    assert plans("--gradient-release")["spectral4"]["gradients"] < usual["gradients"]
+    assert plans("--compensation")["spectral4"]["state"] > usual["state"]
+    offloaded = plans("--offload")["spectral4"]
+    assert offloaded["state"] + offloaded["host"] == usual["state"]
+    assert plans("--lora=4")["spectral4"]["weights"] > usual["weights"]
+    more = plans("--activations=500MB")["spectral4"]
+    assert more["total"] - more["state"] == 5 * 10**8 + usual["weights"] + usual["gradients"]
+    assert "0.466 GiB as given" in capsys.readouterr().out
 
 
 def test_a_rule_adds_what_it_keeps_and_its_update(
@@ -124,6 +142,92 @@ def test_an_unknown_rule_is_told_the_known_ones(
         assert name in error
 
 
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = main(arguments)
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [["--device=cpu", "--activations=1KB"], ["--dtype=fp32", "--aux-adam=adamw"]]
+)
+def test_the_command_that_is_printed_plans_what_fits(
+    options: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte less than the smallest of the table is too little without a change."""
+    path = tmp_path / "plan.json"
+    given = ["plan", model, *options, f"--json={path}"]
+    assert run([*given, "--device-memory=1GiB"], capsys)[0] == 0
+    memory = json.loads(path.read_text())["plans"][0]["total"] - 1
+    status, shown = run([*given, f"--device-memory={memory}B"], capsys)
+    assert status == 1
+    assert "Nothing fits: the smallest, " in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("  lowbit-muon plan "))
+    assert "Smallest change after which something fits: " in " ".join(shown.split())
+    change = json.loads(path.read_text())["change"]
+    assert change["command"] == line.strip()
+    status, shown = run([*shlex.split(line)[1:], f"--json={path}"], capsys)
+    assert status == 0
+    (row,) = (each for each in json.loads(path.read_text())["plans"]
+              if each["optimizer"] == change["optimizer"])  # fmt: skip
+    assert row["fits"]
+    assert row["total"] == change["total"]
+    assert f'state_format="{row["optimizer"]}"' in shown
+
+
+def test_activations_that_are_too_many_are_told_their_limit(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["plan", model, "--device-memory=8MiB", "--activations=9MiB"]
+    status, shown = run(given, capsys)
+    assert status == 1
+    assert "GiB of activations: measure them with activation checkpointing" in " ".join(
+        shown.split()
+    )
+    (line,) = (line for line in shown.splitlines() if line.startswith("  lowbit-muon plan "))
+    assert run(shlex.split(line)[1:], capsys)[0] == 0
+
+
+def test_what_nothing_helps_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown = run(["plan", model, "--device-memory=1KiB"], capsys)
+    assert status == 1
+    assert "Neither does anything with gradient release, offload, bf16 and LoRA" in shown
+    assert "lowbit-muon plan " not in shown
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(gradient_release=True, offload=True, rule=RULES["normuon"]),
+        Setup(compensation=True, aux_adam="adamw"),
+        Setup(lora=4),
+    ],
+)
+def test_the_lines_of_a_script_train(setup: Setup) -> None:
+    peft = pytest.importorskip("peft")
+    model: Any = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 8))
+    names = {
+        "torch": torch, "model": model, "peft": peft, "MuonWithAuxAdam": MuonWithAuxAdam,
+        "attach_gradient_release": attach_gradient_release,
+    }  # fmt: skip
+    if setup.aux_adam == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    for line in script(setup, plan("spectral4", 0), converts=True):
+        exec(line, names)
+    model, optimizer = names["model"], names["optimizer"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    for _ in range(2):  # the first factor of an adapter has no gradient while the second is zero
+        model(torch.tensor([1, 2])).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+    assert trained[0].dtype == (torch.float32 if setup.lora else torch.bfloat16)
+    (group,) = (g for g in optimizer.param_groups if g["use_muon"])
+    assert group["offload"] == setup.offload
+    assert group["compensation"] == setup.compensation
+    assert optimizer.aux_adam == setup.aux_adam
+
+
 def plan(name: str, state: int) -> Plan:
     return Plan(name, 4.0, 2**30, 2**30, state, 0, 0)
 
@@ -137,7 +241,8 @@ def test_verdict_names_the_smallest_and_the_most_exact() -> None:
     assert verdict(plans, 2**30) == (
         "Nothing fits: the smallest, spectral2, takes 2.000 GiB, 1.000 GiB too much."
     )
-    assert gibibytes(20 * 2**30) == "20.00"
+    sizes = [gibibytes(size * 2**30) for size in (1, 20, 1250, 10**4)]
+    assert sizes == ["1.000", "20.00", "1,250", "10,000"]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +251,9 @@ def test_verdict_names_the_smallest_and_the_most_exact() -> None:
         (["/does/not/exist"], "MODEL: expected a file or folder that exists, got /does/not/exist"),
         (["{model}", "--json={model}/x.json"], "--json: expected a file that can be written, got"),
         (["{model}", "--json={model}"], "--json: expected a file of its own, got the input"),
+        (["{model}", "--offload", "--device=cpu"], "--offload: expected --device cuda, got cpu"),
+        (["{model}", "--compensation", "--dtype=fp32"], "--compensation: expected bf16 weights"),
+        (["{model}", "--compensation", "--lora=8"], "--compensation: expected bf16 weights"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -163,5 +271,5 @@ def test_argparse_names_the_argument(model: str, capsys: pytest.CaptureFixture[s
         main(["plan", model, "--device-memory=lots"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert "argument --device-memory: expected a size such as 24GiB" in error
+    assert "argument --device-memory: expected a size with its unit, such as 24GiB" in error
     assert "got 'lots'" in error

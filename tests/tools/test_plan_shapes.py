@@ -158,6 +158,72 @@ def test_only_matrices_inside_the_layers_go_to_muon(name: str, tmp_path: Path) -
         assert (parameter in taken) == matrix, parameter
 
 
+# Of models that are unlike each other, small: what Muon takes of them, by name.
+ARCHITECTURES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "qwen3_moe": (
+        {
+            "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_experts": 4, "vocab_size": 300,
+        },
+        {"experts.gate_up_proj", "experts.down_proj", "self_attn.q_proj.weight"},
+    ),
+    "gemma3": (
+        {
+            "text_config": {
+                "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+            },
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
+            },
+        },
+        {"mlp.gate_proj.weight", "mlp.fc1.weight"},  # of the text and of the picture
+    ),
+    "mamba": (
+        {"hidden_size": 64, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 300},
+        {"mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.out_proj.weight"},
+    ),
+    "bert": (
+        {
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "vocab_size": 300,
+        },
+        {"attention.self.query.weight", "intermediate.dense.weight"},
+    ),
+    "vit": (
+        {
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+        },
+        {"projection.weight"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_unlike_llama(name: str, tmp_path: Path) -> None:
+    values, expected = ARCHITECTURES[name]
+    model = read_model(write_config(tmp_path, {"model_type": name, **values})).model
+    groups = muon_param_groups(model)
+    taken = [name for group in groups if group["use_muon"] for name in group["param_names"]]
+    for ending in expected:
+        assert any(name.endswith(ending) for name in taken), (ending, taken)
+    assert not any("embed_tokens" in name or "norm" in name.lower() for name in taken)
+    assert route(model).elements == sum(param.numel() for param in model.parameters())
+
+
+def test_tied_models_are_known(tmp_path: Path) -> None:
+    assert read_model(write_config(tmp_path, SMOLLM2)).tied
+    assert not read_model(write_config(tmp_path, {**SMOLLM2, "tie_word_embeddings": False})).tied
+    shapes = {"embed_tokens.weight": (100, 8), "layers.0.a.weight": (8, 8)}
+    path = tmp_path / "model.safetensors"
+    for head in ({}, {"lm_head.weight": (100, 8)}):
+        write_safetensors(path, {**shapes, **head})
+        assert read_model(path).tied == (not head)
+
+
 def test_config_fields_that_change_shapes(tmp_path: Path) -> None:
     def names(**changes: Any) -> dict[str, tuple[int, ...]]:
         model = read_model(write_config(tmp_path, {**SMOLLM2, "num_hidden_layers": 1, **changes}))

@@ -3,55 +3,67 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.step.rules.recipes import RULES
 from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.tools.arguments import whole_number
 from lowbit_muon.tools.console import make_table, plain_console, printable
+from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.output import check_outputs, write_json
-from lowbit_muon.tools.plan.memory import (
-    EXACTNESS,
-    MUON,
-    Plan,
-    Routing,
-    fitting,
-    make_plans,
-    refusal,
-    route,
-    rule_state_bytes,
+from lowbit_muon.tools.plan.advice import (
+    DTYPES,
+    UNITS,
+    Advice,
+    advise,
+    command,
+    gibibytes,
+    most_exact,
+    script,
+    sentence,
+    verdict,
 )
+from lowbit_muon.tools.plan.memory import MUON, Routing, route, rule_state_bytes
 from lowbit_muon.tools.plan.model_shapes import ModelShapes, read_model
+from lowbit_muon.tools.plan.plans import Plan, Setup, make_plans, refusal
 
 DESCRIPTION = """Show the memory that training a model takes with torch.optim.Muon, AdamW, 8-bit
-AdamW and each momentum format, and what fits. Nothing is loaded: a config.json or the headers of a
-checkpoint say enough. Activations are not counted; give their size with --activations."""
+AdamW and each momentum format, and what fits; if nothing does, the smallest change after which
+something does, with exit status 1. Nothing is loaded: a config.json or the headers of a checkpoint
+say enough. Activations are not counted; give their size with --activations, as measured with
+activation checkpointing if you train with it. Sizes: 24GiB and 24G are 24 * 2^30 bytes (so are
+nvidia-smi's), 24GB is 24 * 10^9; a size needs its unit."""
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_UNITS = {"": 1, "B": 1} | {
-    prefix + unit: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for unit, base in (("iB", 1024), ("B", 1000))
-}
 _SIZE = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)\s*")
-_PLAN_FIELDS = ("momentum_bits", "weights", "gradients", "state", "workspace", "total")
-_TABLE_WIDTH = 118  # where there is no terminal to ask
+_PLAN_FIELDS = (
+    "momentum_bits", "weights", "gradients", "state", "workspace", "total", "host",
+)  # fmt: skip
+_OPTIONS = (
+    "activations", "dtype", "device", "aux_adam", "rule", "gradient_release", "offload",
+    "compensation", "lora",
+)  # fmt: skip
+_WIDTH = 80  # where there is no terminal to ask
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "24GiB", "24GB", "8192MiB" or "1.5 TB". Raises argparse.ArgumentTypeError."""
+    """Bytes of "24GiB", "24G", "24GB", "8192MiB" or "1.5 TB"; G is 2^30, as for GNU's tools.
+
+    Raises argparse.ArgumentTypeError, for a number without a unit, too.
+    """
     match = _SIZE.fullmatch(text)
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise argparse.ArgumentTypeError(
-            f"expected a size such as 24GiB, 24GB or 8192MiB, got {text[:80]!r}"
+            "expected a size with its unit, such as 24GiB or 24G (2^30 bytes each), 24GB (10^9) "
+            f"or 8192MiB, got {text[:80]!r}"
         )
     return round(float(match[1]) * units[match[2].lower()])
 
@@ -70,7 +82,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
         type=parse_size,
         required=True,
         metavar="SIZE",
-        help="what may be used, such as 24GiB, 24GB or 8192MiB",
+        help="what may be used, such as 24GiB, 24G (the same) or 24GB (a little less)",
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="bf16", help="weights and gradients (bf16)"
@@ -79,10 +91,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
         "--device", choices=("cuda", "cpu"), default="cuda", help="how steps are taken (cuda)"
     )
     parser.add_argument(
-        "--aux",
+        "--aux-adam",
         choices=("adamw8bit", "adamw"),
         default="adamw8bit",
-        help="AdamW beside our Muon, for embeddings, heads, norms, biases (adamw8bit)",
+        help="AdamW beside Muon, torch's and ours: embeddings, heads, norms, biases (adamw8bit)",
     )
     parser.add_argument(
         "--rule",
@@ -94,111 +106,125 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
     parser.add_argument(
         "--activations", type=parse_size, default=0, metavar="SIZE", help="most of them (0)"
     )
+    parser.add_argument(
+        "--gradient-release", action="store_true", help="as by attach_gradient_release"
+    )
+    parser.add_argument("--offload", action="store_true", help="momentum in host memory (GPUs)")
+    parser.add_argument(
+        "--compensation", action="store_true", help="8 more bits for bf16 weights, a byte each"
+    )
+    parser.add_argument(
+        "--lora",
+        type=whole_number(2, 2**16),
+        metavar="RANK",
+        help="train adapters of this rank on all linear layers, in fp32, and nothing else",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.set_defaults(run=run_plan)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command; returns the exit status: 1 if nothing fits."""
     check_outputs([("--json", arguments.json)], [arguments.model])
+    setup, memory = _setup(arguments), arguments.device_memory
     shapes = read_model(arguments.model)
-    routing = route(shapes.model)
-    plans = make_plans(
-        routing,
-        DTYPES[arguments.dtype],
-        arguments.device,
-        arguments.aux,
-        arguments.activations,
-        RULES[arguments.rule],
-    )
-    memory: int = arguments.device_memory
+    routing = route(shapes.model, tied=shapes.tied)
+    plans = make_plans(routing, setup)
     console = plain_console()
     if not console.is_terminal:
-        console.width = _TABLE_WIDTH
-    _show_model(shapes, routing, arguments, console)
-    console.print(_table(plans, memory, arguments.rule))
-    console.print(verdict(plans, memory))
-    console.print(_notes(arguments))
-    for line in _rule_notes(routing, RULES[arguments.rule]):
-        console.print(line)
+        console.width = _WIDTH
+    show = functools.partial(console.print, soft_wrap=False)
+    show(
+        f"{printable(shapes.source)}: {shapes.elements:,} parameters in {arguments.dtype}. Muon "
+        f"takes {routing.muon_elements:,} of them in {sum(routing.muon.values()):,} tensors, "
+        f"AdamW the other {routing.aux_elements:,}."
+    )
+    show(_table(plans, memory, arguments.rule))
+    show(verdict(plans, memory))
+    fits = plans[0].total <= memory
+    advice = None if fits else advise(routing, setup, memory)
+    if not fits:
+        show(sentence(advice, setup, memory))
+    best = most_exact(plans, memory)
+    if best is not None:
+        _show_lines(console, script(setup, best, converts=False))
+    if advice is not None:
+        _show_lines(console, [command(str(arguments.model), memory, advice.setup)])
+        converts = advice.setup.dtype != setup.dtype
+        _show_lines(console, script(advice.setup, advice.plan, converts=converts))
+    for note in (*_notes(setup, arguments.aux_adam), *_rule_notes(routing, setup.rule)):
+        show(note)
     if arguments.json is not None:
-        write_json(arguments.json, _as_json(shapes, routing, plans, arguments))
-    return 0
+        write_json(arguments.json, _as_json(shapes, routing, plans, advice, arguments))
+    return 0 if fits else 1
 
 
-def _show_model(
-    shapes: ModelShapes, routing: Routing, arguments: argparse.Namespace, console: Console
-) -> None:
-    console.print(
-        f"{printable(shapes.source)}: {shapes.elements:,} parameters in {arguments.dtype}"
+def _setup(arguments: argparse.Namespace) -> Setup:
+    """What the options say. Raises UserError for one that would make no difference."""
+    if arguments.offload and arguments.device == "cpu":
+        raise UserError("--offload: expected --device cuda, got cpu, which has no other memory")
+    if arguments.compensation and (arguments.dtype == "fp32" or arguments.lora is not None):
+        got = "--lora, which trains fp32" if arguments.lora is not None else "--dtype fp32"
+        raise UserError(f"--compensation: expected bf16 weights that are trained, got {got}")
+    return Setup(
+        DTYPES[arguments.dtype],
+        arguments.device,
+        arguments.aux_adam,
+        arguments.activations,
+        RULES[arguments.rule],
+        arguments.gradient_release,
+        arguments.offload,
+        arguments.compensation,
+        arguments.lora,
     )
-    console.print(
-        f"Muon takes {routing.muon_elements:,} of them in {sum(routing.muon.values()):,} tensors, "
-        f"AdamW the other {routing.aux_elements:,}"
-    )
+
+
+def _show_lines(console: Console, lines: Iterable[str]) -> None:
+    """Lines to copy: never broken."""
+    for line in lines:
+        console.print(f"  {printable(line)}", soft_wrap=True)
 
 
 def _table(plans: Sequence[Plan], device_memory: int, rule: str) -> Table:
     table = make_table(
         f"one training step, our formats with rule {rule}, in GiB; "
         f"{gibibytes(device_memory)} to fit in",
-        ("optimizer", "bits", "weights", "gradients", "state", "workspace", "total", "fits"),
+        ("optimizer", "weights", "gradients", "state", "workspace", "total", "fits"),
     )
     for plan in plans:
         sizes = (plan.weights, plan.gradients, plan.state, plan.workspace, plan.total)
         table.add_row(
             plan.name,
-            f"{plan.momentum_bits:.2f}",
             *(gibibytes(size) for size in sizes),
             "yes" if plan.total <= device_memory else "no",
         )
     return table
 
 
-def gibibytes(size: int) -> str:
-    """A size in GiB, with enough digits for small models."""
-    return f"{size / 2**30:,.3f}" if size < 10 * 2**30 else f"{size / 2**30:,.2f}"
-
-
-def verdict(plans: Sequence[Plan], device_memory: int) -> str:
-    """What fits, in a sentence or two."""
-    found = {plan.name: plan for plan in fitting(plans, device_memory)}
-    if not found:
-        least = plans[0]
-        return (
-            f"Nothing fits: the smallest, {least.name}, takes {gibibytes(least.total)} GiB, "
-            f"{gibibytes(least.total - device_memory)} GiB too much."
-        )
-    smallest = next(iter(found.values()))
-    sentence = f"Smallest: {smallest.name}, {gibibytes(smallest.total)} GiB."
-    exact = next((found[name] for name in EXACTNESS if name in found), None)
-    if exact is not None:
-        sentence += (
-            f" Most exact momentum of our formats that fits: {exact.name}, "
-            f"{gibibytes(exact.total)} GiB, {gibibytes(device_memory - exact.total)} GiB left."
-        )
-    return sentence
-
-
-def _notes(arguments: argparse.Namespace) -> str:
-    if arguments.activations:
-        activations = (
-            f"Activations: {gibibytes(arguments.activations)} GiB as given; they are released "
-            "before the step, so the larger of them and the workspace is in the total."
+def _notes(setup: Setup, aux_adam: str) -> Iterator[str]:
+    yield f"Muons, torch's and ours (by the format's name alone), have {aux_adam} for the rest."
+    if not setup.activations:
+        yield "Activations are NOT counted: add them with --activations SIZE."
+    elif setup.gradient_release:
+        yield (
+            f"Activations: {gibibytes(setup.activations)} GiB as given. With gradient release our "
+            "formats step in the backward pass: theirs are added to the workspace."
         )
     else:
-        activations = "Activations are NOT counted: add them with --activations SIZE."
-    workspace = (
+        yield (
+            f"Activations: {gibibytes(setup.activations)} GiB as given; they are released before "
+            "the step, so the larger of them and the workspace is in the total."
+        )
+    yield (
         "Workspace: of the C++ backend, by a step without data; tests hold it to measured peaks."
-        if arguments.device == "cpu"
+        if setup.device == "cpu"
         else "Workspace on a GPU is an estimate from the code's own allocations; not counted are "
         "the CUDA context, libraries' workspaces and the allocator's fragmentation."
     )
-    return (
-        f"{activations}\n{workspace}\n"
-        "bits: stored for an element of the momentum (of both moments for AdamW); our formats, "
-        f"by name alone, with {arguments.aux} for the rest."
-    )
+    names = ("gradient_release", "offload", "compensation")
+    ours = [f"--{name.replace('_', '-')}" for name in names if getattr(setup, name)]
+    if ours:
+        yield f"{', '.join(ours)}: in the rows of our formats, which alone have it."
 
 
 def _rule_notes(routing: Routing, rule: UpdateRule) -> Iterator[str]:
@@ -216,28 +242,36 @@ def _refusals(rule: UpdateRule) -> dict[str, str]:
 
 
 def _as_json(
-    shapes: ModelShapes, routing: Routing, plans: Sequence[Plan], arguments: argparse.Namespace
+    shapes: ModelShapes,
+    routing: Routing,
+    plans: Sequence[Plan],
+    advice: Advice | None,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Sizes in bytes."""
+    memory = arguments.device_memory
     return {
         "model": shapes.source,
         "parameters": shapes.elements,
         "muon_elements": routing.muon_elements,
         "aux_elements": routing.aux_elements,
-        "device_memory": arguments.device_memory,
-        "activations": arguments.activations,
-        "dtype": arguments.dtype,
-        "device": arguments.device,
-        "aux": arguments.aux,
-        "rule": arguments.rule,
+        "device_memory": memory,
+        **{name: getattr(arguments, name) for name in _OPTIONS},
         "rule_state": rule_state_bytes(routing, RULES[arguments.rule]),
         "refused": _refusals(RULES[arguments.rule]),
         "plans": [
             {
                 "optimizer": plan.name,
                 **{name: getattr(plan, name) for name in _PLAN_FIELDS},
-                "fits": plan.total <= arguments.device_memory,
+                "fits": plan.total <= memory,
             }
             for plan in plans
         ],
+        "change": None
+        if advice is None
+        else {
+            "command": command(str(arguments.model), memory, advice.setup),
+            "optimizer": advice.plan.name,
+            "total": advice.plan.total,
+        },
     }

@@ -207,18 +207,27 @@ def muon_step_bytes(
     rule: UpdateRule,
     *,
     stack: bool = False,
+    compensation: bool = False,
 ) -> int:
     """Most bytes that a step of `count` parameters of one shape holds above weights, gradients and
     state.
 
-    stack: all but the last two dimensions count matrices (`batch_experts`).
+    stack: all but the last two dimensions count matrices (`batch_experts`). compensation: as for
+    `Muon`.
     """
     matrices = math.prod(shape[:-2]) if stack else 1
     elements = max(1, math.prod(shape) // matrices)
     # No batch is larger, so parameters beyond these only repeat it (`step.batches`).
     count = min(count, math.ceil(max(1, DEVICE_ELEMENTS // elements) / matrices))
-    size = partial(_batch_bytes, shape, state_format, dtype, rule, stack)
+    options = {"batch_experts": stack, "compensation": compensation}
+    size = partial(_step_bytes, shape, state_format, dtype, rule, options)
     return extrapolated(size, count)
+
+
+def batch_size(shape: tuple[int, int], state_format: StateFormat) -> int:
+    """Matrices that one batch takes at most (`step.batches`)."""
+    m, n = sorted(shape)
+    return max(1, DEVICE_ELEMENTS // (m * n + (3 * m * m if state_format.spectral else 0)))
 
 
 def extrapolated(size: Callable[[int], int], count: int) -> int:
@@ -256,17 +265,17 @@ def _shortened_stage(stage: Stage) -> Stage:
     return dataclasses.replace(stage, **{n: min(_MOST_ROUNDS, getattr(stage, n)) for n in names})
 
 
-def _batch_bytes(
+def _step_bytes(
     shape: Sequence[int],
     state_format: StateFormat,
     dtype: torch.dtype,
     rule: UpdateRule,
-    stack: bool,
+    options: dict[str, bool],
     count: int,
 ) -> int:
-    """Of a step of parameters that fit into one batch."""
+    """Of a step of so many parameters, with these options of their group."""
     params = [nn.Parameter(torch.empty(*shape, dtype=dtype, device=META)) for _ in range(count)]
-    group, backend = planned_group(params, state_format, rule, batch_experts=stack), SizingBackend()
+    group, backend = planned_group(params, state_format, rule, **options), SizingBackend()
     steps: list[ParameterStep] = []
     existing: list[Tensor] = []
     for number, param in enumerate(params):
@@ -278,6 +287,8 @@ def _batch_bytes(
                 view.shape, state_format, seed=0, device=META, rule_state=kept
             )
             write_matrix(state, view, matrix)
+        if options.get("compensation"):
+            state["remainder"] = torch.empty(shape, dtype=torch.int8, device=META)
         grad = torch.empty_like(param)
         steps.append(ParameterStep(param, grad, state, views, number, state_format, backend))
         existing += [param, grad, *(v for v in state.values() if isinstance(v, Tensor))]

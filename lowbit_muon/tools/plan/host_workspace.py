@@ -23,7 +23,8 @@ from lowbit_muon.backends.codes import PackedCodes
 from lowbit_muon.backends.cpu.adapter import SIDE_BY_SIDE
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.operands import SCRATCH_FLOATS
-from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.state.rounding import Compensation, Rounding
+from lowbit_muon.state.stored import QuantizedMatrix, orient
 from lowbit_muon.step.batches import HOST_ELEMENTS
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.update import Batch, StepOptions, update
@@ -51,12 +52,13 @@ def muon_step_bytes(
     rule: UpdateRule,
     *,
     stack: bool = False,
+    compensation: bool = False,
 ) -> int:
     """Most bytes that a step of `count` parameters of a shape holds above weights, gradients and
     state.
 
     Small matrices are stepped in batches (`step.batches`), large ones one after another. stack: all
-    but the last two dimensions count matrices (`batch_experts`).
+    but the last two dimensions count matrices (`batch_experts`). compensation: as for `Muon`.
     """
     rows, columns = (shape[-2], shape[-1]) if stack else (shape[0], math.prod(shape[1:]))
     m, n = sorted((rows, columns))
@@ -65,11 +67,18 @@ def muon_step_bytes(
     count *= math.prod(shape[:-2]) if stack else 1
     encoder = 3 * m * m if state_format.spectral else 0
     batch = min(count, max(1, HOST_ELEMENTS // (m * n + encoder)))
-    return extrapolated(partial(_batch_bytes, (rows, columns), state_format, dtype, rule), batch)
+    compensated = compensation and dtype in (torch.bfloat16, torch.float16)
+    one = partial(_batch_bytes, (rows, columns), state_format, dtype, rule, compensated)
+    return extrapolated(one, batch)
 
 
 def _batch_bytes(
-    shape: tuple[int, int], f: StateFormat, dtype: torch.dtype, rule: UpdateRule, count: int
+    shape: tuple[int, int],
+    f: StateFormat,
+    dtype: torch.dtype,
+    rule: UpdateRule,
+    compensated: bool,
+    count: int,
 ) -> int:
     """Of a step of one batch of matrices."""
     apart = rule.is_fused and dtype != torch.float32 and math.prod(shape) > SCRATCH_FLOATS
@@ -84,16 +93,20 @@ def _batch_bytes(
     ]
     options = StepOptions.from_group(planned_group(params, f, rule))
     weights = [param.detach() for param in params]
-    batch = Batch(weights, grads, momenta, [None] * count, steps=[0] * count)
+    rounding: list[Rounding | None] = [None] * count
+    if compensated and not apart:
+        remainders = [torch.empty_like(w, dtype=torch.int8) for w in weights]
+        rounding = [Compensation(orient(remainder)) for remainder in remainders]
+    batch = Batch(weights, grads, momenta, rounding, steps=[0] * count)
     backend = _HostSizing()
     with torch.no_grad(), META, _HostBytes() as memory:
         memory.ignore([*params, *grads, *(t for each in momenta for t in each.tensors.values())])
         update(batch, options, backend)
-    most = max(memory.peak, FLOAT_BYTES * _update_floats(shape, f) if apart else 0)
+    most = max(memory.peak, FLOAT_BYTES * _update_floats(shape, f, compensated) if apart else 0)
     return most + FLOAT_BYTES * backend.packed
 
 
-def _update_floats(shape: tuple[int, int], f: StateFormat) -> int:
+def _update_floats(shape: tuple[int, int], f: StateFormat, compensated: bool) -> int:
     """Of the update of a large weight in half precision by Muon's own step.
 
     By parts, for each of which all panels of X are decoded again: a step without data would take
@@ -104,8 +117,21 @@ def _update_floats(shape: tuple[int, int], f: StateFormat) -> int:
     m, n = sorted(shape)
     sizes = (SCRATCH_FLOATS, SCRATCH_FLOATS // 2)
     panel, part = (min(m, max(1, size // n)) * n for size in sizes)
-    adding = max(3 * part, 2 * part + (panel if f.companded_scale else 0))
+    adds = part + _compensating_floats(part // n, n) if compensated else 3 * part
+    adding = max(adds, 2 * part + (panel if f.companded_scale else 0))
     return m * m + (m * n if f.spectral else panel) + f.rank(m, n) * (m + n) + adding
+
+
+def _compensating_floats(height: int, n: int) -> int:
+    """Of adding such a part of an update to weights with remainders."""
+    weight, remainder, update_part = (
+        torch.empty(height, n, dtype=dtype, device=META)
+        for dtype in (torch.bfloat16, torch.int8, torch.float32)
+    )
+    with _HostBytes() as memory:
+        memory.ignore([weight, remainder, update_part])
+        Compensation(remainder).update(weight, update_part, 1.0, 1.0)
+    return memory.peak // FLOAT_BYTES
 
 
 class _HostBytes(LiveBytes):

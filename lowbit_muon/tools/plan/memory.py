@@ -1,22 +1,20 @@
-"""Bytes that training takes with each optimizer: weights, gradients, state, step workspace."""
+"""Bytes of weights, optimizer state and a step's workspace, by shapes and formats."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.state.stored import QuantizedMatrix
-from lowbit_muon.step.options import GROUP_DEFAULTS, apply_rule
 from lowbit_muon.step.rules.recipes import RULES
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.tools.errors import UserError
@@ -27,13 +25,6 @@ Device = Literal["cuda", "cpu"]
 AdamKind = Literal["adamw", "adamw8bit"]
 
 MUON = RULES["muon"]
-TORCH_MUON, ADAMW, ADAMW8BIT = "torch.optim.Muon", "torch.optim.AdamW", "AdamW8bit"
-# Formats from the most exact to the least, by README's error of the update in closed loop on real
-# momentum. muonq4 is another update rule, and what has not been measured is not ranked.
-EXACTNESS = (
-    "fp32", "bf16", "spectral8", "mulaw8", "spectral4", "linear8", "mulaw4", "spectral3", "nf4",
-    "spectral2",
-)  # fmt: skip
 # bitsandbytes 0.50, optim/optimizer.py, Optimizer2State.init_state: smaller tensors keep two
 # float32 moments; larger ones two bytes an element, two float32 maxima for 256, and all share two
 # maps of 256 float32.
@@ -47,11 +38,13 @@ _8BIT_CPU_BYTES = {torch.float32: 20, torch.bfloat16: 24}
 class Routing:
     """Which parameters Muon takes and which AdamW, by shape, with how many there are.
 
-    muon: (shape, whether all but the last two dimensions count matrices).
+    muon: (shape, whether all but the last two dimensions count matrices). tied: whether layers
+    share a parameter, as an embedding and the output do.
     """
 
     muon: Counter[tuple[Shape, bool]]
     aux: Counter[Shape]
+    tied: bool = False
 
     @property
     def muon_elements(self) -> int:
@@ -62,6 +55,10 @@ class Routing:
         return sum(math.prod(shape) * count for shape, count in self.aux.items())
 
     @property
+    def elements(self) -> int:
+        return self.muon_elements + self.aux_elements
+
+    @property
     def all_shapes(self) -> Counter[Shape]:
         """Of every parameter."""
         shapes = Counter(self.aux)
@@ -70,7 +67,7 @@ class Routing:
         return shapes
 
 
-def route(model: nn.Module) -> Routing:
+def route(model: nn.Module, *, tied: bool = False) -> Routing:
     """As `muon_param_groups` divides the parameters. Raises UserError if it finds no matrices."""
     try:
         groups = muon_param_groups(model)
@@ -84,106 +81,7 @@ def route(model: nn.Module) -> Routing:
                 muon[tuple(param.shape), group["batch_experts"]] += 1
             else:
                 aux[tuple(param.shape)] += 1
-    return Routing(muon, aux)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One row of the table; sizes in bytes.
-
-    momentum_bits: stored bits for each element of what Muon's momentum is kept of, or of both of
-    AdamW's moments. workspace: the most that a step holds above the rest. activations: what the
-    user says that they take; they are gone before the step, so the larger of the two counts.
-    """
-
-    name: str
-    momentum_bits: float
-    weights: int
-    gradients: int
-    state: int
-    workspace: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """The most of a training step."""
-        temporary = max(self.workspace, self.activations)
-        return self.weights + self.gradients + self.state + temporary
-
-
-def make_plans(
-    routing: Routing,
-    dtype: torch.dtype,
-    device: Device,
-    aux: AdamKind,
-    activations: int = 0,
-    rule: UpdateRule = MUON,
-) -> list[Plan]:
-    """Every optimizer and every format that the rule takes, by total.
-
-    dtype: of weights, gradients and the moments of torch's optimizers, which are like the
-    parameter. aux: AdamW of what our Muon does not take; torch.optim.Muon goes with torch's.
-    rule: of our Muon.
-    """
-    elements = routing.muon_elements + routing.aux_elements
-    size = elements * dtype.itemsize
-
-    def plan(name: str, bits: float, state: int, workspace: int) -> Plan:
-        return Plan(name, bits, size, size, state, workspace, activations)
-
-    everything = routing.all_shapes
-    adam_bits = {
-        kind: 8 * adam_state_bytes(everything, dtype, kind) / elements
-        for kind in ("adamw", "adamw8bit")
-    }
-    plans = [
-        plan(
-            name,
-            adam_bits[kind],
-            adam_state_bytes(everything, dtype, kind),
-            adam_step_bytes(everything, dtype, kind, device),
-        )
-        for name, kind in _ADAM_ROWS
-    ]
-    plans.append(
-        plan(
-            f"{TORCH_MUON} + AdamW",
-            8 * dtype.itemsize,
-            dtype.itemsize * routing.muon_elements + adam_state_bytes(routing.aux, dtype, "adamw"),
-            max(
-                max(torch_muon_step_bytes(shape, dtype) for shape, _ in routing.muon),
-                adam_step_bytes(routing.aux, dtype, "adamw", device),
-            ),
-        )
-    )
-    other_state = adam_state_bytes(routing.aux, dtype, aux) + rule_state_bytes(routing, rule)
-    aux_step = adam_step_bytes(routing.aux, dtype, aux, device)
-    for name, state_format in PRESETS.items():
-        if refusal(rule, state_format):
-            continue
-        state = muon_state_bytes(routing, state_format)
-        plans.append(
-            plan(
-                name,
-                8 * state / routing.muon_elements,
-                state + other_state,
-                max(aux_step, muon_step_bytes(routing, state_format, dtype, device, rule)),
-            )
-        )
-    return sorted(plans, key=lambda plan: plan.total)
-
-
-def refusal(rule: UpdateRule, state_format: StateFormat) -> str:
-    """What `Muon` says of a rule that does not go with a format; empty if it does."""
-    chosen = {"rule": rule, "state_format": state_format, "nesterov": not state_format.normalize}
-    try:
-        apply_rule({**GROUP_DEFAULTS, **chosen}, (), GROUP_DEFAULTS)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-_ADAM_ROWS: tuple[tuple[str, AdamKind], ...] = ((ADAMW, "adamw"), (ADAMW8BIT, "adamw8bit"))
+    return Routing(muon, aux, tied)
 
 
 def muon_state_bytes(routing: Routing, state_format: StateFormat) -> int:
@@ -196,13 +94,15 @@ def muon_state_bytes(routing: Routing, state_format: StateFormat) -> int:
 
 def rule_state_bytes(routing: Routing, rule: UpdateRule) -> int:
     """What the rule keeps of all these matrices beside their momenta."""
-    total = 0
-    for (shape, stack), count in routing.muon.items():
-        matrices, one = _matrices(shape, stack)
-        kept = rule.state(one).values()
-        sizes = (math.prod(each.shape) * each.dtype.itemsize for each in kept)
-        total += count * matrices * sum(sizes)
-    return total
+    return sum(
+        count * _matrices(shape, stack)[0] * _kept_bytes(_matrices(shape, stack)[1], rule)
+        for (shape, stack), count in routing.muon.items()
+    )
+
+
+def _kept_bytes(shape: tuple[int, int], rule: UpdateRule) -> int:
+    kept = rule.state(shape).values()
+    return sum(math.prod(each.shape) * each.dtype.itemsize for each in kept)
 
 
 def _matrices(shape: Shape, stack: bool) -> tuple[int, tuple[int, int]]:
@@ -223,13 +123,44 @@ def muon_step_bytes(
     dtype: torch.dtype,
     device: Device,
     rule: UpdateRule = MUON,
+    *,
+    compensation: bool = False,
 ) -> int:
     """The most that our Muon holds in a step above weights, gradients and state."""
-    workspace = host_workspace if device == "cpu" else device_workspace
     return max(
-        workspace.muon_step_bytes(shape, count, state_format, dtype, rule, stack=stack)
+        _step_bytes(device, shape, count, state_format, dtype, rule, stack, compensation)
         for (shape, stack), count in routing.muon.items()
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _step_bytes(
+    device: Device,
+    shape: Shape,
+    count: int,
+    state_format: StateFormat,
+    dtype: torch.dtype,
+    rule: UpdateRule,
+    stack: bool,
+    compensation: bool,
+) -> int:
+    """Of all parameters of one shape, once for all setups that have them."""
+    workspace = host_workspace if device == "cpu" else device_workspace
+    return workspace.muon_step_bytes(
+        shape, count, state_format, dtype, rule, stack=stack, compensation=compensation
+    )
+
+
+def fetched_bytes(routing: Routing, state_format: StateFormat, rule: UpdateRule = MUON) -> int:
+    """Offloaded momenta that are on the device at once: a batch and the next (`state.offload`)."""
+    total = most = 0
+    for (shape, stack), count in routing.muon.items():
+        matrices, one = _matrices(shape, stack)
+        stored = _stored_bytes(one, state_format) + _kept_bytes(one, rule)
+        number = count * matrices
+        total += stored * number
+        most = max(most, stored * min(number, device_workspace.batch_size(one, state_format)))
+    return min(total, 2 * most)
 
 
 def torch_muon_step_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -276,8 +207,3 @@ def adam_step_bytes(
     if device == "cpu":
         return _8BIT_CPU_BYTES[dtype] * largest if largest >= _8BIT_ELEMENTS else 0
     return 0
-
-
-def fitting(plans: Sequence[Plan], device_memory: int) -> Iterator[Plan]:
-    """The plans that fit, smallest first."""
-    return (plan for plan in plans if plan.total <= device_memory)

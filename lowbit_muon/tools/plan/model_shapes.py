@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lowbit_muon.optimizers.param_groups import HEAD_NAMES
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.plan.headers import (
     INDEX_FILE,
@@ -52,10 +53,15 @@ _OTHER_INPUTS = (
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model without data and without a forward pass, and where it was read."""
+    """A model without data and without a forward pass, and where it was read.
+
+    tied: whether layers share a parameter. Checkpoints do not say it; they are taken to be tied if
+    they have no head.
+    """
 
     source: str
     model: nn.Module
+    tied: bool
 
     @property
     def parameters(self) -> dict[str, Shape]:
@@ -125,7 +131,8 @@ def _from_config(path: Path, values: dict[str, Any]) -> ModelShapes:
     except Exception as error:  # of as many kinds as transformers has models
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: expected a config of {model_type}, got {reason}") from None
-    shapes = ModelShapes(f"{path} ({model_type})", model)
+    tied = len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
+    shapes = ModelShapes(f"{path} ({model_type})", model, tied)
     for name, shape in shapes.parameters.items():
         if not is_size(shape) or 0 in shape:
             raise UserError(f"{path}: {name}: expected a size >= 1 and < 2^55, got {shape}")
@@ -218,7 +225,8 @@ def _from_headers(paths: Sequence[Path]) -> ModelShapes:
             f"{files}: expected parameters, {MOST_TENSORS:,} at most, got {len(found):,}"
         )
     try:
-        return ModelShapes(f"{files} (safetensors headers)", skeleton(found))
+        tied = set(HEAD_NAMES).isdisjoint(part for name in found for part in name.split("."))
+        return ModelShapes(f"{files} (safetensors headers)", skeleton(found), tied)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{files}: expected names of a model's parameters, got {error}") from None
 
