@@ -26,7 +26,7 @@ EXAMPLES = ("nanochat", "lora", "convnet", "moe", "diffusion")
 TUNING_SEED = 100
 SEEDS = (0, 1)
 # Where the search begins, for Muon in both formats and for AdamW.
-FIRST_RATES = {"lora": (0.01, 4e-3)}
+FIRST_RATES = {"lora": (0.01, 4e-3), "moe": (0.04, 8e-3), "diffusion": (0.04, 8e-3)}
 USUAL_FIRST_RATES = (0.02, 4e-3)
 
 

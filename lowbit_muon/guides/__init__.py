@@ -7,6 +7,7 @@
 - [Which rule?](which_rule.md)
 - [Over several processes](distributed.md)
 - [On a GPU](gpu.md)
+- [Examples that run](gallery.md)
 - [Questions and answers](faq.md)
 
 <a id="replace_your_muon"></a>
@@ -36,6 +37,10 @@
 <a id="gpu"></a>
 
 .. include:: gpu.md
+
+<a id="gallery"></a>
+
+.. include:: gallery.md
 
 <a id="faq"></a>
 
