@@ -100,6 +100,7 @@ bench: venv
 	$(BIN)/python -m bench.predictors bench/data/gpt64.safetensors build/gpt128.safetensors \
 		build/gpt256.safetensors --json $(RESULTS)/predictors.json
 	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.svg
+	$(BIN)/python -m bench.gallery --json $(RESULTS)/gallery.json --plots $(RESULTS)/gallery
 	$(BIN)/python -m bench.report
 
 lint: venv

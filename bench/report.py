@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fidelity import FIGURES, pareto_front
+from bench.gallery import EXAMPLES as GALLERY
 from bench.gpu.roofline import markdown as paper
 from bench.predictors import agreement
 from bench.scaling.report import is_exact
@@ -25,6 +26,8 @@ from bench.training.report import Row, bits_of, cells, label
 from bench.training.report import rows as training_rows
 from bench.versions import TESTS
 from lowbit_muon import PRESETS, RULES, UpdateRule
+from lowbit_muon.examples.common import LABELS as GALLERY_LABELS
+from lowbit_muon.examples.common import METHODS as GALLERY_METHODS
 from lowbit_muon.tools.benchmark.report import significant
 
 ROOT = Path(__file__).parents[1]
@@ -335,6 +338,20 @@ def codec() -> str:
     )
 
 
+def gallery() -> str:
+    """The examples: what each method ends at, seed by seed, at its rate, and its state."""
+    found = results("gallery")
+    rows = []
+    for name in GALLERY:
+        made = [found[f"{name} {method}"] for method in GALLERY_METHODS]
+        losses = (" and ".join(f"{loss:.3f}" for loss in row["losses"]) for row in made)
+        state = (f"{row['state_bytes'] / 1024:,.0f}" for row in made)
+        rows.append([f"`{name}`", *losses, *state, *(f"{row['lr']:g}" for row in made)])
+    labels = [GALLERY_LABELS[method] for method in GALLERY_METHODS]
+    headings = (f"{what} {label}" for what in ("loss,", "KiB,", "rate,") for label in labels)
+    return table(("", *headings), rows)
+
+
 def machine() -> str:
     """What the machine does at most, by number of threads: G operations, or GB, a second."""
     rows = results("machine")
@@ -560,6 +577,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "memory_limits": memory_limits,
     "machine": machine,
     "codec": codec,
+    "gallery": gallery,
     "lut_gemm": lut_gemm,
     "isas": isas,
     "orthogonalize": orthogonalize,
