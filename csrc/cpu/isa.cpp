@@ -26,15 +26,11 @@ extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
 }  // namespace avx512
 namespace avx512vnni {
-extern const CodecKernels codec_kernels;
-extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
 }  // namespace avx512vnni
 #endif
 #if defined(LOWBIT_BF16_LEVEL)
 namespace avx512bf16 {
-extern const CodecKernels codec_kernels;
-extern const RotationKernel rotation_kernel;
 extern const ProductKernels product_kernels;
 }  // namespace avx512bf16
 #endif
@@ -82,11 +78,12 @@ const std::vector<Level>& levels() {
             {"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel, &avx2::product_kernels});
         found.push_back({"avx512", avx512, &avx512::codec_kernels, avx512::rotation_kernel,
                          &avx512::product_kernels});
-        found.push_back({"avx512vnni", vnni, &avx512vnni::codec_kernels,
-                         avx512vnni::rotation_kernel, &avx512vnni::product_kernels});
+        // What these add multiplies integers or bfloat16; codec and rotation are avx512's.
+        found.push_back({"avx512vnni", vnni, &avx512::codec_kernels, avx512::rotation_kernel,
+                         &avx512vnni::product_kernels});
 #if defined(LOWBIT_BF16_LEVEL)
-        found.push_back({"avx512bf16", vnni && has_bf16(), &avx512bf16::codec_kernels,
-                         avx512bf16::rotation_kernel, &avx512bf16::product_kernels});
+        found.push_back({"avx512bf16", vnni && has_bf16(), &avx512::codec_kernels,
+                         avx512::rotation_kernel, &avx512bf16::product_kernels});
 #endif
 #endif
         return found;

@@ -1,5 +1,3 @@
 #define LOWBIT_ISA avx512vnni
 #define LOWBIT_LANES_FILE "lanes_avx512.inl"
-#include "codec.inl"
 #include "product.inl"
-#include "rotation.inl"

@@ -19,30 +19,13 @@
 //
 // No function of the C++ library may be used here: see interface.hpp.
 
-#include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "interface.hpp"
+#include "common.inl"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-#include LOWBIT_LANES_FILE
-
-constexpr size_t kLanes = 16;
-constexpr size_t kChunkBytes = 64;
-// Smallest normal float: a smaller scale has no finite reciprocal and is stored as zero.
-constexpr float kSmallestScale = 1.17549435e-38f;
-
-inline size_t min_size(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-
 #include "gradient.inl"
-#include "packing.inl"
 
 // ---- Statistics ----
 
@@ -70,26 +53,6 @@ inline double sum_of_squares(const float* x, size_t count) {
         odd = add_squares(odd, rest + kLanes);
     }
     return sum_lanes(even + odd);
-}
-
-inline float largest_magnitude(const float* x, size_t count) {
-    I32x16 largest = zero_codes();
-    size_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        largest = max_magnitude(largest, load(x + i));
-    }
-    if (i < count) {
-        largest = max_magnitude(largest, load_first(x + i, count - i));
-    }
-    uint32_t lane[kLanes];
-    store_bits(lane, largest);
-    uint32_t bits = 0;
-    for (size_t j = 0; j < kLanes; ++j) {
-        bits = lane[j] > bits ? lane[j] : bits;
-    }
-    float magnitude;
-    memcpy(&magnitude, &bits, sizeof magnitude);
-    return magnitude;
 }
 
 inline float block_scale(const float* x, size_t count, Statistic statistic, float clip) {

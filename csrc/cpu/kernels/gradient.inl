@@ -12,33 +12,6 @@ union GradTile {
     uint16_t words[kTileRows * kTileStride];
 };
 
-// Interleaves the first, or the last, two elements; compilers make one shuffle of it.
-template <typename Vector>
-inline Vector zip_first(Vector a, Vector b) {
-    return Vector{a[0], b[0], a[1], b[1]};
-}
-template <typename Vector>
-inline Vector zip_last(Vector a, Vector b) {
-    return Vector{a[2], b[2], a[3], b[3]};
-}
-
-template <typename Word>
-inline void transpose_4x4(const Word* from, size_t from_stride, Word* to, size_t to_stride) {
-    typedef Word Vector __attribute__((vector_size(4 * sizeof(Word))));
-    Vector row[4];
-    for (size_t i = 0; i < 4; ++i) {
-        memcpy(&row[i], from + i * from_stride, sizeof(Vector));
-    }
-    const Vector even[2] = {zip_first(row[0], row[2]), zip_last(row[0], row[2])};
-    const Vector odd[2] = {zip_first(row[1], row[3]), zip_last(row[1], row[3])};
-    for (size_t i = 0; i < 2; ++i) {
-        const Vector first = zip_first(even[i], odd[i]);
-        const Vector last = zip_last(even[i], odd[i]);
-        memcpy(to + 2 * i * to_stride, &first, sizeof(Vector));
-        memcpy(to + (2 * i + 1) * to_stride, &last, sizeof(Vector));
-    }
-}
-
 // A tile whose columns are contiguous and lie close together is read where it is: 4 to 5 times as
 // fast as by `gather_tile` with 8 rows.
 template <typename Word>

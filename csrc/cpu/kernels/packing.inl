@@ -1,5 +1,5 @@
 // Codes of a panel, one byte each, to and from the packed planes of a row (layout:
-// lowbit_muon/formats.py, CodeLayout). Included by codec.inl.
+// lowbit_muon/formats.py, CodeLayout). Included by common.inl.
 
 constexpr size_t ceil_divide(size_t a, size_t b) {
     return (a + b - 1) / b;

@@ -1,6 +1,5 @@
 // Matrix products in registers: packing and the tile of sums, one source for floats, int16, int8
-// and bfloat16, compiled once for each ISA level into namespace lowbit::LOWBIT_ISA (included after
-// codec.inl).
+// and bfloat16, compiled once for each ISA level into namespace lowbit::LOWBIT_ISA.
 //
 // One word of the left operand is broadcast against strips of sixteen words of the right one. All
 // that differs between the types is the instruction that multiplies and adds a word.
@@ -9,6 +8,8 @@
 // Float sums are fused where the level can; their order over k is fixed by the caller's steps.
 //
 // No function of the C++ library may be used here: see interface.hpp.
+
+#include "common.inl"
 
 namespace lowbit {
 namespace LOWBIT_ISA {

@@ -1,8 +1,10 @@
 // Rotation of rows by two overlapping Walsh-Hadamard transforms, compiled once for each ISA level
-// into namespace lowbit::LOWBIT_ISA (included by the level's file after codec.inl).
+// into namespace lowbit::LOWBIT_ISA.
 //
 // Sums and differences are taken in the order of the textbook transform (strides 1, 2, 4, ...), so
 // that every level and the reference round alike. No function of the C++ library may be used here.
+
+#include "common.inl"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
