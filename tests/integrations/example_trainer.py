@@ -20,7 +20,7 @@ STEPS = 6
 # Rates for random weights, and for pretrained ones, whose updates are scaled to AdamW's size.
 RATES: dict[str, dict[str, Any]] = {
     "tiny": {"lr": 0.02, "aux_lr": 3e-3},
-    "smollm2": {"lr": 5e-4, "aux_lr": 1e-4, "adjust_lr_fn": "match_rms_adamw"},
+    "smollm2": {"lr": 2e-4, "aux_lr": 1e-4, "adjust_lr_fn": "match_rms_adamw"},
 }
 # Sequences at once, and how many such batches a step adds up.
 BATCHES = {"tiny": (4, 2), "smollm2": (1, 2)}

@@ -83,7 +83,7 @@ class FinetuneSettings:
         MUON, "what is done with the momentum: lowbit_muon.RULES", tuple(RULES), metavar="NAME"
     )
     lr: float = _option(
-        5e-4,
+        2e-4,
         "Muon's learning rate: matched to AdamW's update size, but for rules that bring a scale of "
         "their own (adjust_lr_fn, in the guide on rules) or step relative to the weights (muonh): "
         "then it is the rule's as published, and this default may be far from it",
@@ -92,7 +92,7 @@ class FinetuneSettings:
     aux_adam: str = _option(
         "auto", "AdamW beside Muon; auto: in 8 bits where possible", ("auto", *ADAMW_METHODS)
     )
-    adamw_lr: float = _option(2e-4, "learning rate of the matrices with --optimizer adamw*")
+    adamw_lr: float = _option(1e-4, "learning rate of the matrices with --optimizer adamw*")
     weight_decay: float | None = _rules_own("weight_decay", "weight decay of the matrices")
     momentum: float | None = _rules_own("momentum", "Muon's momentum")
     nesterov: bool | None = _rules_own("nesterov", "Nesterov momentum; muonq4 never uses it")
