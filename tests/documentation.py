@@ -31,7 +31,7 @@ SITE_FILES = (
     ROOT / "CHANGELOG.md",
     *GUIDES,
     RESULTS / "README.md",
-    *sorted(RESULTS.glob("*.svg")),
+    *sorted(RESULTS.rglob("*.svg")),
 )
 _HIDDEN = re.compile(r"```.*?```|`[^`\n]*`", flags=re.DOTALL)  # nothing in code is a link
 

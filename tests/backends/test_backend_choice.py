@@ -107,7 +107,7 @@ def test_the_reasons_here_name_a_remedy() -> None:
 
 
 def test_importing_the_package_imports_no_triton() -> None:
-    code = "import sys, lowbit_muon; lowbit_muon.backends.describe_backends(); "
+    code = "import sys, lowbit_muon.backends; lowbit_muon.backends.describe_backends(); "
     code += "print('triton' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

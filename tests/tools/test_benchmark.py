@@ -392,7 +392,7 @@ def test_lists_on_the_command_line() -> None:
     assert parse_shapes("16x24, 8x8,16x24") == [(16, 24), (8, 8)]
     assert parse_formats("nf4,fp32, nf4") == ["nf4", "fp32"]
     parser = argparse.ArgumentParser()
-    command.add_bench_command(parser.add_subparsers())
+    command.add_command(parser.add_subparsers(), "")
     defaults = parser.parse_args(["bench"])
     assert defaults.shapes == parse_shapes(command.SHAPES)
     assert set(defaults.formats) <= set(PRESETS)

@@ -25,7 +25,7 @@ from lowbit_muon import RULES, Muon
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune import compare as compare_module
 from lowbit_muon.tools.finetune import training
-from lowbit_muon.tools.finetune.command import add_finetune_command
+from lowbit_muon.tools.finetune.command import add_command
 from lowbit_muon.tools.finetune.compare import compare
 from lowbit_muon.tools.finetune.llama import Llama, LlamaConfig, rotary_table, rotate
 from lowbit_muon.tools.finetune.optimizers import build_optimizer
@@ -345,7 +345,7 @@ def test_a_resumed_run_keeps_its_rule() -> None:
 def test_settings_survive_the_command_line(tiny: FinetuneSettings) -> None:
     """As a comparison hands them to the process of each run."""
     parser = argparse.ArgumentParser()
-    add_finetune_command(parser.add_subparsers())
+    add_command(parser.add_subparsers(), "")
     for changes in ({"rule": "lion"}, {"momentum": 0.9, "nesterov": False}, {"weight_decay": 0.0}):
         settings = dataclasses.replace(tiny, **changes)
         given = vars(parser.parse_args(["finetune", *settings.to_arguments()]))
