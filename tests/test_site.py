@@ -95,7 +95,9 @@ def test_the_reference_shows_everything_public(name: str, site: Path) -> None:
     for member, value in public_members(module).items():
         assert f'id="{name}.{member}"' in page, f"{name}.{member}"
         for method, found in vars(value).items() if inspect.isclass(value) else ():
-            if not method.startswith("_") and inspect.isroutine(found):
+            # (torch puts a hooked `step` into every class of which there has been an instance)
+            inherited = getattr(found, "hooked", False) and value.__name__ != "Muon"
+            if not method.startswith("_") and inspect.isroutine(found) and not inherited:
                 assert f'id="{name}.{member}.{method}"' in page, f"{name}.{member}.{method}"
     # Indented code whose paragraph did not end in "::".
     assert "<blockquote" not in page
