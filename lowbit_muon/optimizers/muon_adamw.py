@@ -23,7 +23,7 @@ from lowbit_muon.distributed.state_dicts import shard_like, whole_state
 from lowbit_muon.formats.state_format import FORMAT_VERSION
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.optimizers.param_groups import muon_param_groups
-from lowbit_muon.optimizers.routing import groups_by_shape
+from lowbit_muon.optimizers.routing import groups_with_kinds
 from lowbit_muon.state.diagnosis import Diagnosis
 from lowbit_muon.state.gradients import count_skipped
 from lowbit_muon.state.parameter import parameter_names, refuse_gradient
@@ -128,7 +128,7 @@ class MuonWithAuxAdam(Muon):
                 params, **defaults, aux_lr=aux["lr"], aux_weight_decay=decay, no_decay=bool(decay)
             )
         else:
-            groups = _with_kinds(params, decays=bool(defaults["weight_decay"]))
+            groups = groups_with_kinds(params, decays=bool(defaults["weight_decay"]))
         super().__init__(groups, **defaults, **options)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -312,15 +312,6 @@ class MuonWithAuxAdam(Muon):
             "exp_avg": moments.first.to(torch.float32, copy=True),
             "exp_avg_sq": moments.second.to(torch.float32, copy=True),
         }
-
-
-def _with_kinds(params: Any, *, decays: bool) -> list[Any]:
-    """Groups that say `use_muon`; if one does, they are as they were given."""
-    if isinstance(params, (Tensor, set)) or not isinstance(params, Iterable):
-        return groups_by_shape(params, decays=decays)  # raises
-    entries = list(params)
-    kinds = [isinstance(entry, dict) and "use_muon" in entry for entry in entries]
-    return entries if any(kinds) else groups_by_shape(entries, decays=decays)
 
 
 def resolve_aux_lr(

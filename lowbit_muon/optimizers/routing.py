@@ -33,27 +33,32 @@ _TALL = 5
 Member = tuple[str | None, Tensor]
 
 
-def groups_by_shape(params: Iterable[Any], *, decays: bool) -> list[Group]:
+def groups_with_kinds(params: Iterable[Any], *, decays: bool) -> list[Any]:
     """Groups with `use_muon` out of parameters, (name, parameter) pairs or groups of either.
 
-    AdamW takes what has fewer than two dimensions, or one row or column; depthwise convolutions;
-    what a name calls an embedding, head, norm or the like; and what looks like an embedding or a
-    head: taller than wide, of a shape that comes at most twice, where others come four times or it
-    is five times as tall as wide. Muon takes the rest, three dimensions as a stack of matrices
-    where the last is larger than the first. Frozen parameters are left out. Options of a group go
-    on to both of its parts, as far as each has them.
+    Groups are as they were given if one of them says `use_muon`. Of others AdamW takes what has
+    fewer than two dimensions, or one row or column; depthwise convolutions; what a name calls an
+    embedding, head, norm or the like; and what looks like an embedding or a head: taller than wide,
+    of a shape that comes at most twice, where others come four times or it is five times as tall as
+    wide. Muon takes the rest, three dimensions as a stack of matrices where the last is larger than
+    the first. Frozen parameters are left out. Options of a group go on to both of its parts, as far
+    as each has them.
 
     decays: whether parameters of groups that do not say so have weight decay; those that are no
     matrices get a group without.
 
     Raises TypeError for what is no parameter; ValueError if nothing is to be trained.
     """
-    given = _groups(params)
+    entries = _entries(params)
+    if any(isinstance(entry, Mapping) and "use_muon" in entry for entry in entries):
+        return entries
+    are_groups = entries and all(isinstance(entry, Mapping) for entry in entries)
+    given = entries if are_groups else [{"params": entries}]
     members = [_members(group) for group in given]
     shapes = Counter(tuple(param.shape) for part in members for _, param in part if param.ndim == 2)
     if any(name is None for part in members for name, param in part if param.ndim > 1):
         _say_that_it_goes_by_shape()
-    made = []
+    made: list[Any] = []
     for group, part in zip(given, members, strict=True):
         own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         keeps = decays and "weight_decay" not in own
@@ -71,17 +76,14 @@ def groups_by_shape(params: Iterable[Any], *, decays: bool) -> list[Group]:
     return made
 
 
-def _groups(params: Iterable[Any]) -> list[Mapping[str, Any]]:
-    """What was given as groups."""
+def _entries(params: Iterable[Any]) -> list[Any]:
+    """What was given."""
     if isinstance(params, (Tensor, set, str)) or not isinstance(params, Iterable):
         raise TypeError(
             "params: expected a model, an ordered iterable of parameters or of (name, parameter), "
             f"or groups, got {type(params).__name__}"
         )
-    entries = list(params)
-    if entries and all(isinstance(entry, Mapping) for entry in entries):
-        return entries
-    return [{"params": entries}]
+    return list(params)
 
 
 def _members(group: Mapping[str, Any]) -> list[Member]:
@@ -140,5 +142,5 @@ def _say_that_it_goes_by_shape() -> None:
         "and its shape comes at most twice). Pass the model, or its named_parameters(), for more "
         "than a guess; `param_groups` shows what went where. (In transformers' Trainer, whose "
         "learning_rate does not come here, use MuonFactory.)",
-        stacklevel=5,
+        stacklevel=4,
     )
