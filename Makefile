@@ -6,7 +6,7 @@ RESULTS := bench/results
 PROCESSES ?= 2
 # Those of 3.10 to 3.13 that run here.
 PYTHONS ?= $(foreach minor,10 11 12 13,$(shell cd / && python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
-ISAS ?= avx2 avx512 avx512vnni avx512bf16
+ISAS ?= avx2 avx512 avx512vnni avx512bf16 amx
 # Newer than everything it was made from: a change of these files reinstalls.
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell find csrc bench/csrc -name '*.?pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')

@@ -60,7 +60,11 @@ X86_LEVELS = {
 }
 # By itself, since gcc 9 does not know it.
 BF16_LEVEL = {"avx512bf16": [*X86_LEVELS["avx512vnni"], "-mavx512bf16"]}
+# Nor does gcc 10 know this one.
+AMX_LEVEL = {"amx": [*BF16_LEVEL["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]}
 X86_PROBE = "#ifndef __x86_64__\n#error not x86-64\n#endif\n#include <immintrin.h>\n"
+# Its registers are asked for as on Linux.
+AMX_PROBE = X86_PROBE + "#include <sys/syscall.h>\nlong probe() { return SYS_arch_prctl; }\n"
 OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
 
 
@@ -128,6 +132,9 @@ class BuildKernels(build_ext):
         if self._compiles(X86_PROBE, BF16_LEVEL["avx512bf16"]):
             levels |= BF16_LEVEL
             extension.define_macros.append(("LOWBIT_BF16_LEVEL", None))
+        if self._compiles(AMX_PROBE, AMX_LEVEL["amx"]):
+            levels |= AMX_LEVEL
+            extension.define_macros.append(("LOWBIT_AMX_LEVEL", None))
         for level, level_flags in levels.items():
             extension.extra_objects += self.compiler.compile(
                 [str(SOURCES / "kernels" / f"{level}.cpp")],

@@ -62,8 +62,8 @@ def _library(isa: str) -> ctypes.CDLL:
 
 def _compile(isa: str, path: Path) -> None:
     rules = _build_rules()
-    levels = {**rules.X86_LEVELS, **rules.BF16_LEVEL}
-    lanes = isa.removesuffix("vnni").removesuffix("bf16") if isa in levels else "generic"
+    levels = {**rules.X86_LEVELS, **rules.BF16_LEVEL, **rules.AMX_LEVEL}
+    lanes = {"baseline": "generic", "avx2": "avx2"}.get(isa, "avx512")
     temporary = path.with_suffix(f".{os.getpid()}")
     command = [
         *_compiler(),

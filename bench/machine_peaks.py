@@ -44,7 +44,7 @@ def best_isa() -> str:
 
 def code_type(isa: str) -> str:
     """What the kernels of a level multiply codes as: "int8" or "int16"."""
-    return "int8" if isa in ("avx512vnni", "avx512bf16") else "int16"
+    return "int8" if isa in ("avx512vnni", "avx512bf16", "amx") else "int16"
 
 
 def roofs(keys: Iterable[str]) -> list[Case]:

@@ -38,7 +38,7 @@ FILES = (
     RESULTS / "README.md",
     *sorted((ROOT / "lowbit_muon" / "guides").glob("*.md")),
 )
-ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 SIZES = ("64", "256", "576", "1024", "2048")  # rows of README's orthogonalised matrices
 WIDTHS = (64, 128, 256)  # of the recorded GPTs
 SHIFT_RUNS = ("training", "training_shifts", "training_modern")

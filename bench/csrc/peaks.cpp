@@ -103,6 +103,49 @@ double run_chains(size_t iterations) {
     return sum_all(lanes[0], kChains * kStrip);
 }
 
+#if defined(__AMX_TILE__)
+// The same in tiles: four of sums, one of each factor; more than four hide no more latency.
+template <WordType TYPE>
+double run_tiles(size_t iterations) {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+    } shapes;
+    uint32_t ones[256];
+    for (uint32_t& word : ones) {
+        word = Ones<TYPE>::left;
+    }
+    _tile_loadconfig(&shapes);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, ones, 64);
+    _tile_loadd(5, ones, 64);
+    for (size_t i = 0; i < iterations; ++i) {
+        if constexpr (TYPE == WordType::int8) {
+            _tile_dpbssd(0, 4, 5);
+            _tile_dpbssd(1, 4, 5);
+            _tile_dpbssd(2, 4, 5);
+            _tile_dpbssd(3, 4, 5);
+        } else {
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_dpbf16ps(1, 4, 5);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    typename Words<TYPE>::Element sums[4][256];
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    _tile_release();
+    return sum_all(sums[0], 4 * 256);
+}
+#endif
+
 double run_thread(WordType type, size_t iterations) {
     switch (type) {
         case WordType::float32:
@@ -110,13 +153,17 @@ double run_thread(WordType type, size_t iterations) {
         case WordType::int16:
             return run_chains<WordType::int16>(iterations);
         case WordType::int8:
-#if defined(LOWBIT_HAS_DOT_4)
+#if defined(__AMX_TILE__)
+            return run_tiles<WordType::int8>(iterations);
+#elif defined(LOWBIT_HAS_DOT_4)
             return run_chains<WordType::int8>(iterations);
 #else
             break;
 #endif
         case WordType::bfloat16:
-#if defined(LOWBIT_HAS_BF16)
+#if defined(__AMX_TILE__)
+            return run_tiles<WordType::bfloat16>(iterations);
+#elif defined(LOWBIT_HAS_BF16)
             return run_chains<WordType::bfloat16>(iterations);
 #else
             break;

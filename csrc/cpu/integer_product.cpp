@@ -23,8 +23,11 @@ void code_gram(size_t batch, size_t rows, size_t columns, int bits, uintptr_t le
         std::fill_n(results, batch * rows * rows, 0.0f);
         return;
     }
-    const ProductKernels& kernels = product_kernels();
     const bool whole_rows = block_size >= columns;
+    const ProductKernels* const with_tiles = &product_kernels();
+    const size_t tile_codes = with_tiles->tile_steps * codes_per_word(with_tiles->code_type);
+    const bool tiles = tile_codes != 0 && (whole_rows || block_size % tile_codes == 0);
+    const ProductKernels& kernels = tiles ? *with_tiles : vector_kernels();
     expect(whole_rows || (block_size > 0 && block_size % 4 == 0 &&
                           (kPanelColumns % block_size == 0 || block_size % kPanelColumns == 0)),
            "block_size: expected all columns, or a multiple of 4 that divides ", kPanelColumns,
@@ -45,7 +48,9 @@ void code_gram(size_t batch, size_t rows, size_t columns, int bits, uintptr_t le
     const size_t fitting = kPackedWords * per_word / (strips * kStrip) / kPanelColumns;
     const size_t chunk_columns =
         std::min(std::max<size_t>(fitting, 1), ceil_divide(columns, kPanelColumns)) * kPanelColumns;
-    const Buffer<uint32_t> words(strips * kStrip * chunk_columns / per_word, split.matrices);
+    const size_t packed_words = strips * kStrip * chunk_columns / per_word;
+    const Buffer<uint32_t> words(packed_words, split.matrices);
+    const Buffer<uint32_t> turned(tiles ? packed_words : 0, split.matrices);
     const Buffer<int32_t> segment_sums(whole_rows ? 0 : rows * width, split.all());
     const Buffer<float> segment_scales(segments * rows, split.matrices);  // [segments, rows]
     // [rows, segments], once packed; empty if there is nothing to correct
@@ -55,11 +60,12 @@ void code_gram(size_t batch, size_t rows, size_t columns, int bits, uintptr_t le
     const auto run_group = [&](float* result, size_t group, size_t panel, size_t count,
                                size_t worker, size_t part) {
         const size_t first = group * width;
-        const uint32_t* const packed_words = words.get(worker);
+        const uint32_t* const right = words.get(worker);
+        const uint32_t* const left = tiles ? turned.get(worker) : right;
         const int32_t* const corrections = kernels.offset ? row_sums.get(worker) : nullptr;
         MultiplyArgs args = {};
         args.type = kernels.code_type;
-        args.a_steps = args.b_steps = code_steps(kernels.code_type, count);
+        args.a_steps = args.b_steps = code_steps(kernels, count);
         args.rows = rows;
         args.columns = std::min(width, rows - first);
         args.upper = true;
@@ -73,8 +79,8 @@ void code_gram(size_t batch, size_t rows, size_t columns, int bits, uintptr_t le
             const size_t index = column / segment;
             const size_t end = std::min(panel + count, (index + 1) * segment);
             const size_t step = (column - panel) / per_word;
-            args.a = packed_words + step * kStrip;
-            args.b = args.a + first * args.b_steps;
+            args.a = left + step * kStrip;
+            args.b = right + step * kStrip + first * args.b_steps;
             args.steps = ceil_divide(end - panel, per_word) - step;
             kernels.multiply(args);
             const bool complete = !whole_rows || end == columns;
@@ -114,14 +120,24 @@ void code_gram(size_t batch, size_t rows, size_t columns, int bits, uintptr_t le
         }
         for (size_t chunk = 0; chunk < columns; chunk += chunk_columns) {
             const size_t count = std::min(chunk_columns, columns - chunk);
-            const size_t steps = code_steps(kernels.code_type, count);
+            const size_t steps = code_steps(kernels, count);
             parallel_for(split.within, strips, [&](size_t strip, size_t) {
+                uint32_t* const packed = words.get(worker) + strip * steps * kStrip;
+                const size_t whole = count / kPanelColumns * kPanelColumns / per_word;
+                if (tiles) {  // what follows the last code
+                    std::fill(packed + whole * kStrip, packed + steps * kStrip, 0u);
+                }
                 PackCodesArgs args = own;
                 for (size_t c = 0; c < count; c += kPanelColumns) {
                     args.panel = chunk + c;
                     args.count = std::min(kPanelColumns, count - c);
-                    args.to = words.get(worker) + (strip * steps + c / per_word) * kStrip;
+                    args.to = packed + c / per_word * kStrip;
                     kernels.pack_code_rows(args, strip * kStrip);
+                }
+                if (tiles) {
+                    uint32_t* const to = turned.get(worker) + strip * steps * kStrip;
+                    std::copy_n(packed, steps * kStrip, to);
+                    kernels.turn_strip(to, steps);
                 }
             });
             // From the right, where a group of columns has the most rows.
@@ -154,7 +170,7 @@ void code_product(size_t batch, size_t out_rows, size_t rows, size_t columns, in
     limbs.rows = out_rows;
     limbs.depth = rows;
     limbs.factors = pointer<const float>(scales, "scales");
-    limbs.steps = code_steps(kernels.code_type, rows);
+    limbs.steps = code_steps(kernels, rows);
 
     const Threads split = split_threads(threads, batch, out_rows * rows * columns / 4);
     const size_t strip_words = limbs.steps * kStrip;
@@ -165,7 +181,9 @@ void code_product(size_t batch, size_t out_rows, size_t rows, size_t columns, in
     const Buffer<int32_t> high_sums(out_rows, split.matrices);
     const Buffer<int32_t> low_sums(out_rows, split.matrices);
     const size_t width = kernels.group_columns;
-    const size_t packed_steps = ceil_divide(rows, codes_per_word(kernels.code_type));
+    const bool tiles = kernels.tile_steps != 0;
+    const size_t packed_steps =
+        tiles ? limbs.steps : ceil_divide(rows, codes_per_word(kernels.code_type));
     const Buffer<uint32_t> words(kPanelColumns * packed_steps, split.matrices);
     // The sums of both limbs of a group of columns.
     const Buffer<int32_t> sums(2 * out_rows * width, split.all());
@@ -211,11 +229,21 @@ void code_product(size_t batch, size_t out_rows, size_t rows, size_t columns, in
             args.high_sums = high_sums.get(worker);
             args.low_sums = low_sums.get(worker);
             args.scratch = scratch.get(worker + part);
+            const size_t filled = rows / kPanelColumns * kPanelColumns / 4 * kStrip;
+            if (tiles) {  // what follows the last row of the codes
+                std::fill(args.high + filled, args.high + strip_words, 0u);
+                std::fill(args.low + filled, args.low + strip_words, 0u);
+            }
             kernels.pack_limbs(args, strip * kStrip);
+            if (tiles) {
+                kernels.turn_strip(args.high, limbs.steps);
+                kernels.turn_strip(args.low, limbs.steps);
+            }
         });
         PackCodesArgs own = codes;
         own.packed += matrix * rows * row_bytes;
         own.to = words.get(worker);
+        own.steps = packed_steps;
         for (size_t panel = 0; panel < columns; panel += kPanelColumns) {
             own.panel = panel;
             own.count = std::min(kPanelColumns, columns - panel);

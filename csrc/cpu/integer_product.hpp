@@ -36,9 +36,10 @@ inline size_t codes_per_word(WordType type) {
     return type == WordType::int8 ? 4 : 2;
 }
 
-// Words of `codes` codes along k, in whole groups of four.
-inline size_t code_steps(WordType type, size_t codes) {
-    return ceil_divide(ceil_divide(codes, codes_per_word(type)), 4) * 4;
+// Words of `codes` codes along k, in whole groups of four or whole tiles.
+inline size_t code_steps(const ProductKernels& kernels, size_t codes) {
+    const size_t group = std::max<size_t>(4, kernels.tile_steps);
+    return ceil_divide(ceil_divide(codes, codes_per_word(kernels.code_type)), group) * group;
 }
 
 // Up to so many rows `code_product` decodes codes where it multiplies them: with more, packing them

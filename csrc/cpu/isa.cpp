@@ -6,6 +6,10 @@
 #if defined(LOWBIT_X86_LEVELS)
 #include <cpuid.h>
 #endif
+#if defined(LOWBIT_AMX_LEVEL)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lowbit {
 
@@ -34,6 +38,11 @@ namespace avx512bf16 {
 extern const ProductKernels product_kernels;
 }  // namespace avx512bf16
 #endif
+#if defined(LOWBIT_AMX_LEVEL)
+namespace amx {
+extern const TileKernels tile_kernels;
+}  // namespace amx
+#endif
 
 namespace {
 
@@ -43,6 +52,7 @@ struct Level {
     const CodecKernels* codec;
     RotationKernel rotation;
     const ProductKernels* product;
+    const ProductKernels* vectors;
 };
 
 #if defined(LOWBIT_X86_LEVELS)
@@ -61,11 +71,41 @@ bool has_bf16() {
 }
 #endif
 
+#if defined(LOWBIT_AMX_LEVEL)
+// Leaf 7, bits 22, 24 and 25 of EDX: bfloat16, tiles, int8. Linux hands the tiles' registers to a
+// process that asks for them (from 5.16 on; ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA).
+bool has_amx() {
+    constexpr unsigned needed = (1u << 22) | (1u << 24) | (1u << 25);
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & needed) == needed &&
+           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+const ProductKernels& amx_kernels() {
+    static const ProductKernels kernels = [] {
+        ProductKernels changed = avx512bf16::product_kernels;
+        changed.offset = false;
+        changed.tile_steps = amx::tile_kernels.steps;
+        changed.turn_strip = amx::tile_kernels.turn_strip;
+        changed.multiply = amx::tile_kernels.multiply;
+        return changed;
+    }();
+    return kernels;
+}
+#endif
+
 // The conditions repeat the compiler flags of each level in setup.py.
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
-        std::vector<Level> found = {{"baseline", true, &baseline::codec_kernels,
-                                     baseline::rotation_kernel, &baseline::product_kernels}};
+        std::vector<Level> found;
+        const auto add = [&](const char* name, bool supported, const CodecKernels& codec,
+                             RotationKernel rotation, const ProductKernels& vectors,
+                             const ProductKernels* product = nullptr) {
+            found.push_back({name, supported, &codec, rotation,
+                             product == nullptr ? &vectors : product, &vectors});
+        };
+        add("baseline", true, baseline::codec_kernels, baseline::rotation_kernel,
+            baseline::product_kernels);
 #if defined(LOWBIT_X86_LEVELS)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -74,16 +114,20 @@ const std::vector<Level>& levels() {
             avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-        found.push_back(
-            {"avx2", avx2, &avx2::codec_kernels, avx2::rotation_kernel, &avx2::product_kernels});
-        found.push_back({"avx512", avx512, &avx512::codec_kernels, avx512::rotation_kernel,
-                         &avx512::product_kernels});
-        // What these add multiplies integers or bfloat16; codec and rotation are avx512's.
-        found.push_back({"avx512vnni", vnni, &avx512::codec_kernels, avx512::rotation_kernel,
-                         &avx512vnni::product_kernels});
+        add("avx2", avx2, avx2::codec_kernels, avx2::rotation_kernel, avx2::product_kernels);
+        add("avx512", avx512, avx512::codec_kernels, avx512::rotation_kernel,
+            avx512::product_kernels);
+        // What the others add multiplies integers or bfloat16; codec and rotation are avx512's.
+        add("avx512vnni", vnni, avx512::codec_kernels, avx512::rotation_kernel,
+            avx512vnni::product_kernels);
 #if defined(LOWBIT_BF16_LEVEL)
-        found.push_back({"avx512bf16", vnni && has_bf16(), &avx512::codec_kernels,
-                         avx512::rotation_kernel, &avx512bf16::product_kernels});
+        const bool bf16 = vnni && has_bf16();
+        add("avx512bf16", bf16, avx512::codec_kernels, avx512::rotation_kernel,
+            avx512bf16::product_kernels);
+#if defined(LOWBIT_AMX_LEVEL)
+        add("amx", bf16 && has_amx(), avx512::codec_kernels, avx512::rotation_kernel,
+            avx512bf16::product_kernels, &amx_kernels());
+#endif
 #endif
 #endif
         return found;
@@ -116,6 +160,10 @@ RotationKernel rotation_kernel() {
 
 const ProductKernels& product_kernels() {
     return *current().load()->product;
+}
+
+const ProductKernels& vector_kernels() {
+    return *current().load()->vectors;
 }
 
 std::string current_isa() {

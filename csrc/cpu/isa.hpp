@@ -12,6 +12,8 @@ namespace lowbit {
 const CodecKernels& codec_kernels();
 RotationKernel rotation_kernel();
 const ProductKernels& product_kernels();
+// The same without tiles: for narrow products, and for steps that are no whole tiles.
+const ProductKernels& vector_kernels();
 
 std::string current_isa();
 // Lowest first.

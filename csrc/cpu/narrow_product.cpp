@@ -91,7 +91,7 @@ void narrow_code_product(size_t batch, size_t out_rows, const PackCodesArgs& cod
                          const float* scales, const Matrices& a, float* results, float beta,
                          int threads) {
     constexpr size_t block = 32;  // rows that `add_code_columns` decodes at once
-    const ProductKernels& kernels = product_kernels();
+    const ProductKernels& kernels = vector_kernels();
     const auto [a_data, a_batch_stride, a_row_stride, a_column_stride] = a;
     const float* const rows_of_a = pointer<const float>(a_data, "a");
     const size_t rows = codes.rows, columns = codes.columns;
@@ -135,7 +135,7 @@ void code_times(size_t batch, size_t out_columns, size_t rows, size_t columns, i
         return;
     }
     float* const results = pointer<float>(out, "out");
-    const ProductKernels& kernels = product_kernels();
+    const ProductKernels& kernels = vector_kernels();
     const PackCodesArgs codes = code_operand(rows, columns, bits, levels, packed, row_bytes);
     const float* const row_scales = pointer<const float>(scales, "scales");
     const auto [v_data, v_batch_stride, v_row_stride, v_column_stride] = v;

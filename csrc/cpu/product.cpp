@@ -12,11 +12,24 @@ namespace {
 // Words along k that a strip is packed for at once: three strips of columns (36 KiB) stay in an L1
 // cache of 48 KiB beside the rows that pass by.
 constexpr size_t kWordSteps = 192;
+// In tiles sums take longer to leave their registers than to come about.
+constexpr size_t kTileWordSteps = 1024;
 // Columns (or rows) of the streamed operand that a thread packs at once, for its L2 cache.
 constexpr size_t kStreamBlock = 192;
 
 size_t factors_per_word(WordType type) {
     return type == WordType::bfloat16 ? 2 : 1;
+}
+
+bool in_tiles(const ProductKernels& kernels, WordType type) {
+    return type == WordType::bfloat16 && kernels.tile_steps != 0;
+}
+
+// Words along k, of whole tiles if there are any.
+size_t packed_steps(const ProductKernels& kernels, WordType type, size_t depth) {
+    const size_t steps = ceil_divide(depth, factors_per_word(type));
+    return in_tiles(kernels, type) ? ceil_divide(steps, kernels.tile_steps) * kernels.tile_steps
+                                   : steps;
 }
 
 // A float operand as its strips see it: `rows` are what a strip has sixteen of.
@@ -30,6 +43,7 @@ struct Operand {
     WordType type;
     // The elements (k + *diagonal, k) are packed as zeros.
     std::optional<ptrdiff_t> diagonal = std::nullopt;
+    bool turned = false;  // for tiles
 
     size_t strips() const { return ceil_divide(rows, kStrip); }
 
@@ -38,7 +52,7 @@ struct Operand {
                static_cast<ptrdiff_t>(row) * row_stride + static_cast<ptrdiff_t>(k) * k_stride;
     }
 
-    // `steps` words from the word `step` on.
+    // `steps` words from the word `step` on, with zeros past the end.
     void pack(const ProductKernels& kernels, size_t matrix, size_t strip, size_t step, size_t steps,
               uint32_t* to) const {
         const size_t each = factors_per_word(type);
@@ -51,6 +65,8 @@ struct Operand {
         args.depth = std::min(steps * each, depth - k);
         args.to = to;
         (type == WordType::bfloat16 ? kernels.pack_bfloat16 : kernels.pack_floats)(args);
+        const size_t words = ceil_divide(args.depth, each) * kStrip;
+        std::fill(to + words, to + steps * kStrip, 0u);
         if (diagonal) {
             for (size_t i = 0; i < args.rows; ++i) {
                 const ptrdiff_t place =
@@ -61,6 +77,9 @@ struct Operand {
                     to[word] &= each == 1 ? 0 : (part == 0 ? 0xffff0000u : 0x0000ffffu);
                 }
             }
+        }
+        if (turned) {
+            kernels.turn_strip(to, steps);
         }
     }
 };
@@ -203,6 +222,7 @@ void product(size_t batch, size_t rows, size_t columns, size_t depth, const Matr
     Operand right = right_operand(b, columns, depth, type);
     left.diagonal = a_diagonal;
     right.diagonal = b_diagonal;
+    left.turned = in_tiles(kernels, type);
     const Rows<float> out = rows_of<float>(c, "c");
     const float* const alpha_of = reinterpret_cast<const float*>(alphas);
 
@@ -215,19 +235,20 @@ void product(size_t batch, size_t rows, size_t columns, size_t depth, const Matr
     const size_t group = left_resident ? kernels.group_columns : kStrip;
     const size_t block = stream_block(streamed.rows, split.within, group);
     const size_t blocks = ceil_divide(streamed.rows, block);
-    const size_t all_steps = ceil_divide(depth, factors_per_word(type));
-    const size_t chunks = std::max<size_t>(1, ceil_divide(all_steps, kWordSteps));
+    const size_t all_steps = packed_steps(kernels, type, depth);
+    const size_t most_steps = left.turned ? kTileWordSteps : kWordSteps;
+    const size_t chunks = std::max<size_t>(1, ceil_divide(all_steps, most_steps));
     const Buffer<uint32_t> resident_words(
         resident.strips() * kStrip * std::max<size_t>(all_steps, 1), split.matrices);
-    const Buffer<uint32_t> streamed_words(block * kWordSteps, split.all());
+    const Buffer<uint32_t> streamed_words(block * std::min(most_steps, std::max<size_t>(all_steps, 1)), split.all());
 
     const auto run_block = [&](size_t matrix, size_t index, const uint32_t* resident_at,
                                uint32_t* words) {
         const size_t first = index * block;
         const size_t count = std::min(block, streamed.rows - first);
         for (size_t chunk = 0; chunk < chunks; ++chunk) {
-            const size_t step = chunk * kWordSteps;
-            const size_t steps = std::min(kWordSteps, all_steps - step);
+            const size_t step = chunk * most_steps;
+            const size_t steps = std::min(most_steps, all_steps - step);
             for (size_t s = 0; s < ceil_divide(count, kStrip); ++s) {
                 streamed.pack(kernels, matrix, first / kStrip + s, step, steps,
                               words + s * steps * kStrip);
@@ -275,8 +296,11 @@ void symmetric_product(size_t batch, size_t size, size_t depth, const Matrices& 
     const ProductKernels& kernels = product_kernels();
     const bool given = std::get<0>(b) != 0;
     const WordType type = word_type(kernels, rounded);
+    const bool tiles = in_tiles(kernels, type);
     Operand left = left_operand(a, size, depth, type);
     Operand right = given ? right_operand(b, size, depth, type) : left;
+    left.turned = tiles;
+    const bool two = given || tiles;  // operands to pack
     const bool apart = rounded && given && size == depth;
     if (apart) {
         left.diagonal = right.diagonal = 0;
@@ -290,14 +314,16 @@ void symmetric_product(size_t batch, size_t size, size_t depth, const Matrices& 
     const size_t strips = left.strips();
     const size_t width = kernels.group_columns;
     const size_t groups = ceil_divide(size, width);
-    const size_t operands = given ? 2 : 1;
-    const size_t most_steps = std::max(kWordSteps, kPackedWords / (operands * strips * kStrip));
-    const size_t all_steps = ceil_divide(depth, factors_per_word(type));
-    const size_t chunks = std::max<size_t>(1, ceil_divide(all_steps, most_steps));
-    const size_t chunk_steps = ceil_divide(all_steps, chunks);
+    const size_t most_steps = std::max(kWordSteps, kPackedWords / ((two ? 2 : 1) * strips * kStrip));
+    const size_t all_steps = packed_steps(kernels, type, depth);
+    // Even ones, in whole tiles.
+    const size_t even = ceil_divide(all_steps, std::max<size_t>(1, ceil_divide(all_steps, most_steps)));
+    const size_t unit = tiles ? kernels.tile_steps : 1;
+    const size_t chunk_steps = std::max<size_t>(1, ceil_divide(even, unit)) * unit;
+    const size_t chunks = std::max<size_t>(1, ceil_divide(all_steps, chunk_steps));
     const size_t words = strips * kStrip * chunk_steps;
     const Buffer<uint32_t> left_words(words, split.matrices);
-    const Buffer<uint32_t> right_words(given ? words : 0, split.matrices);
+    const Buffer<uint32_t> right_words(two ? words : 0, split.matrices);
 
     const auto run_group = [&](size_t matrix, size_t group, size_t chunk, size_t steps,
                                const uint32_t* rows, const uint32_t* columns) {
@@ -326,13 +352,13 @@ void symmetric_product(size_t batch, size_t size, size_t depth, const Matrices& 
     };
     parallel_for(split.matrices, batch, [&](size_t matrix, size_t worker) {
         uint32_t* const rows = left_words.get(worker);
-        uint32_t* const columns = given ? right_words.get(worker) : rows;
+        uint32_t* const columns = two ? right_words.get(worker) : rows;
         for (size_t chunk = 0; chunk < chunks; ++chunk) {
             const size_t k = chunk * chunk_steps;
             const size_t steps = std::min(chunk_steps, all_steps - k);
             parallel_for(split.within, strips, [&](size_t s, size_t) {
                 left.pack(kernels, matrix, s, k, steps, rows + s * steps * kStrip);
-                if (given) {
+                if (two) {
                     right.pack(kernels, matrix, s, k, steps, columns + s * steps * kStrip);
                 }
             });

@@ -15,7 +15,7 @@ if cpu.unavailable_reason() is not None:
 
 ISAS = cpu.supported_isas()
 PER_LANE = {"float32": 1, "int16": 2, "int8": 4, "bfloat16": 2}
-LEVELS_OF = {"int8": ("avx512vnni", "avx512bf16"), "bfloat16": ("avx512bf16",)}
+LEVELS_OF = {"int8": ("avx512vnni", "avx512bf16", "amx"), "bfloat16": ("avx512bf16", "amx")}
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -132,6 +132,7 @@ struct PackCodesArgs {
     size_t panel;  // first column, a multiple of kPanelColumns
     size_t count;  // columns, at most kPanelColumns
     uint32_t* to;  // [strips][steps][16]
+    size_t steps;  // of a strip of columns
     // [rows, sums_per_row]: the sum of the levels of each `sum_block` columns is added to it; null:
     // not needed.
     int32_t* row_sums;
@@ -210,9 +211,19 @@ struct MultiplyArgs {
     size_t first_column;  // of b, counted from the diagonal
 };
 
+struct TileKernels {
+    size_t steps;
+    void (*turn_strip)(uint32_t* words, size_t steps);
+    void (*multiply)(const MultiplyArgs& args);  // codes, bfloat16
+};
+
 struct ProductKernels {
-    WordType code_type;    // how this level packs codes
-    bool offset;           // int8 sums have 128 * (sum of the left row) too much
+    WordType code_type;  // how this level packs codes
+    bool offset;         // int8 sums have 128 * (sum of the left row) too much
+    // Where codes and bfloat16 are multiplied in tiles: of so many steps, so that zeros follow a
+    // strip's last one, and with the left operand's strips turned. Else 0 and null.
+    size_t tile_steps;
+    void (*turn_strip)(uint32_t* words, size_t steps);
     size_t group_columns;  // columns that one pass over the rows takes
     void (*pack_floats)(const PackFloatsArgs& args);
     // rounded to bfloat16, ties to even, subnormals to zero; null where the level has no products

@@ -108,7 +108,7 @@ void add_code_columns(const NarrowArgs& args, size_t begin, size_t end) {
     for (size_t first = begin; first < end; first += block_rows) {
         pack.packed = args.codes.packed + first * pack.row_bytes;
         pack.rows = min_size(block_rows, end - first);
-        const size_t steps = ceil_divide(pack.rows, kCodesPerWord);
+        const size_t steps = pack.steps = ceil_divide(pack.rows, kCodesPerWord);
         const size_t word = first / kCodesPerWord;
         for (pack.panel = 0; pack.panel < pack.columns; pack.panel += kPanelColumns) {
             pack.count = min_size(kPanelColumns, pack.columns - pack.panel);

@@ -15,6 +15,7 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
+#include "sums.inl"
 #include "words.inl"
 
 #if defined(LOWBIT_HAS_DOT_4)
@@ -202,7 +203,6 @@ void pack_code_rows(const PackCodesArgs& args, size_t first_row) {
 
 void pack_code_columns(const PackCodesArgs& args, size_t step) {
     alignas(64) int8_t levels[kCodesPerWord][kPanelColumns + 64];
-    const size_t steps = ceil_divide(args.rows, kCodesPerWord);
     for (size_t j = 0; j < kCodesPerWord; ++j) {
         const size_t row = step * kCodesPerWord + j;
         if (row < args.rows) {
@@ -216,11 +216,11 @@ void pack_code_columns(const PackCodesArgs& args, size_t step) {
 #if defined(LOWBIT_HAS_DOT_4)
     for (; c + 64 <= args.count; c += 64) {
         interleave_bytes(levels[0] + c, sizeof levels[0],
-                         args.to + (c / kStrip * steps + step) * kStrip, steps * kStrip);
+                         args.to + (c / kStrip * args.steps + step) * kStrip, args.steps * kStrip);
     }
 #endif
     for (; c < args.count; c += kStrip) {
-        uint32_t* const to = args.to + (c / kStrip * steps + step) * kStrip;
+        uint32_t* const to = args.to + (c / kStrip * args.steps + step) * kStrip;
         for (size_t i = 0; i < kStrip; ++i) {
             // In arithmetic of words: bytes stored one at a time were six times slower.
             uint32_t word = 0;
@@ -319,47 +319,6 @@ void pack_limbs(const PackLimbsArgs& args, size_t first_row) {
 }
 
 // ---- The tile ----
-
-// What becomes of a strip of sums; `count` of its columns are wanted.
-inline void finish_strip(const MultiplyArgs& args, F32x16 sum, size_t row, size_t column,
-                         size_t count) {
-    float* const to = static_cast<float*>(args.sums) + row * args.stride + column;
-    const float* from = nullptr;
-    float weight = 1.0f;
-    if (args.add) {
-        from = to;
-    } else if (args.beta != 0.0f) {
-        from = args.addend + row * args.addend_stride + column;
-        weight = args.beta;
-    }
-    F32x16 value = broadcast(args.alpha) * sum;
-    if (count >= kStrip) {
-        if (from != nullptr) {
-            value = value + broadcast(weight) * load(from);
-        }
-        store(to, value);
-    } else {
-        if (from != nullptr) {
-            value = value + broadcast(weight) * load_first(from, count);
-        }
-        store_first(to, value, count);
-    }
-}
-
-inline void finish_strip(const MultiplyArgs& args, I32x16 sum, size_t row, size_t column,
-                         size_t count) {
-    int32_t* const to = static_cast<int32_t*>(args.sums) + row * args.stride + column;
-    if (count >= kStrip) {
-        store_words(to, args.add ? load_words(to) + sum : sum);
-        return;
-    }
-    int32_t lanes[kStrip];
-    store_words(lanes, sum);
-    for (size_t i = 0; i < count; ++i) {
-        const uint32_t before = args.add ? static_cast<uint32_t>(to[i]) : 0;
-        to[i] = static_cast<int32_t>(before + static_cast<uint32_t>(lanes[i]));
-    }
-}
 
 template <WordType TYPE, int STRIPS>
 inline void multiply_tile(const MultiplyArgs& args, size_t row, size_t column) {
@@ -518,6 +477,8 @@ void mirror(float* matrix, size_t stride, size_t begin, size_t end) {
 extern const ProductKernels product_kernels;
 const ProductKernels product_kernels = {kCodeType,
                                         kCodeType == WordType::int8,
+                                        0,
+                                        nullptr,
                                         kRegisterStrips * kStrip,
                                         pack_floats,
 #if defined(LOWBIT_HAS_BF16)

@@ -1,6 +1,6 @@
 """C++ backend: passes tensors' memory to the kernels of `csrc/cpu`.
 
-The environment variable LOWBIT_MUON_ISA (baseline, avx2, avx512, avx512vnni or avx512bf16)
+The environment variable LOWBIT_MUON_ISA (baseline, avx2, avx512, avx512vnni, avx512bf16 or amx)
 overrides the choice of instruction set, which is otherwise the highest this processor supports.
 """
 
