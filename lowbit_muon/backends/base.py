@@ -41,7 +41,9 @@ class Backend(Kernels):
     what depends on values is left in tensors there. Only such backends take float16 and bfloat16
     in their dense products of a step. product_dtypes: of its dense products. rounded_dtype: what
     its products with `rounded` round to, None where that is no faster; they then round to bfloat16.
-    checks: of tensors on its devices.
+    gram_aspect: columns a row from which Newton-Schulz with rounded products is faster in the Gram
+    form, most of whose products stay in float32. fast_code_product: `code_product` is faster than
+    to decode and multiply in float32. checks: of tensors on its devices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.
@@ -52,6 +54,8 @@ class Backend(Kernels):
     product_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     checks: Checks = Checks()
     rounded_dtype: torch.dtype | None = None
+    gram_aspect: float = 2.0
+    fast_code_product: bool = True
 
     def quantize(
         self,

@@ -26,8 +26,8 @@ each result's norm. A matrix that has left the range a correct result can have, 
 orthogonalised again in the standard form; the kernels of all others return at once (`active`), so
 that nobody has to ask the device which they are.
 
-On CPUs with products of bfloat16 matrices of 256 rows and more, less than twice as wide, take the
-standard form, with all factors rounded and everything else in float32: the diagonal of b A + c A^2
+On CPUs with products of bfloat16 matrices of 256 rows and more, less than twice as wide (four times
+with AMX: `Backend.gram_aspect`), take the standard form, with all factors rounded and everything else in float32: the diagonal of b A + c A^2
 + a I, which would take the bits of the rest, stays apart. Wider ones take the Gram form, in part:
 R stays in float32, and so do its updates R H and H R H, because an error of R in directions where X
 has next to nothing would be lifted as they are. Rounded are the factors of X X^T, Q X, H Q and R R,
@@ -95,7 +95,7 @@ def takes_gram_form(
         return False
     rows, columns = sorted(shape[-2:])
     if rounded:
-        return columns >= 2 * rows
+        return columns >= backend.gram_aspect * rows
     triangles = not backend.asynchronous and dtype == torch.float32
     return triangles or columns > 1.5 * rows
 

@@ -284,7 +284,8 @@ class Panels(Operand):
 class Companded(Operand):
     """The codes' own matrix Y of a spectral format, which has the momentum's polar factor.
 
-    Only integer products of the codes are taken: Y is decoded where someone asks for it as a whole.
+    Its products are of integers where that is faster; else, and where someone asks for Y as a
+    whole, it is decoded.
     """
 
     def __init__(self, codes: PackedCodes, backend: Backend, *, rotated: bool) -> None:
@@ -314,7 +315,7 @@ class Companded(Operand):
         """See `Operand.multiply`; by panels of the result, which are rotated back."""
         factor = 1.0 if alpha is None else alpha.float().view(-1, 1, 1)
         for rows in row_slices(out.shape, self.backend):
-            product = self._unrotated(self.backend.code_product(a[:, rows], self._codes))
+            product = self._unrotated(self._times_codes(a[:, rows]))
             part = out[:, rows]
             if beta == 0:
                 part.copy_(product.mul_(factor))
@@ -324,9 +325,19 @@ class Companded(Operand):
 
     def dense(self) -> Tensor:
         """See `Operand.dense`."""
+        return self._unrotated(self._decoded())
+
+    def _times_codes(self, a: Tensor) -> Tensor:
+        """A times Y as the codes have it."""
+        if self.backend.fast_code_product:
+            return self.backend.code_product(a, self._codes)
+        return self.backend.product(a, self._decoded())
+
+    def _decoded(self) -> Tensor:
+        """Y as the codes have it."""
         result = torch.empty(self.shape, dtype=torch.float32, device=self.device)
         self.backend.accumulate(result, Terms(codes=self._codes))
-        return self._unrotated(result)
+        return result
 
     def _unrotated(self, x: Tensor) -> Tensor:
         if self._rotated:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms, integer_codes_problem
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.formats.state_format import StateFormat
@@ -17,7 +18,7 @@ from lowbit_muon.linalg.newton_schulz import ROUNDED_ROWS
 from lowbit_muon.linalg.spectral import encoding_operator, shifted_gram
 from lowbit_muon.state.codec import Decoder, Stored
 from lowbit_muon.state.codecs.coded import Coded
-from lowbit_muon.state.operands import Dense, Panels, row_slices
+from lowbit_muon.state.operands import SCRATCH_FLOATS, Dense, Panels, row_slices
 
 
 class Spectral(Coded):
@@ -121,14 +122,14 @@ class _SpectralDecoder(Decoder):
         codec, backend = self.codec, self.stored.backend
         codes, norm, noise = codec.codes(self.stored), self.stored["norm"], self.stored["noise"]
         shift = codec.shift
-        if codec.reads_integers:
+        if codec.reads_integers and backend.fast_code_product:
             operator = shifted_gram(backend.code_gram(codes), noise[:, 0], shift, codec.n)
             backend.code_product(operator, codes, out=out)
         else:
-            y = torch.empty_like(out)
-            backend.accumulate(y, Terms(codes=codes))
-            operator = shifted_gram(backend.symmetric_product(y), noise[:, 0], shift, codec.n)
-            backend.product(operator, y, out=out)
+            backend.accumulate(out, Terms(codes=codes))
+            exact = codec.reads_integers  # sums of integers
+            gram = backend.code_gram(codes) if exact else backend.symmetric_product(out)
+            _multiply_in_place(shifted_gram(gram, noise[:, 0], shift, codec.n), out, backend)
         # Noise of decoding would change the norm a little in every step, and that adds up. (Of rows
         # in float32, then in float64: within 1e-7.)
         found = torch.linalg.vector_norm(out, dim=2)
@@ -138,3 +139,12 @@ class _SpectralDecoder(Decoder):
             backend.rotate(out, inverse=True)
         terms = dataclasses.replace(terms, buffer_weight=terms.buffer_weight * gain)
         return backend.accumulate(out, terms).sum(dim=-1)
+
+
+def _multiply_in_place(a: Tensor, x: Tensor, backend: Backend) -> None:
+    """x <- a x, [b, m, n]; on hosts by panels of columns, since a copy of x may be large."""
+    b, m, n = x.shape
+    width = n if backend.asynchronous else max(64, SCRATCH_FLOATS // (b * m))
+    for start in range(0, n, width):
+        panel = x[..., start : start + width]
+        backend.product(a, panel.clone(), out=panel)
