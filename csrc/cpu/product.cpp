@@ -12,8 +12,6 @@ namespace {
 // Words along k that a strip is packed for at once: three strips of columns (36 KiB) stay in an L1
 // cache of 48 KiB beside the rows that pass by.
 constexpr size_t kWordSteps = 192;
-// In tiles sums take longer to leave their registers than to come about.
-constexpr size_t kTileWordSteps = 1024;
 // Columns (or rows) of the streamed operand that a thread packs at once, for its L2 cache.
 constexpr size_t kStreamBlock = 192;
 
@@ -236,19 +234,18 @@ void product(size_t batch, size_t rows, size_t columns, size_t depth, const Matr
     const size_t block = stream_block(streamed.rows, split.within, group);
     const size_t blocks = ceil_divide(streamed.rows, block);
     const size_t all_steps = packed_steps(kernels, type, depth);
-    const size_t most_steps = left.turned ? kTileWordSteps : kWordSteps;
-    const size_t chunks = std::max<size_t>(1, ceil_divide(all_steps, most_steps));
+    const size_t chunks = std::max<size_t>(1, ceil_divide(all_steps, kWordSteps));
     const Buffer<uint32_t> resident_words(
         resident.strips() * kStrip * std::max<size_t>(all_steps, 1), split.matrices);
-    const Buffer<uint32_t> streamed_words(block * std::min(most_steps, std::max<size_t>(all_steps, 1)), split.all());
+    const Buffer<uint32_t> streamed_words(block * kWordSteps, split.all());
 
     const auto run_block = [&](size_t matrix, size_t index, const uint32_t* resident_at,
                                uint32_t* words) {
         const size_t first = index * block;
         const size_t count = std::min(block, streamed.rows - first);
         for (size_t chunk = 0; chunk < chunks; ++chunk) {
-            const size_t step = chunk * most_steps;
-            const size_t steps = std::min(most_steps, all_steps - step);
+            const size_t step = chunk * kWordSteps;
+            const size_t steps = std::min(kWordSteps, all_steps - step);
             for (size_t s = 0; s < ceil_divide(count, kStrip); ++s) {
                 streamed.pack(kernels, matrix, first / kStrip + s, step, steps,
                               words + s * steps * kStrip);
@@ -314,10 +311,12 @@ void symmetric_product(size_t batch, size_t size, size_t depth, const Matrices& 
     const size_t strips = left.strips();
     const size_t width = kernels.group_columns;
     const size_t groups = ceil_divide(size, width);
-    const size_t most_steps = std::max(kWordSteps, kPackedWords / ((two ? 2 : 1) * strips * kStrip));
+    const size_t most_steps =
+        std::max(kWordSteps, kPackedWords / ((two ? 2 : 1) * strips * kStrip));
     const size_t all_steps = packed_steps(kernels, type, depth);
     // Even ones, in whole tiles.
-    const size_t even = ceil_divide(all_steps, std::max<size_t>(1, ceil_divide(all_steps, most_steps)));
+    const size_t even =
+        ceil_divide(all_steps, std::max<size_t>(1, ceil_divide(all_steps, most_steps)));
     const size_t unit = tiles ? kernels.tile_steps : 1;
     const size_t chunk_steps = std::max<size_t>(1, ceil_divide(even, unit)) * unit;
     const size_t chunks = std::max<size_t>(1, ceil_divide(all_steps, chunk_steps));

@@ -27,11 +27,12 @@ orthogonalised again in the standard form; the kernels of all others return at o
 that nobody has to ask the device which they are.
 
 On CPUs with products of bfloat16 matrices of 256 rows and more, less than twice as wide (four times
-with AMX: `Backend.gram_aspect`), take the standard form, with all factors rounded and everything else in float32: the diagonal of b A + c A^2
-+ a I, which would take the bits of the rest, stays apart. Wider ones take the Gram form, in part:
-R stays in float32, and so do its updates R H and H R H, because an error of R in directions where X
-has next to nothing would be lifted as they are. Rounded are the factors of X X^T, Q X, H Q and R R,
-but for the third- and second-last R R; the diagonals of H and Q stay apart.
+with AMX: `Backend.gram_aspect`), take the standard form, with all factors rounded and everything
+else in float32: the diagonal of b A + c A^2 + a I, which would take the bits of the rest, stays
+apart. Wider ones take the Gram form, in part: R stays in float32, and so do its updates R H and H R
+H, because an error of R in directions where X has next to nothing would be lifted as they are.
+Rounded are the factors of X X^T, Q X, H Q and R R, but for the third- and second-last R R; the
+diagonals of H and Q stay apart.
 tests/linalg/test_rounded_iteration.py holds the error to that of torch.optim.Muon, on steep, flat,
 graded and rank-deficient matrices. Where the Gram form is rounded it is several times as large for
 columns that differ in size by factors of a hundred and more (3e-2, where torch has 6e-3).

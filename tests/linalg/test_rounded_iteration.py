@@ -127,7 +127,9 @@ def assert_not_worse(x: Tensor, backend: Backend, coefficients: tuple[Triple, ..
 
 
 @pytest.mark.parametrize("spectrum", GATE)
-@pytest.mark.parametrize("shape", [(256, 256), (576, 576), (256, 512), (577, 1537)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(256, 256), (576, 576), (256, 512), (577, 1537), (256, 1100)], ids=str
+)
 def test_error_is_not_larger_than_torchs(shape: tuple[int, int], spectrum: str) -> None:
     backend = needs_bfloat16(BACKENDS["cpu"]())
     assert_not_worse(GATE[spectrum](*shape), backend)
@@ -176,21 +178,29 @@ def test_the_standard_form_takes_any_coefficients(spectrum: str, steps: int, nam
 
 
 @pytest.mark.parametrize(
-    ("shape", "name", "steps", "gram", "rounded"),
+    ("shape", "name", "steps", "aspect", "gram", "rounded"),
     [
-        ((576, 576), "muon", 5, False, True),
-        ((1151, 576), "muon", 5, False, True),
-        ((1152, 576), "muon", 5, True, True),
-        ((3, 256, 512), "muon", 5, True, True),
-        ((1152, 576), "muon", 6, True, False),
-        ((576, 1536), "polar_express", 5, True, False),
-        ((576, 1536), "polar_express", 8, False, True),
+        ((576, 576), "muon", 5, 2.0, False, True),
+        ((1151, 576), "muon", 5, 2.0, False, True),
+        ((1152, 576), "muon", 5, 2.0, True, True),
+        ((1152, 576), "muon", 5, 4.0, False, True),
+        ((2304, 576), "muon", 5, 4.0, True, True),
+        ((3, 256, 512), "muon", 5, 2.0, True, True),
+        ((1152, 576), "muon", 6, 2.0, True, False),
+        ((576, 1536), "polar_express", 5, 2.0, True, False),
+        ((576, 1536), "polar_express", 8, 2.0, False, True),
     ],
 )
 def test_which_form_is_rounded(
-    shape: tuple[int, ...], name: str, steps: int, gram: bool, rounded: bool
+    shape: tuple[int, ...],
+    name: str,
+    steps: int,
+    aspect: float,
+    gram: bool,
+    rounded: bool,
 ) -> None:
     coefficients, backend = resolve_coefficients(name, steps), RoundingReference()
+    backend.gram_aspect = aspect
     assert takes_gram_form(shape, coefficients, torch.float32, backend, rounded=True) == gram
     assert not gram or gram_form_rounds(coefficients) == rounded
 

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_muon import PRESETS, QuantizedMatrix, StateFormat, quantize
+from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.codes import Terms
+from lowbit_muon.state.codecs import spectral
 
 SHAPES = [(0, 5), (5, 0), (1, 1), (1, 77), (77, 1), (8, 64), (33, 65), (129, 40), (64, 64)]
 CODED = [name for name in PRESETS if not PRESETS[name].is_dense]
@@ -228,3 +231,40 @@ def test_any_finite_matrix_is_stored_finitely(
     # No format stores more than it was given, but for quantisation: the norm stays below
     # twice its own (2-bit codes overshoot most, and single entries round up to the next level).
     assert decoded.double().norm() <= 2 * x.double().norm() + 1e-30
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", ["spectral4", "spectral3", "spectral2"])
+def test_both_ways_to_decode_a_spectrum(
+    name: str, fast: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By integer products, and in floats by panels of columns, against float64."""
+    m, n = 40, 333
+    q = quantize(torch.randn(n, m), name, backend=backend)
+    kernels = get_backend(backend, q.device)
+    monkeypatch.setattr(type(kernels), "fast_code_product", fast)
+    monkeypatch.setattr(spectral, "SCRATCH_FLOATS", 100 * m)  # 100 columns
+    y = torch.empty(m, n)
+    kernels.accumulate(y, Terms(codes=q.codes()))
+    y = y.double()
+    c = q.state_format.shift(m) - q.tensors["noise"] * (1 / m + 1 / n)
+    operator = y @ y.mT + c * torch.eye(m)
+    exact = operator @ y
+    gain = q.tensors["norm"] / exact.norm()
+    # Floats: as many roundings as terms in each of two products, and one of the shift. Integers:
+    # operator times scales in 15 bits of the largest of a row, 32639 parts.
+    sizes = operator.abs() @ y.abs()
+    bound = (m + n + 2) * 2**-24 * (y.abs() @ y.abs().mT @ y.abs() + sizes)
+    if fast:
+        scales = q.tensors["scales"].view(-1, 1).double().expand(m, 1)
+        rows = (operator.abs() * scales.mT).amax(dim=1, keepdim=True) / 32639 / 2
+        bound += rows * (y / scales).abs().sum(dim=0)
+    # Each entry's error, and the norm's: at most the norm of them. The rotation there and back adds
+    # its logarithm of roundings of a row's norm.
+    allowed = gain * (bound + exact.abs() * bound.norm() / exact.norm())
+    allowed += 2 * math.log2(n) * 2**-23 * gain * exact.norm(dim=1, keepdim=True)
+    found = q.dequantize(backend=backend).mT.contiguous()
+    kernels.rotate(found)
+    error = (found.double() - gain * exact).abs()
+    assert bool((error <= allowed).all()), (error / allowed).max()

@@ -45,11 +45,11 @@ void turn_strip(uint32_t* words, size_t steps) {
 }
 
 // The intrinsics take the numbers of tiles literally.
-#define LOWBIT_ADD_PRODUCT(tile, columns)        \
-    if constexpr (TYPE == WordType::bfloat16) {  \
-        _tile_dpbf16ps(tile, 3, columns);        \
-    } else {                                     \
-        _tile_dpbssd(tile, 3, columns);          \
+#define LOWBIT_ADD_PRODUCT(tile, columns)       \
+    if constexpr (TYPE == WordType::bfloat16) { \
+        _tile_dpbf16ps(tile, 3, columns);       \
+    } else {                                    \
+        _tile_dpbssd(tile, 3, columns);         \
     }
 
 template <WordType TYPE, int STRIPS>

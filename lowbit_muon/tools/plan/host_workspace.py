@@ -159,7 +159,9 @@ class _HostSizing(SizingBackend):
     asynchronous = False
 
     def __init__(self) -> None:
-        self.rounded_dtype = get_backend("auto", torch.device("cpu")).rounded_dtype
+        here = get_backend("auto", torch.device("cpu"))
+        self.rounded_dtype, self.gram_aspect = here.rounded_dtype, here.gram_aspect
+        self.fast_code_product = here.fast_code_product
         self.packed = 0
         self._updated: set[torch.Size] = set()
 
