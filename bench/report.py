@@ -127,8 +127,8 @@ def fidelity_training() -> str:
 
 def step() -> str:
     """One optimizer step, in ratios: ours first, then the others, quickest first."""
-    usual, wide, without_bf16, avx2 = (
-        step_rows(name) for name in ("step", "step_1024x4096", "step_without_bf16", "step_avx2")
+    usual, wide, amx, without_bf16, avx2 = (
+        step_rows(f"step{case}") for case in ("", "_1024x4096", "_amx", "_without_bf16", "_avx2")
     )
     largest = max(rows * columns for rows, columns in results("step")["shapes"])
     rows = [
@@ -136,6 +136,7 @@ def step() -> str:
             f"ours, {name}" if ours else name,
             ratio(row),
             ratio(wide.get((ours, name))),
+            ratio(amx.get((ours, name))),
             *(full_ratio(table, (ours, name)) for table in (without_bf16, avx2)),
             f"{row['state_bytes'] / 2**20:.1f}",
             f"{row['peak_bytes'] / (4 * largest):.1f}",
@@ -145,7 +146,7 @@ def step() -> str:
         )
     ]
     headings = (
-        "", "x torch.optim.Muon", "1024x4096", "x fp32, without bf16 units", "x fp32, AVX2 alone",
+        "", "x torch.optim.Muon", "1024x4096", "with AMX", "x fp32, without bf16 units", "x fp32, AVX2 alone",
         "state MiB", "peak",
     )  # fmt: skip
     return table(headings, rows) + "".join(step_notes())

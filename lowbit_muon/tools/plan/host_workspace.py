@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes
-from lowbit_muon.backends.cpu.adapter import SIDE_BY_SIDE
+from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.state.operands import SCRATCH_FLOATS
 from lowbit_muon.state.rounding import Compensation, Rounding
@@ -38,8 +38,8 @@ from lowbit_muon.tools.plan.device_workspace import (
 
 FLOAT_BYTES = 4
 # Of csrc/cpu: rows of a strip, steps and rows of a streamed block, words packed at once
-# (kStrip, kFloatSteps, kStreamBlock, kPackedWords).
-_STRIP, _STREAM, _PACKED_WORDS = 16, 192, 2**20
+# (kStrip, kWordSteps, kStreamBlock, kPackedWords); of its level amx, steps of a tile.
+_STRIP, _STREAM, _PACKED_WORDS, _TILE = 16, 192, 2**20, 16
 # Rows of the largest matrices that are inverted without spare memory (kSmallInverse).
 _SMALL_INVERSE = 64
 
@@ -149,7 +149,7 @@ class _HostBytes(LiveBytes):
 class _HostSizing(SizingBackend):
     """Allocates like the C++ adapter and computes nothing.
 
-    packed: the most floats that a product packed so far.
+    packed: the most words of 4 bytes that a product packed so far.
     """
 
     # In torch's operations.
@@ -162,19 +162,30 @@ class _HostSizing(SizingBackend):
         here = get_backend("auto", torch.device("cpu"))
         self.rounded_dtype, self.gram_aspect = here.rounded_dtype, here.gram_aspect
         self.fast_code_product = here.fast_code_product
+        self._tiles = cpu.unavailable_reason() is None and cpu.isa() == "amx"
         self.packed = 0
         self._updated: set[torch.Size] = set()
 
     def product(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
         """See `Backend.product`."""
-        self._pack(a, _packed(a.shape[-2], b.shape[-1], a.shape[-1]))
+        steps = self._steps(a.shape[-1], options)
+        self._pack(a, _packed(a.shape[-2], b.shape[-1], steps))
         return super().product(a, b, **options)
 
     def symmetric_product(self, a: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
         """See `Backend.symmetric_product`."""
-        operands = 1 if b is None or b is a else 2
-        self._pack(a, _packed_symmetric(a.shape[-2], a.shape[-1], operands))
+        unit = _TILE if self._tiles and options.get("rounded") else 1
+        operands = 1 if b is None and unit == 1 else 2
+        steps = self._steps(a.shape[-1], options)
+        self._pack(a, _packed_symmetric(a.shape[-2], steps, operands, unit))
         return super().symmetric_product(a, b, **options)
+
+    def _steps(self, depth: int, options: dict[str, Any]) -> int:
+        """Words along k: floats, or two bfloat16, in whole tiles where there are any."""
+        if not options.get("rounded") or self.rounded_dtype is None:
+            return depth
+        unit = _TILE if self._tiles else 1
+        return -(-depth // (2 * unit)) * unit
 
     def _pack(self, a: Tensor, floats: int) -> None:
         together = min(math.prod(a.shape[:-2]), torch.get_num_threads())
@@ -195,7 +206,7 @@ class _HostSizing(SizingBackend):
     ) -> None:
         m, threads = x.shape[-1], torch.get_num_threads()
         several = math.prod(x.shape[:-2]) * len(poles)
-        together = 1 if m > SIDE_BY_SIDE and threads > 2 else min(several, threads)
+        together = 1 if m > cpu.SIDE_BY_SIDE and threads > 2 else min(several, threads)
         x.new_empty(together, m * (-(-m // _STRIP) + 1) * _STRIP + _inverse_spare(m))
 
     def update_weight(self, weight: Tensor, update: Tensor, **options: Any) -> None:
@@ -205,20 +216,20 @@ class _HostSizing(SizingBackend):
             Backend.update_weight(self, weight, update, **options)
 
 
-def _packed(rows: int, columns: int, depth: int) -> int:
-    """Floats that a product [rows, depth] x [depth, columns] packs: the smaller factor, and a block
+def _packed(rows: int, columns: int, steps: int) -> int:
+    """Words that a product [rows, steps] x [steps, columns] packs: the smaller factor, and a block
     of the other for each thread."""
     small = -(-min(rows, columns) // _STRIP) * _STRIP
     large = -(-max(rows, columns) // _STRIP) * _STRIP
-    return small * depth + torch.get_num_threads() * _STREAM * min(_STREAM, large)
+    return small * steps + torch.get_num_threads() * _STREAM * min(_STREAM, large)
 
 
-def _packed_symmetric(size: int, depth: int, operands: int) -> int:
-    """Floats that a symmetric product packs of one or two different factors [size, depth]."""
+def _packed_symmetric(size: int, steps: int, operands: int, unit: int) -> int:
+    """Words that a symmetric product packs of one or two factors [size, steps], in whole units."""
     rows = -(-size // _STRIP) * _STRIP
     most = max(_STREAM, _PACKED_WORDS // (operands * rows))
-    steps = -(-depth // max(1, -(-depth // most)))
-    return operands * rows * steps
+    even = -(-steps // max(1, -(-steps // most)))
+    return operands * rows * -(-even // unit) * unit
 
 
 def _inverse_spare(m: int) -> int:
