@@ -27,7 +27,7 @@ from lowbit_muon import (
 from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.state.rounding import restore
 from lowbit_muon.state.stored import RULE_PREFIX, Kept, RuleState
-from lowbit_muon.step import by_rule
+from lowbit_muon.step import rule_weights
 from lowbit_muon.step.rules.direction import Polar, Rows, Signs
 from lowbit_muon.step.rules.gains import RowGains
 from lowbit_muon.step.rules.gradient import RowFeedback
@@ -119,7 +119,7 @@ def test_a_batch_steps_as_each_matrix_alone(rule: str) -> None:
 def test_panels_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for floats in (2**16, 100):  # all rows, and a few
-        monkeypatch.setattr(by_rule, "PANEL_FLOATS", floats)
+        monkeypatch.setattr(rule_weights, "PANEL_FLOATS", floats)
         params = parameters()
         train(Muon(params, **options_of(rule, "fp32")), params, range(3))
         results.append(params)
