@@ -60,11 +60,12 @@ class ExactPolar(DirectionMap):
 
 @dataclass(frozen=True)
 class LowRankPolar(DirectionMap):
-    """Q polar(Q^T X), Q from X times random signs: the polar factor in `rank` directions.
+    """Q polar(Q^T X), Q from X times random numbers: the polar factor in `rank` directions.
 
     The range finder of Halko, Martinsson and Tropp (2011), as `torch.svd_lowrank` without power
-    iterations; arXiv 2605.06884 analyses Muon with such inexact polar factors. The signs are a hash
-    of the step, the same in every process and after a resume.
+    iterations; arXiv 2605.06884 analyses Muon with such inexact polar factors. The numbers are a
+    hash of the step, the same in every process and after a resume. Matrices that have no more than
+    `rank` directions are taken whole.
     """
 
     kind: ClassVar[str] = "low_rank_polar"
@@ -77,8 +78,9 @@ class LowRankPolar(DirectionMap):
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
-        rank = min(self.rank, *matrices.shape)
-        basis = torch.linalg.qr(x @ _signs(matrices.steps, x.shape[2], rank)).Q
+        if self.rank >= min(matrices.shape):
+            return exact_polar(x)
+        basis = torch.linalg.qr(x @ _uniform(matrices.steps, x.shape[2], self.rank)).Q
         return basis @ exact_polar(basis.mT @ x)
 
 
@@ -180,11 +182,14 @@ class SoftClip(DirectionMap):
         return operator @ x if rows <= columns else x @ operator
 
 
-def _signs(steps: Tensor, rows: int, columns: int) -> Tensor:
-    """Signs [b, rows, columns] that look random; steps: [b, 1, 1]."""
+def _uniform(steps: Tensor, rows: int, columns: int) -> Tensor:
+    """Numbers in [-1, 1) that look random, float32 [b, rows, columns]; steps: [b, 1, 1].
+
+    Signs alone would do for large matrices; of those of 12 x 12 one in four is singular.
+    """
     place = torch.arange(rows * columns, dtype=torch.int64, device=steps.device)
     bits = mixed((place.view(1, rows, columns) + steps.long() * 0x9E3779B1) & 0xFFFFFFFF)
-    return ((bits >> 15) & 1).float() * 2 - 1
+    return (bits >> 8).float() * 2.0**-23 - 1
 
 
 def exact_polar(x: Tensor) -> Tensor:
