@@ -159,8 +159,7 @@ class Itself(DirectionMap):
 class SoftClip(DirectionMap):
     """Singular values s to s / sqrt(1 + s^2 / limit^2) (SPECTRA, arXiv 2603.14315).
 
-    By an eigendecomposition of I + X X^T / limit^2 in float64, in place of the paper's coupled
-    Newton-Schulz iteration; a GPU's host waits for it.
+    See `soft_clip`; a GPU's host waits for it. Around another optimizer: `SpectralClip`.
     """
 
     kind: ClassVar[str] = "soft_clip"
@@ -173,13 +172,7 @@ class SoftClip(DirectionMap):
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
-        rows, columns = matrices.shape
-        x = x.mul_(matrices.size)
-        short = (x if rows <= columns else x.mT).to(accumulation_dtype(x.device)) / self.limit
-        values, vectors = torch.linalg.eigh(short @ short.mT)
-        root = (1 + values.clamp_min(0)).rsqrt()
-        operator = ((vectors * root.unsqueeze(1)) @ vectors.mT).to(x.dtype)
-        return operator @ x if rows <= columns else x @ operator
+        return soft_clip(x.mul_(matrices.size), self.limit)
 
 
 def _uniform(steps: Tensor, rows: int, columns: int) -> Tensor:
@@ -198,3 +191,17 @@ def exact_polar(x: Tensor) -> Tensor:
     largest = s.amax(dim=1, keepdim=True) if s.shape[1] else s
     kept = (s > _NO_DIRECTION * largest).to(u.dtype)
     return ((u * kept.unsqueeze(1)) @ vh).to(x.dtype)
+
+
+def soft_clip(x: Tensor, limit: float | Tensor) -> Tensor:
+    """(I + X X^T / limit^2)^(-1/2) X: singular values s become s / sqrt(1 + s^2 / limit^2).
+
+    By an eigendecomposition in float64, in place of the coupled Newton-Schulz iteration of SPECTRA
+    (arXiv 2603.14315). x: finite, float32 or float64 [.., rows, columns].
+    """
+    wide = x.shape[-2] <= x.shape[-1]
+    short = (x if wide else x.mT).to(accumulation_dtype(x.device)) / limit
+    values, vectors = torch.linalg.eigh(short @ short.mT)
+    root = (1 + values.clamp_min(0)).rsqrt()
+    operator = ((vectors * root.unsqueeze(-2)) @ vectors.mT).to(x.dtype)
+    return operator @ x if wide else x @ operator
