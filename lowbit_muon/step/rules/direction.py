@@ -48,7 +48,9 @@ class Polar(Direction):
 class ExactPolar(DirectionMap):
     """U V^T by a singular value decomposition in float64; a GPU's host waits for it.
 
-    Directions below 1e-6 of the largest singular value are left out.
+    Directions below 1e-6 of the largest singular value are left out. QDWH, which nobody would have
+    to wait for, makes these as large as the rest, and is twice as slow where it has to take them
+    off again (square matrices, on a CPU: `python -m bench.exact_polar`).
     """
 
     kind: ClassVar[str] = "exact_polar"
