@@ -7,11 +7,12 @@ OLD_TREE is a checkout of this project, of any layout, with its extension built.
 processes of its own (`bench/tree_worker.py`). It reports and does not judge: the exit status is 0
 whatever differs.
 
-trajectories: every preset, and every option that changes an update, trains a few parameters from
-    the same seeds, one thread. Weights and state are compared bit for bit. Where they differ, a row
-    has the difference of a parameter's weights relative to how far the old tree moved them (of the
-    parameter where it is largest), and of the state what differs by role: bytes of codes and
-    remainders, the relative norm of the difference of other tensors; inf if it is not a number.
+trajectories: every preset, every option that changes an update, and every rule trains a few
+    parameters from the same seeds, one thread. Weights and state are compared bit for bit. Where
+    they differ, a row has the difference of a parameter's weights relative to how far the old tree
+    moved them (of the parameter where it is largest), and of the state what differs by role: bytes
+    of codes and remainders, the relative norm of the difference of other tensors; inf if it is not
+    a number.
 time: one step of the presets over lists of matrices, and of torch.optim.Muon in a process of this
     tree. They are timed in turn (`tools/benchmark/timing.py`). A call's time includes a message
     there and back, about 0.1 ms, of both trees alike. OMP_NUM_THREADS applies. --shapes takes
@@ -74,6 +75,7 @@ FUSED: tuple[Shape, ...] = ((48, 40), (48, 90), (48, 2, 3))
 SPLITS = (8, 24, 16)
 # One with an encoder of its own, one with factors and panels, one with blocks.
 OPTION_FORMATS = ("spectral4", "mulaw4", "linear8")
+RULE_FORMAT = "spectral4"
 
 SHAPE_LISTS = (
     "smollm2", "1024x4096", "1024x1024", "100x16x16", "100x64x64", "100x8x2048",
@@ -237,8 +239,16 @@ class Trajectory:
     error: str | None = None
 
 
-def cases(names: Sequence[str], *, quick: bool) -> Iterator[Case]:
-    """Every preset, then every option with some of them. Large matrices are most of the time."""
+def common_rules(pair: tuple[Worker, Worker]) -> list[str]:
+    """The update rules that both trees have."""
+    return [name for name in pair[0].found["rules"] if name in pair[1].found["rules"]]
+
+
+def cases(names: Sequence[str], rules: Sequence[str], *, quick: bool) -> Iterator[Case]:
+    """Every preset, then every option with some of them, and every rule with one.
+
+    Large matrices are most of the time.
+    """
     long, large = ((), ()) if quick else (LONG, LARGE)
     for name in names:
         yield Case(name, SMALL + long + large)
@@ -248,6 +258,11 @@ def cases(names: Sequence[str], *, quick: bool) -> Iterator[Case]:
     if "muonq4" in names:
         yield Case("muonq4", SMALL + long, {"nesterov": False})
     yield Case("auto", SMALL)
+    if RULE_FORMAT in names:
+        for rule in rules:
+            yield Case(RULE_FORMAT, SMALL + long, {"rule": rule})
+            for rounding in ("stochastic_rounding", "compensation"):
+                yield Case(RULE_FORMAT, SMALL, {"rule": rule, rounding: True}, torch.bfloat16)
 
 
 def _options(name: str, shapes: tuple[Shape, ...]) -> Iterator[Case]:
@@ -528,7 +543,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if "trajectories" in options.what:
         with workers(old, new, threads=1) as pair:
-            chosen = cases(presets(pair, options.formats), quick=quick)
+            chosen = cases(presets(pair, options.formats), common_rules(pair), quick=quick)
             rows["trajectories"] = [
                 trajectory(case, pair, steps) for case in each(chosen, "trajectories")
             ]

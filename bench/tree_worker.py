@@ -48,6 +48,7 @@ def look(threads: int | None) -> dict[str, Any]:
     return {
         "package": lowbit_muon.__file__,
         "presets": list(PRESETS),
+        "rules": list(getattr(lowbit_muon, "RULES", ())),  # which older trees lack
         "threads": torch.get_num_threads(),
     }
 

@@ -24,6 +24,7 @@ from .optimizers.muon_adamw import MuonWithAuxAdam
 from .optimizers.param_groups import muon_param_groups
 from .optimizers.qk_attention import HeadRows, QKProjections, find_projections
 from .optimizers.qk_clip import QKClip, attach_qk_clip
+from .optimizers.spectral_clip import SpectralClip, clip_grad_spectral_
 from .optimizers.trainer import MuonFactory, release_gradients
 from .state.diagnosis import Diagnosis
 from .state.gradients import NonFiniteGradientError
@@ -57,11 +58,13 @@ __all__ = [
     "QKProjections",
     "QuantizedMatrix",
     "Scion",
+    "SpectralClip",
     "StateFormat",
     "UpdateRule",
     "__version__",
     "attach_gradient_release",
     "attach_qk_clip",
+    "clip_grad_spectral_",
     "find_projections",
     "from_groups",
     "log_diagnoses",

@@ -70,8 +70,7 @@ class _Published(Muon):
         for name in options.keys() & made.keys():
             raise TypeError(f"{name}: expected no such argument of {type(self).__name__}")
         shared = {n: arguments[n] for n in arguments if n in _NAMES and n not in names}
-        given = _before_the_rule({**shared, **options, **made})
-        super().__init__(arguments["params"], **given)
+        super().__init__(arguments["params"], **{**shared, **options, **made})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_own": self._own}
@@ -346,9 +345,11 @@ class _Namo(MuonWithAuxAdam):
             aux_adam=given["aux_adam"],
             nesterov=given["nesterov"],
             ns_steps=given["ns_steps"],
-            **_before_the_rule({"rule": rule, **given["options"]}),
+            rule=rule,
+            **given["options"],
         )
         self.defaults.update(lr=lr, **muon)  # of groups that are added later
+        self._given |= muon.keys()
 
 
 class NAMO(_Namo):
@@ -416,13 +417,6 @@ class NAMOD(_Namo):
         with error_context(f"NAMOD({numbers}, adamnorm_eps={adamnorm_eps!r})"):
             scaling = ColumnSignalToNoise(mu2, col_state_clamp_c, adamnorm_eps)
         super().__init__(RULES["namo_d"], scaling, locals())
-
-
-def _before_the_rule(options: Options) -> Options:
-    """Options that go for those of their rule even where they are Muon's defaults."""
-    rule = options["rule"]
-    own = tuple((name, options.get(name, value)) for name, value in rule.options)
-    return {**options, "rule": replace(rule, options=own)}
 
 
 def _check_options(cls: type, options: Mapping[str, Any]) -> None:

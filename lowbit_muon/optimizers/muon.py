@@ -61,7 +61,6 @@ from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.step.batches import host_counters, step_parameters
 from lowbit_muon.step.options import (
     AUX_DEFAULTS,
-    DEFAULT_COEFFICIENTS,
     DEFAULT_EPS,
     GROUP_DEFAULTS,
     OPTIONS,
@@ -78,7 +77,7 @@ from lowbit_muon.step.options import (
     plain_options,
 )
 from lowbit_muon.step.rules.recipes import resolve_rule
-from lowbit_muon.step.rules.rule import UpdateRule
+from lowbit_muon.step.rules.rule import RULE_OPTIONS, UpdateRule
 from lowbit_muon.step.update import StepOptions, check_ns_dtype
 
 if TYPE_CHECKING:
@@ -100,21 +99,21 @@ class Muon(Optimizer):
         params: parameters, named parameters or groups. Two or more dimensions each: a convolution
             kernel [out, in, ...] is taken as the matrix [out, in*...].
         lr: learning rate; may be a one-element tensor.
-        weight_decay: decoupled weight decay.
-        momentum: decay of the momentum, in [0, 1).
-        nesterov: orthogonalise momentum*M + (1 - momentum)*G instead of M.
+        weight_decay: decoupled weight decay. None: 0.1.
+        momentum: decay of the momentum, in [0, 1). None: 0.95.
+        nesterov: orthogonalise momentum*M + (1 - momentum)*G instead of M. None: True.
         ns_coefficients: (a, b, c) of the Newton-Schulz polynomial, a sequence of such triples, one
-            for each step, or a name known to `lowbit_muon.linalg.newton_schulz`.
+            for each step, or a name known to `lowbit_muon.linalg.newton_schulz`. None: "muon".
         eps: smallest norm that the matrix is divided by before Newton-Schulz.
-        ns_steps: Newton-Schulz steps.
+        ns_steps: Newton-Schulz steps. None: 5.
         adjust_lr_fn: "original" (or None): lr * sqrt(max(1, rows/columns)), KellerJordan's;
             "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's;
             "spectral_unclamped": lr * sqrt(rows/columns), Bernstein's (torch 2.14 and newer);
             "megatron": lr * sqrt(max(rows, columns)); "none": lr.
         rule: what is done with the momentum: a name (`lowbit_muon.RULES`) or an `UpdateRule`. What
             a rule says of momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn and
-            weight_decay (`UpdateRule.options`) goes for those that were left at their defaults;
-            its group shows what came of it.
+            weight_decay (`UpdateRule.options`) goes where they are None and the group does not set
+            them; it shows what came of it.
         state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`), a
             `StateFormat`, or "auto" or an `AutoFormat`, which choose for each parameter the fewest
             bits that keep the error of its update below a target, and look again every so often.
@@ -166,19 +165,19 @@ class Muon(Optimizer):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
-    # Defaults of a group's options; a rule may bring values of its own in their place.
+    # A group's options where neither it, nor the constructor, nor its rule has values for them.
     _usual: ClassVar[dict[str, Any]] = GROUP_DEFAULTS
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: Coefficients = DEFAULT_COEFFICIENTS,
+        weight_decay: float | None = None,
+        momentum: float | None = None,
+        nesterov: bool | None = None,
+        ns_coefficients: Coefficients | None = None,
         eps: float = DEFAULT_EPS,
-        ns_steps: int = 5,
+        ns_steps: int | None = None,
         adjust_lr_fn: AdjustLr | None = None,
         *,
         rule: str | UpdateRule = "muon",
@@ -197,6 +196,8 @@ class Muon(Optimizer):
         update_dtype: UpdateDtype = "float32",
     ) -> None:
         given = plain_options(locals())  # the arguments: one for each row of the table
+        self._given = frozenset(name for name in RULE_OPTIONS if given[name] is not None)
+        given |= {name: self._usual[name] for name in RULE_OPTIONS if name not in self._given}
         check_values(OPTIONS, given)
         self._sharing = Sharing(process_group, update_dtype)
         defaults = {option.name: given[option.name] for option in OPTIONS if option.in_group}
@@ -220,7 +221,7 @@ class Muon(Optimizer):
         check_values(OPTIONS, group)
         # Plain values only, so that a state_dict loads under weights_only=True.
         group["state_format"] = resolve_group_format(group).to_dict()
-        group = apply_rule(group, param_group, self._usual)
+        group = apply_rule(group, self._given | param_group.keys())
         super().add_param_group(group)
         try:
             for name, param in zip(parameter_names(group), group["params"], strict=True):
@@ -336,7 +337,7 @@ class Muon(Optimizer):
                 "its state_dict"
             )
         self._finish_copies()
-        return super().__getstate__()
+        return {**super().__getstate__(), "_given": self._given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

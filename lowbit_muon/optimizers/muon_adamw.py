@@ -72,9 +72,10 @@ class MuonWithAuxAdam(Muon):
             group of `Muon` may, the others `nonfinite` and `aux_adam`; other keys are treated as
             there. The dicts are copied.
         lr: learning rate of Muon's groups that do not set it. None: 0.02.
-        weight_decay: of groups that do not set it, of both kinds. None: 0. Where this optimizer
-            makes the groups, biases, norms and other vectors have none.
-        momentum: of Muon's groups that do not set it. None: 0.95.
+        weight_decay: of groups that do not set it, of both kinds. None: 0, or what the rule says
+            for Muon's. Where this optimizer makes the groups, biases, norms and other vectors have
+            none.
+        momentum: of Muon's groups that do not set it. None: 0.95, or what the rule says.
         aux_lr: learning rate of AdamW's groups that do not set it. None: `lr` where that serves
             AdamW, too (adjust_lr_fn="match_rms_adamw", by itself or brought by the rule), else
             3e-4.
@@ -125,11 +126,17 @@ class MuonWithAuxAdam(Muon):
         if isinstance(params, nn.Module):
             decay = defaults["weight_decay"]
             groups = muon_param_groups(
-                params, **defaults, aux_lr=aux["lr"], aux_weight_decay=decay, no_decay=bool(decay)
+                params,
+                lr=defaults["lr"],
+                aux_lr=aux["lr"],
+                aux_weight_decay=decay,
+                no_decay=bool(decay),
             )
         else:
             groups = groups_with_kinds(params, decays=bool(defaults["weight_decay"]))
-        super().__init__(groups, **defaults, **options)
+        super().__init__(
+            groups, defaults["lr"], weight_decay=weight_decay, momentum=momentum, **options
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"aux_adam": self.aux_adam, "_aux_defaults": self._aux_defaults}

@@ -34,7 +34,6 @@ _OVERRIDABLE = {
     True: set(GROUP_DEFAULTS) - {"batch_experts", "row_splits"},
     False: set(AUX_DEFAULTS),
 }
-_LEFT_TO_MUON = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.0, "adjust_lr_fn": None}
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm
@@ -77,9 +76,9 @@ def muon_param_groups(
     model: nn.Module,
     *,
     lr: float | Tensor = 0.02,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    weight_decay: float = 0.0,
+    momentum: float | None = None,
+    nesterov: bool | None = None,
+    weight_decay: float | None = None,
     adjust_lr_fn: AdjustLr | None = None,
     aux_lr: float | Tensor = 3e-4,
     aux_betas: tuple[float, float] = (0.9, 0.95),
@@ -112,7 +111,8 @@ def muon_param_groups(
     recognised: name them in `aux_patterns`.
 
     Args:
-        lr, momentum, nesterov, weight_decay, adjust_lr_fn: of the Muon groups.
+        lr, momentum, nesterov, weight_decay, adjust_lr_fn: of the Muon groups. What is None is left
+            to `MuonWithAuxAdam` and its rule.
         aux_lr, aux_betas, aux_eps, aux_weight_decay: of the AdamW group.
         aux_patterns: regular expressions; parameters whose name contains a match go to AdamW.
         split_heads: {regular expression: rows of a head}. The matrices of matching modules are cut
@@ -175,9 +175,8 @@ def muon_param_groups(
         "weight_decay": weight_decay,
         "adjust_lr_fn": adjust_lr_fn,
     }
-    # What is left at MuonWithAuxAdam's defaults is left to it, and to its update rule.
     options: Group = {"use_muon": True, "lr": lr}
-    options |= {name: value for name, value in given.items() if value != _LEFT_TO_MUON[name]}
+    options |= {name: value for name, value in given.items() if value is not None}
     aux_options = {
         "use_muon": False,
         "lr": aux_lr,

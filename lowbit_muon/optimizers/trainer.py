@@ -39,7 +39,8 @@ class MuonFactory:
             model: parameters are routed by its structure, see `muon_param_groups`.
             training_args: learning_rate is the rate of all parameters, weight_decay that of
                 matrices, embeddings and heads (biases, norms and other vectors have none), as with
-                Trainer's AdamW, whose betas and epsilon (adam_*) go to the auxiliary AdamW.
+                Trainer's AdamW, whose betas and epsilon (adam_*) go to the auxiliary AdamW. A
+                weight_decay of 0, Trainer's default, leaves that of matrices to the rule.
             options: of `muon_param_groups` and `MuonWithAuxAdam`; they go before training_args.
                 Unless adjust_lr_fn or a rule other than "muon" is given, adjust_lr_fn is
                 "match_rms_adamw", with which updates have the size of AdamW's. With another scale
@@ -68,7 +69,7 @@ def _options_of(args: TrainingArguments | None) -> dict[str, Any]:
         return {}
     return {
         "lr": args.learning_rate,
-        "weight_decay": args.weight_decay,
+        "weight_decay": args.weight_decay or None,  # Trainer's default is no choice
         "aux_weight_decay": args.weight_decay,
         "no_decay": True,
         "aux_betas": (args.adam_beta1, args.adam_beta2),

@@ -89,7 +89,7 @@ class StateOptions(TypedDict, total=False):
 class PolarOptions(StateOptions, total=False):
     """With those of rules that orthogonalise, and that their public packages do not have."""
 
-    ns_coefficients: Coefficients
+    ns_coefficients: Coefficients | None
     adjust_lr_fn: AdjustLr | None
 
 
@@ -100,8 +100,8 @@ class MuonOptions(PolarOptions, total=False):
     have another meaning for AdamW.
     """
 
-    nesterov: bool
-    ns_steps: int
+    nesterov: bool | None
+    ns_steps: int | None
     rule: str | UpdateRule
 
 
@@ -348,14 +348,14 @@ def check_values(table: Sequence[Option], values: Values) -> None:
             option.check(values, option.name)
 
 
-def apply_rule(group: Values, given: Container[str], usual: Values) -> dict[str, Any]:
-    """A group of Muon whose options are those of its rule where they were left at their defaults.
+def apply_rule(group: Values, given: Container[str]) -> dict[str, Any]:
+    """A group of Muon whose options are those of its rule where nobody has set them.
 
-    given: the options that the group set itself; usual: the defaults. Its rule becomes a plain
+    given: the options that were set, by the group or for all of them. Its rule becomes a plain
     dict. Raises ValueError where the rule does not go with another option.
     """
     rule = resolve_rule(group["rule"])
-    left = {n: v for n, v in rule.options if n not in given and group[n] == usual[n]}
+    left = {n: v for n, v in rule.options if n not in given}
     result = {**group, **left, "rule": rule.to_dict()}
     check_rule(result)
     return result

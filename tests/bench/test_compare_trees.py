@@ -25,7 +25,7 @@ from bench.compare_trees import (
     trajectory,
     workers,
 )
-from lowbit_muon import PRESETS
+from lowbit_muon import PRESETS, RULES
 from lowbit_muon.backends.cpu.adapter import unavailable_reason
 
 ROOT = compare_trees.ROOT
@@ -52,6 +52,8 @@ OF_SPECTRAL4 = {
     "spectral4",
     "spectral4, bfloat16, compensation=True",
     "spectral4, MuonWithAuxAdam, aux_adam=adamw, skipped gradients",
+    "spectral4, rule=namo_d",
+    "spectral4, bfloat16, rule=muown, compensation=True",
     "auto",
 }
 
@@ -143,8 +145,8 @@ def test_a_tree_without_the_package_is_refused(tmp_path: Path) -> None:
         compare_trees.main([str(tmp_path), "--quick"])
 
 
-def test_every_preset_and_option_has_a_case() -> None:
-    found = list(cases(list(PRESETS), quick=False))
+def test_every_preset_option_and_rule_has_a_case() -> None:
+    found = list(cases(list(PRESETS), list(RULES), quick=False))
     names = [case.name for case in found]
     assert len(set(names)) == len(names)
     assert set(PRESETS) <= set(names)
@@ -152,8 +154,9 @@ def test_every_preset_and_option_has_a_case() -> None:
     assert options == {
         "nesterov", "ns_input", "ns_steps", "weight_decay", "adjust_lr_fn", "ns_coefficients",
         "lr", "momentum", "eps", "seed", "backend", "stochastic_rounding", "compensation",
-        "batch_experts", "row_splits", "aux_adam",
+        "batch_experts", "row_splits", "aux_adam", "rule",
     }  # fmt: skip
+    assert {case.options.get("rule") for case in found} == {None, *RULES}
     assert all(math.prod(shape) > 2**20 for shape in LONG)
     assert any(LONG[0] in case.shapes and case.options for case in found)
     assert set(OPTION_FORMATS) <= set(PRESETS)

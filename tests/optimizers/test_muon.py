@@ -130,8 +130,11 @@ def test_signature_and_defaults_are_torch_muons() -> None:
     theirs = inspect.signature(torch.optim.Muon.__init__).parameters
     positional = [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY]
     assert positional == list(theirs)
-    for name in positional:
-        assert ours[name].default == theirs[name].default
+    for name in positional:  # None: the rule's, or torch's
+        assert ours[name].default in (None, theirs[name].default)
+    made, peer = (cls([nn.Parameter(torch.zeros(2, 2))]) for cls in (Muon, torch.optim.Muon))
+    assert {name: made.defaults[name] for name in peer.defaults} == peer.defaults
+    assert {name: made.param_groups[0][name] for name in peer.defaults} == peer.defaults
     assert ours["state_format"].default == "spectral4"
 
 

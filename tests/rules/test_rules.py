@@ -27,7 +27,7 @@ from lowbit_muon import (
 from lowbit_muon.optimizers import muon as muon_module
 from lowbit_muon.state.rounding import restore
 from lowbit_muon.state.stored import RULE_PREFIX, Kept, RuleState
-from lowbit_muon.step import by_rule
+from lowbit_muon.step import rule_weights
 from lowbit_muon.step.rules.direction import Polar, Rows, Signs
 from lowbit_muon.step.rules.gains import RowGains
 from lowbit_muon.step.rules.gradient import RowFeedback
@@ -119,7 +119,7 @@ def test_a_batch_steps_as_each_matrix_alone(rule: str) -> None:
 def test_panels_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for floats in (2**16, 100):  # all rows, and a few
-        monkeypatch.setattr(by_rule, "PANEL_FLOATS", floats)
+        monkeypatch.setattr(rule_weights, "PANEL_FLOATS", floats)
         params = parameters()
         train(Muon(params, **options_of(rule, "fp32")), params, range(3))
         results.append(params)
@@ -304,6 +304,59 @@ def test_groups_of_a_model_take_rules() -> None:
     assert by_name["1.weight"]["rule"]["name"] == "rmnp"
     assert by_name["1.weight"]["momentum"] == 0.95
     assert "rule" not in by_name["0.bias"]
+
+
+# Options of a rule that none of them are at their defaults with, and the defaults, written out.
+STRANGE = UpdateRule(
+    "strange",
+    options=(
+        ("momentum", 0.5), ("nesterov", False), ("ns_coefficients", "polar_express"),
+        ("ns_steps", 3), ("adjust_lr_fn", "none"), ("weight_decay", 0.7),
+    ),
+)  # fmt: skip
+WRITTEN = {
+    "momentum": 0.95, "nesterov": True, "ns_coefficients": (3.4445, -4.7750, 2.0315),
+    "ns_steps": 5, "adjust_lr_fn": "original",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "weight_decay"])
+@pytest.mark.parametrize("cls", [Muon, MuonWithAuxAdam])
+def test_a_default_that_is_written_goes_before_the_rule_s(cls: type[Muon], name: str) -> None:
+    """In the constructor, for its groups and later ones, after a copy too, and in a group."""
+    value = (WRITTEN | {"weight_decay": 0.1 if cls is Muon else 0.0})[name]
+    kind = {} if cls is Muon else {"use_muon": True}
+
+    def group(**options: Any) -> dict[str, Any]:
+        return {"params": [nn.Parameter(torch.zeros(4, 4))], **kind, **options}
+
+    optimizer = cls([group()], rule=STRANGE, **{name: value})
+    for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        each.add_param_group(group())
+        each.add_param_group(group(rule=replace(STRANGE, name="stranger")))
+        for made in each.param_groups:
+            assert made[name] == value
+            others = {other: made[other] for other, _ in STRANGE.options if other != name}
+            assert others == {other: v for other, v in STRANGE.options if other != name}
+    (made,) = cls([group(**{name: value})], rule=STRANGE).param_groups
+    assert made[name] == value
+    # what is None is the rule's
+    (made,) = cls([group()], rule=STRANGE, **{name: None}).param_groups
+    assert made[name] == dict(STRANGE.options)[name]
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov", "weight_decay", "adjust_lr_fn"])
+def test_a_model_s_groups_say_what_was_written(name: str) -> None:
+    value = (WRITTEN | {"weight_decay": 0.0})[name]
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    for groups in (muon_param_groups(model), muon_param_groups(model, **{name: value})):
+        optimizer = MuonWithAuxAdam(groups, rule=STRANGE, aux_adam="adamw")
+        found = [made[name] for made in optimizer.param_groups if made["use_muon"]]
+        written = any(name in each for each in groups if each["use_muon"])
+        assert found == [value if written else dict(STRANGE.options)[name]] * len(found)
+    assert written
+    optimizer = MuonWithAuxAdam(model, rule=STRANGE, aux_adam="adamw", **{name: value})
+    assert {made[name] for made in optimizer.param_groups if made["use_muon"]} == {value}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ class Polar(Direction):
 class ExactPolar(DirectionMap):
     """U V^T by a singular value decomposition in float64; a GPU's host waits for it.
 
-    Directions below 1e-6 of the largest singular value are left out.
+    Directions below 1e-6 of the largest singular value are left out. QDWH, which nobody would have
+    to wait for, makes these as large as the rest, and is twice as slow where it has to take them
+    off again (square matrices, on a CPU: `python -m bench.exact_polar`).
     """
 
     kind: ClassVar[str] = "exact_polar"
@@ -60,11 +62,12 @@ class ExactPolar(DirectionMap):
 
 @dataclass(frozen=True)
 class LowRankPolar(DirectionMap):
-    """Q polar(Q^T X), Q from X times random signs: the polar factor in `rank` directions.
+    """Q polar(Q^T X), Q from X times random numbers: the polar factor in `rank` directions.
 
     The range finder of Halko, Martinsson and Tropp (2011), as `torch.svd_lowrank` without power
-    iterations; arXiv 2605.06884 analyses Muon with such inexact polar factors. The signs are a hash
-    of the step, the same in every process and after a resume.
+    iterations; arXiv 2605.06884 analyses Muon with such inexact polar factors. The numbers are a
+    hash of the step, the same in every process and after a resume. Matrices that have no more than
+    `rank` directions are taken whole.
     """
 
     kind: ClassVar[str] = "low_rank_polar"
@@ -77,8 +80,9 @@ class LowRankPolar(DirectionMap):
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
-        rank = min(self.rank, *matrices.shape)
-        basis = torch.linalg.qr(x @ _signs(matrices.steps, x.shape[2], rank)).Q
+        if self.rank >= min(matrices.shape):
+            return exact_polar(x)
+        basis = torch.linalg.qr(x @ _uniform(matrices.steps, x.shape[2], self.rank)).Q
         return basis @ exact_polar(basis.mT @ x)
 
 
@@ -157,8 +161,7 @@ class Itself(DirectionMap):
 class SoftClip(DirectionMap):
     """Singular values s to s / sqrt(1 + s^2 / limit^2) (SPECTRA, arXiv 2603.14315).
 
-    By an eigendecomposition of I + X X^T / limit^2 in float64, in place of the paper's coupled
-    Newton-Schulz iteration; a GPU's host waits for it.
+    See `soft_clip`; a GPU's host waits for it. Around another optimizer: `SpectralClip`.
     """
 
     kind: ClassVar[str] = "soft_clip"
@@ -171,20 +174,17 @@ class SoftClip(DirectionMap):
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
-        rows, columns = matrices.shape
-        x = x.mul_(matrices.size)
-        short = (x if rows <= columns else x.mT).to(accumulation_dtype(x.device)) / self.limit
-        values, vectors = torch.linalg.eigh(short @ short.mT)
-        root = (1 + values.clamp_min(0)).rsqrt()
-        operator = ((vectors * root.unsqueeze(1)) @ vectors.mT).to(x.dtype)
-        return operator @ x if rows <= columns else x @ operator
+        return soft_clip(x.mul_(matrices.size), self.limit)
 
 
-def _signs(steps: Tensor, rows: int, columns: int) -> Tensor:
-    """Signs [b, rows, columns] that look random; steps: [b, 1, 1]."""
+def _uniform(steps: Tensor, rows: int, columns: int) -> Tensor:
+    """Numbers in [-1, 1) that look random, float32 [b, rows, columns]; steps: [b, 1, 1].
+
+    Signs alone would do for large matrices; of those of 12 x 12 one in four is singular.
+    """
     place = torch.arange(rows * columns, dtype=torch.int64, device=steps.device)
     bits = mixed((place.view(1, rows, columns) + steps.long() * 0x9E3779B1) & 0xFFFFFFFF)
-    return ((bits >> 15) & 1).float() * 2 - 1
+    return (bits >> 8).float() * 2.0**-23 - 1
 
 
 def exact_polar(x: Tensor) -> Tensor:
@@ -193,3 +193,17 @@ def exact_polar(x: Tensor) -> Tensor:
     largest = s.amax(dim=1, keepdim=True) if s.shape[1] else s
     kept = (s > _NO_DIRECTION * largest).to(u.dtype)
     return ((u * kept.unsqueeze(1)) @ vh).to(x.dtype)
+
+
+def soft_clip(x: Tensor, limit: float | Tensor) -> Tensor:
+    """(I + X X^T / limit^2)^(-1/2) X: singular values s become s / sqrt(1 + s^2 / limit^2).
+
+    By an eigendecomposition in float64, in place of the coupled Newton-Schulz iteration of SPECTRA
+    (arXiv 2603.14315). x: finite, float32 or float64 [.., rows, columns].
+    """
+    wide = x.shape[-2] <= x.shape[-1]
+    short = (x if wide else x.mT).to(accumulation_dtype(x.device)) / limit
+    values, vectors = torch.linalg.eigh(short @ short.mT)
+    root = (1 + values.clamp_min(0)).rsqrt()
+    operator = ((vectors * root.unsqueeze(-2)) @ vectors.mT).to(x.dtype)
+    return operator @ x if wide else x @ operator

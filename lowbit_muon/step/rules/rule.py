@@ -48,8 +48,8 @@ class UpdateRule:
         step_size: how far weights move.
         weight_decay: what of the weights is taken off.
         constraint: where weights are brought back to, or None.
-        options: ((name, value), ...) of `RULE_OPTIONS`: what a group's options are where they were
-            left at their defaults.
+        options: ((name, value), ...) of `RULE_OPTIONS`: what a group's options are where nobody has
+            set them.
         gains: what weights are the product of, beside directions, which are then the weights of all
             other stages; or None. It comes before `gradient`.
         sampling: which parameters a step takes, or None for all. It comes first.

@@ -252,9 +252,11 @@ def _changes(change: dict[str, Any], setup: Setup, routing: Routing) -> bool:
 
 def refusal(rule: UpdateRule, state_format: StateFormat) -> str:
     """What `Muon` says of a rule that does not go with a format; empty if it does."""
-    chosen = {"rule": rule, "state_format": state_format, "nesterov": not state_format.normalize}
+    chosen = {"rule": rule, "state_format": state_format}
+    if state_format.normalize:
+        chosen["nesterov"] = False
     try:
-        apply_rule({**GROUP_DEFAULTS, **chosen}, (), GROUP_DEFAULTS)
+        apply_rule({**GROUP_DEFAULTS, **chosen}, chosen)
     except ValueError as error:
         return str(error)
     return ""
