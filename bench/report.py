@@ -146,8 +146,8 @@ def step() -> str:
         )
     ]
     headings = (
-        "", "x torch.optim.Muon", "1024x4096", "with AMX", "x fp32, without bf16 units", "x fp32, AVX2 alone",
-        "state MiB", "peak",
+        "", "x torch.optim.Muon", "1024x4096", "with AMX", "x fp32, without bf16 units",
+        "x fp32, AVX2 alone", "state MiB", "peak",
     )  # fmt: skip
     return table(headings, rows) + "".join(step_notes())
 
