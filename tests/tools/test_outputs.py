@@ -65,7 +65,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["doctor", "state.pt", "--plot=file/x.svg"],
         ["plan", "config.json", "--device-memory=1GB", "--json=config.json"],
         ["doctor", "state.pt", "--json=state.pt"],
-        ["doctor", "state.pt", "--weights=config.json", "--json=folder/../config.json"],
+        ["doctor", "state.pt", "--json=folder/../state.pt"],
         ["doctor", "state.pt", "--json=a.svg", "--plot=a.svg"],
         *([*TINY, *more, f"--out={path}"]
           for more in ([], ["--compare=fp32"], ["--save-every=0"])

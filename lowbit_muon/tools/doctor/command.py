@@ -53,12 +53,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
         help="show only the K matrices of the largest errors",
     )
     parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE_OR_FOLDER",
-        help="the model's weights, for their shapes, where a checkpoint lacks them",
-    )
-    parser.add_argument(
         "--format",
         choices=tuple(PRESETS),
         dest="state_format",
@@ -107,7 +101,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"TARGET: expected a script that exists, got {target}")
         if arguments.steps == 1:
             raise UserError("--steps: expected 2 or more: there is no momentum before step 1")
-        unused = {"--weights": arguments.weights, "--format": arguments.state_format}
+        unused = {"--format": arguments.state_format}
         kind = "a checkpoint"
     else:
         unused = {"--steps": arguments.steps, "arguments after --": arguments.script_arguments}
@@ -115,17 +109,16 @@ def _check(arguments: argparse.Namespace) -> None:
     for option, value in unused.items():
         if value:
             raise UserError(f"{option}: expected with {kind} only, got {target}")
-    inputs = [path for path in (target, arguments.weights) if path is not None]
-    check_outputs([("--json", arguments.json), ("--plot", arguments.plot)], inputs)
+    check_outputs([("--json", arguments.json), ("--plot", arguments.plot)], [target])
 
 
 def _examine_checkpoint(arguments: argparse.Namespace, console: Console) -> list[Examined]:
     """The Muons of a checkpoint; other optimizers beside them are passed over."""
-    checkpoint = read_checkpoint(arguments.target, arguments.weights)
+    checkpoint = read_checkpoint(arguments.target)
     found = []
     try:
         for state in filter(is_muon_state, checkpoint.optimizers):
-            saved = rebuild(state, checkpoint.find_shapes, arguments.state_format)
+            saved = rebuild(state, arguments.state_format)
             rows = diagnose_with_progress(saved.muon, console)
             found.append(Examined(saved.name, rows, saved.aux, saved.remarks))
     except UserError as error:
