@@ -269,17 +269,12 @@ def test_the_json_schema(tmp_path: Path) -> None:
             assert row["median"] is row["ratio"] is None
 
 
-def test_the_table_fits_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--shapes=16x24", "--format=mulaw4,nf4", "--repeats=1"]) == 0
     shown = capsys.readouterr().out
     assert "16x24, fp32 weights, cpu, 1 rounds" in shown
     for text in ("dequantize mulaw4", "bitsandbytes AdamW8bit", "torch.mm Gram fp32"):
-        assert f"│ {text} " in shown
-    table = [line for line in shown.splitlines() if line.startswith(("│", "┃"))]
-    assert max(map(len, table)) <= 80
+        assert f"\n {text} " in shown
     assert "step to torch.optim.Muon" in shown
     assert "lut_gram nf4: skipped: panel: 's8' cannot read q" in shown
 

@@ -178,16 +178,14 @@ def test_rules_and_what_they_keep(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert rows["down.weight"]["bits_per_element"] == 8 * rows["down.weight"]["nbytes"] / (16 * 48)
     total = sum(row["nbytes"] + row["rule_nbytes"] for row in rows.values())
     assert found["aux_bytes"] == optimizer.state_bytes() - total
+    assert re.search(r"down\.weight +16x48 +adamuon\+spectral4 ", capsys.readouterr().out)
+    assert main(["doctor", str(tmp_path / "a.pt"), "--wide"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"down\.weight .* adamuon +1\.0 *$", shown, re.MULTILINE)
+    assert re.search(r"down\.weight .* 1\.0 *$", shown, re.MULTILINE)
     assert re.search(
         rf"all, median error .* {sum(kept.values()) / 1024:.1f} *$", shown, re.MULTILINE
     )
     assert "rule KiB: what the update rule keeps" in shown
-
-
-def test_tables_of_muon_alone_name_no_rule() -> None:
-    assert "rule" not in shown(Examined("Muon", [row()], AuxState(0, 0), ()), None)
 
 
 UNNAMED: dict[str, dict[str, Any]] = {
@@ -337,7 +335,7 @@ def test_momentum_in_full_precision_is_shown_as_ours_would_store_it(
         expected += plain(ours)
     for row, wanted in zip(found["matrices"], expected, strict=True):
         assert {**row, "name": None} == {**wanted, "name": None}
-    assert found["optimizer"] == "another Muon"
+    assert found["optimizer"] == ("torch.optim.Muon" if make is of_torch else "another Muon")
     assert "full precision" in found["remarks"][0]
     assert (state_format or "spectral4") in found["remarks"][0]
     assert found["aux_parameters"] == (0 if make is of_torch else 1)
@@ -420,7 +418,7 @@ def test_a_file_that_is_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["a.pt", "--steps=3"], "--steps: expected with a script .NAME.py. only, got a.pt"),
         (["a.pt", "--", "x"], "arguments after --: expected with a script"),
         (["a.py", "--format=nf4"], "--format: expected with a checkpoint only, got a.py"),
-        (["a.py", "--steps=1"], "--steps: expected 2 or more"),
+        (["a.py", "--steps=1", "--worst=3"], "--worst: expected --steps of 2 or more"),
         (["a.pt", "--json=folder"], "--json: expected a file that can be written, got .*folder"),
     ],
 )  # fmt: skip
@@ -557,7 +555,7 @@ def test_formats_that_clip_nothing_or_are_unknown_have_no_share_to_compare_with(
 
 def shown(found: Examined, worst: int | None) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(diagnosis_table(found, worst))
+    console.print(diagnosis_table(found, worst, wide=True))
     return console.export_text()
 
 

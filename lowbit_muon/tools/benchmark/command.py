@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from lowbit_muon.backends import BACKEND_NAMES, get_backend
 from lowbit_muon.formats.presets import PRESETS
@@ -23,7 +21,7 @@ from lowbit_muon.tools.benchmark.report import (
     results_table,
     write_results,
 )
-from lowbit_muon.tools.console import plain_console, progress_bar
+from lowbit_muon.tools.console import Progress, add_wide, plain_console, show_table
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.output import check_outputs
 
@@ -92,6 +90,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
     parser.add_argument(
         "--plot", type=plot_path, metavar="FILE", help="draw the medians: .svg or .png"
     )
+    add_wide(parser)
     parser.set_defaults(run=run_bench)
 
 
@@ -154,31 +153,25 @@ def _measure_all(
     """Measures, shows and saves shape by shape: an interruption loses one at most."""
     shapes, results = arguments.shapes, []
     end = None if arguments.seconds is None else time.perf_counter() + arguments.seconds
-    bar = progress_bar(console)
-    with bar:
-        for index, shape in enumerate(shapes):
-            task = bar.add_task(
-                f"{shape[0]}x{shape[1]}", total=WARMUP + arguments.repeats, status=""
-            )
+    for index, shape in enumerate(shapes):
+        rounds = f"{shape[0]}x{shape[1]}, rounds:"
+        with Progress(console, rounds, WARMUP + arguments.repeats) as progress:
             rows = measure(
                 Problem(shape, arguments.dtype, device, arguments.backend),
                 arguments.formats,
                 arguments.repeats,
                 warmup=WARMUP,
                 deadline=share_deadline(end, len(shapes) - index),
-                on_round=_advance(bar, task),
+                on_round=progress.advance,
+                on_case=progress.note,
             )
-            bar.remove_task(task)
-            results += rows
-            console.print(results_table(rows))
-            for line in notes(rows):
-                console.print(line)
-            if arguments.json is not None:
-                write_results(arguments.json, results)
-            if arguments.plot is not None:
-                plot_results(arguments.plot, results)
+        results += rows
+        table = results_table(rows, wide=arguments.wide)
+        show_table(console, table, wide=arguments.wide)
+        for line in notes(rows):
+            console.print(line)
+        if arguments.json is not None:
+            write_results(arguments.json, results)
+        if arguments.plot is not None:
+            plot_results(arguments.plot, results)
     return results
-
-
-def _advance(bar: Progress, task: TaskID) -> Callable[[], None]:
-    return lambda: bar.advance(task)

@@ -58,6 +58,7 @@ def measure(
     warmup: int = 1,
     deadline: float | None = None,
     on_round: Callable[[], None] = lambda: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
     """A row for each case of the problem; see `measure_cases`."""
     return measure_cases(
@@ -68,6 +69,7 @@ def measure(
         warmup=warmup,
         deadline=deadline,
         on_round=on_round,
+        on_case=on_case,
     )
 
 
@@ -80,15 +82,18 @@ def measure_cases(
     warmup: int = 1,
     deadline: float | None = None,
     on_round: Callable[[], None] = lambda: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
     """A row for each case at one shape; `deadline` of `time.perf_counter()`: see `interleaved`.
 
     A case that fails, its gate or anything else, is a row with the reason and is not timed. Roofs
-    are cases as well, timed in the same rounds: a fraction is a ratio of medians.
+    are cases as well, timed in the same rounds: a fraction is a ratio of medians. `on_case` is
+    called with the key of each case before it is prepared and before each sample.
     """
     prepared: dict[str, Prepared] = {}
     reasons: dict[str, tuple[Status, str]] = {}
     for case in cases:
+        on_case(case.key)
         try:
             prepared[case.key] = case.prepare()
         except UnavailableError as error:
@@ -104,6 +109,7 @@ def measure_cases(
         deadline=float("inf") if deadline is None else deadline,
         sample_seconds=SAMPLE_SECONDS,
         on_round=on_round,
+        on_case=on_case,
     )
     middle = medians(seconds)
     speeds = {

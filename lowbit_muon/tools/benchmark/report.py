@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.tools.benchmark.measure import Result
-from lowbit_muon.tools.console import MIB, make_table
+from lowbit_muon.tools.console import MIB, Column, make_table
 from lowbit_muon.tools.output import write_json, write_plot
 
 
@@ -79,23 +79,29 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
     write_document(path, [result.to_dict() for result in results])
 
 
-def results_table(results: Sequence[Result]) -> Table:
+def results_table(results: Sequence[Result], *, wide: bool = False) -> Table:
     """The rows of one shape."""
     rows, columns = results[0].shape
     rounds = max(len(result.seconds) for result in results)
     dtype = next((result.dtype for result in results if result.name == "step"), "")
     title = f"{rows}x{columns}, {dtype} weights, {results[0].device}, {rounds} rounds"
-    table = make_table(title, ("what", "ms", "spread", "ratio", "bits", "MiB"), wrap=False)
-    for result in results:
-        table.add_row(
-            label(result),
-            result.status if result.median is None else significant(1e3 * result.median),
-            "" if result.spread is None else f"{result.spread:.0%}",
-            "" if result.ratio is None else significant(result.ratio),
-            "" if result.bits_per_element is None else f"{result.bits_per_element:.2f}",
-            "" if result.state_bytes is None else significant(result.state_bytes / MIB),
-        )
-    return table
+    headings = (
+        Column("what", text=True), Column("ms"), Column("spread"), Column("ratio"),
+        Column("error", wide=True), Column("bits"), Column("MiB"),
+    )  # fmt: skip
+    return make_table(title, headings, map(_cells, results), wide=wide)
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        label(result),
+        result.status if result.median is None else significant(1e3 * result.median),
+        "" if result.spread is None else f"{result.spread:.0%}",
+        "" if result.ratio is None else significant(result.ratio),
+        "" if result.error is None else f"{result.error:.1e}",
+        "" if result.bits_per_element is None else f"{result.bits_per_element:.2f}",
+        "" if result.state_bytes is None else significant(result.state_bytes / MIB),
+    ]
 
 
 def notes(results: Sequence[Result]) -> list[str]:

@@ -25,6 +25,7 @@ def interleaved(
     deadline: float = math.inf,
     sample_seconds: float = 0.0,
     on_round: Callable[[], None] = lambda: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of a call, `repeats` for each case; one sample of every case in each round.
 
@@ -33,7 +34,8 @@ def interleaved(
     deadline: of `time.perf_counter()`; no round starts after it but the first.
     sample_seconds: calls much shorter than this are repeated until a sample takes about as long,
     counted in the last round of the warm-up, and the sample is their mean.
-    on_round: is called after every round, warm-up included.
+    on_round: is called after every round, warm-up included; on_case: with each name before its
+    sample.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats, warmup: expected >= 1 and >= 0, got {repeats}, {warmup}")
@@ -45,6 +47,7 @@ def interleaved(
         if round_ > warmup and time.perf_counter() > deadline:
             break
         for name in names if round_ % 2 == 0 else reversed(names):
+            on_case(name)
             elapsed = measure(cases[name], calls[name])
             if round_ >= warmup:
                 seconds[name].append(elapsed)

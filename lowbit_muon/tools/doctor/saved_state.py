@@ -14,6 +14,7 @@ from lowbit_muon.checkpoint.momentum import has_momentum
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.step.options import LAYOUT_OPTIONS
 from lowbit_muon.tools.errors import UserError
+from lowbit_muon.tools.plan.plans import TORCH_MUON
 
 Group = dict[str, Any]
 
@@ -64,6 +65,14 @@ def is_muon_state(state_dict: Mapping[str, Any]) -> bool:
 
 def _is_foreign(entries: Mapping[str, Any], group: Group) -> bool:
     return "momentum_buffer" in entries and "dampening" not in group  # which SGD's groups have
+
+
+def is_torch_muon(state_dict: Mapping[str, Any]) -> bool:
+    """Whether every group is of torch.optim.Muon: no other has options of these names."""
+    return all(
+        VERSION_KEY not in group and {"ns_coefficients", "adjust_lr_fn"} <= group.keys()
+        for group in state_dict["param_groups"]
+    )
 
 
 def describe(state_dict: Mapping[str, Any]) -> str:
@@ -218,7 +227,7 @@ def _aux_state(states: Iterable[Mapping[str, Any]]) -> AuxState:
 
 def _name(is_ours: bool, state_dict: Mapping[str, Any]) -> str:
     if not is_ours:
-        return "another Muon"
+        return TORCH_MUON if is_torch_muon(state_dict) else "another Muon"
     mixed = any("use_muon" in group for group in state_dict["param_groups"])
     return "MuonWithAuxAdam" if mixed else "Muon"
 
