@@ -35,7 +35,7 @@ def device_seconds(
     """Seconds of single calls, in turn, for `budget` seconds in all: at most 50 rounds, after two
     that are not counted (compilation, caches)."""
     deadline = time.perf_counter() + budget
-    return interleaved(cases, 50, 2, device="cuda", deadline=deadline)
+    return interleaved(cases, 50, 2, deadline=deadline)
 
 
 def timed_rows(

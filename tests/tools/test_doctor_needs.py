@@ -192,7 +192,11 @@ def test_what_is_said_of_other_behaviour_is_so() -> None:
         if dtype is not None:
             assert optimizer.state[param]["momentum_buffer"].dtype == dtype
         param.grad = torch.full_like(param, torch.nan)
-        with pytest.warns(RuntimeWarning, match="inf or nan") if skipped else contextlib.nullcontext():
+        with (
+            pytest.warns(RuntimeWarning, match="inf or nan")
+            if skipped
+            else contextlib.nullcontext()
+        ):
             optimizer.step()
         assert bool(param.isfinite().all()) == skipped
 

@@ -62,6 +62,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                           ["doctor", "state.pt"])
           for path in ("folder", "file/x.json", "x" * 300, "/proc/x/y", "a\0b", "")),
         ["bench", "--device=cpu", "--plot=file/x.svg"],
+        ["bench", "--device=cpu", "--csv=file/x.csv"],
         ["doctor", "state.pt", "--plot=file/x.svg"],
         ["plan", "config.json", "--device-memory=1GB", "--json=config.json"],
         ["doctor", "state.pt", "--json=state.pt"],

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lowbit_muon.examples import convnet, nanochat
 from lowbit_muon.tools import commands, progress
+from lowbit_muon.tools.benchmark import peaks
 from lowbit_muon.tools.cli import main
 from lowbit_muon.tools.console import Progress
 from lowbit_muon.tools.progress import LOG_SECONDS, LogLines
@@ -111,6 +112,8 @@ def test_no_command_is_silent_in_a_log(
     if name == "plan":
         pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peaks, "MEMORY_BYTES", 2**16)
+    monkeypatch.setattr(peaks, "PRODUCT_SIZES", {"cpu": 32})
     Path("config.json").write_text(CONFIG)
     Path("train.py").write_text(SCRIPT)
     arguments, expected = COMMANDS[name]

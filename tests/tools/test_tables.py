@@ -54,7 +54,8 @@ def timings(wide: bool) -> Table:
     row = Result(
         "bitsandbytes AdamW8bit", (65536, 65536), None, "cuda", "fp32", "measured",
         seconds=[123.4], median=123.456, spread=12.34, ratio=12345.6, error=1e-4,
-        allowed_error=1e-3, state_bytes=2**36, bits_per_element=32.0,
+        allowed_error=1e-3, state_bytes=2**36, bits_per_element=32.0, work=1e15, bytes=4e14,
+        flops=1e15, roof="copy from memory", fraction=12.34,
     )  # fmt: skip
     failed = Result("dequantize", (65536, 65536), "spectral4", "cuda", "fp32", "skipped", "why")
     return results_table([row, failed], wide=wide)
