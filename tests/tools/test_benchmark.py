@@ -41,7 +41,7 @@ PEERS = {
     "torch copy", "torch.mm Gram fp32", "Newton-Schulz fp32", "Newton-Schulz bf16",
     "torch.optim.Muon", "torch.optim.AdamW", "bitsandbytes AdamW8bit",
 }  # fmt: skip
-PEAKS = {"copy from memory", "torch.mm fp32", "torch.mm bf16"}
+PEAKS = {"copy from memory", "copy in L2", "torch.mm fp32", "torch.mm bf16"}
 WITHOUT_INTEGERS = {"muonq4", "mulaw8", "nf4", "bf16", "fp32"}  # no whole levels
 OPERATIONS = {"step", "quantize", "dequantize", "lut_gram"}
 

@@ -30,8 +30,11 @@ from lowbit_muon.tools.benchmark.counts import (
     BF16_PRODUCT,
     FP32_PRODUCT,
     FROM_MEMORY,
+    IN_L2,
+    L2_BYTES,
     encode_operations,
     is_copy,
+    nearest_copy,
     product_operations,
     step_operations,
     symmetric_operations,
@@ -136,7 +139,7 @@ def test_bytes_are_those_of_the_tensors_that_are_read_and_written(
 ) -> None:
     problem = Problem(shape, dtype, CPU)
     calls = prepared(problem, ["spectral4", "fp32"])
-    moved = {key: call.work[FROM_MEMORY] for key, call in calls.items()}
+    moved = {key: call.work[IN_L2] for key, call in calls.items()}
     x = problem.matrix
     for name in ("spectral4", "fp32"):
         stored = sum(tensor.nbytes for tensor in problem.quantized(name).tensors.values())
@@ -164,6 +167,13 @@ def test_a_devices_root_is_counted_in_products_and_its_step_is_not(done: list[fl
     encoding_operator(torch.eye(m)[None] / m, f.shift(m), device)
     two_more = symmetric_operations(m, n) + product_operations(m, m, n)
     assert encode_operations(f, m, n, device) == sum(done) + two_more
+
+
+def test_bytes_are_limited_by_the_cache_that_holds_them() -> None:
+    torch.set_num_threads(1)
+    assert nearest_copy(2 * L2_BYTES, CPU) == IN_L2
+    assert nearest_copy(2 * L2_BYTES + 1, CPU) == FROM_MEMORY
+    assert nearest_copy(1, torch.device("cuda")) == FROM_MEMORY
 
 
 def test_a_share_is_of_what_limits_most(monkeypatch: pytest.MonkeyPatch) -> None:

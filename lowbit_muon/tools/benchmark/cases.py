@@ -22,7 +22,7 @@ from lowbit_muon.state.parameter import matrix_views, read_matrix
 from lowbit_muon.state.stored import QuantizedMatrix, orient, quantize
 from lowbit_muon.step.update import update_scale
 from lowbit_muon.tools.benchmark import counts
-from lowbit_muon.tools.benchmark.counts import BF16_PRODUCT, FP32_PRODUCT, FROM_MEMORY
+from lowbit_muon.tools.benchmark.counts import BF16_PRODUCT, FP32_PRODUCT
 from lowbit_muon.tools.benchmark.gates import (
     Passed,
     allowed_gram_error,
@@ -194,15 +194,16 @@ def _peers(problem: Problem, parts: Collection[str]) -> Iterator[Case]:
 
 
 def _work(
-    moved: float, operations: float | None = None, product: str = FP32_PRODUCT
+    problem: Problem, moved: float, operations: float | None = None, product: str = FP32_PRODUCT
 ) -> dict[str, float]:
     """Bytes, and operations where they are counted and there are any."""
-    return {FROM_MEMORY: float(moved)} | ({product: operations} if operations else {})
+    copy = counts.nearest_copy(moved, problem.device)
+    return {copy: float(moved)} | ({product: operations} if operations else {})
 
 
 def _prepare_copy(problem: Problem, _: None) -> Prepared:
     target = torch.empty_like(problem.matrix)
-    return Prepared(lambda: target.copy_(problem.matrix), work=_work(8 * problem.elements))
+    return Prepared(lambda: target.copy_(problem.matrix), work=_work(problem, 8 * problem.elements))
 
 
 def _prepare_plain_gram(problem: Problem, dtype: str) -> Prepared:
@@ -210,7 +211,10 @@ def _prepare_plain_gram(problem: Problem, dtype: str) -> Prepared:
     out = torch.mm(x, x.mT)
     m, n = problem.sides
     work = _work(
-        x.nbytes + out.nbytes, counts.product_operations(m, n, m), product=f"torch.mm {dtype}"
+        problem,
+        x.nbytes + out.nbytes,
+        counts.product_operations(m, n, m),
+        product=f"torch.mm {dtype}",
     )
     return Prepared(lambda: torch.mm(x, x.mT, out=out), work=work)
 
@@ -219,7 +223,7 @@ def _prepare_plain_newton_schulz(problem: Problem, dtype: str) -> Prepared:
     x = problem.matrix.to(DTYPES[dtype])
     newton_schulz(x)
     operations = counts.plain_newton_schulz_operations(*problem.sides)
-    work = _work(2 * x.nbytes, operations, product=f"torch.mm {dtype}")
+    work = _work(problem, 2 * x.nbytes, operations, product=f"torch.mm {dtype}")
     return Prepared(lambda: newton_schulz(x), work=work)
 
 
@@ -230,7 +234,7 @@ def _prepare_peer_step(problem: Problem, make: Callable[..., torch.optim.Optimiz
     operations = None
     if isinstance(optimizer, torch.optim.Muon):
         operations = counts.plain_newton_schulz_operations(*problem.sides)
-    work = _work(2 * kept + 3 * problem.grad.nbytes, operations, product=BF16_PRODUCT)
+    work = _work(problem, 2 * kept + 3 * problem.grad.nbytes, operations, product=BF16_PRODUCT)
     return Prepared(optimizer.step, state_bytes=kept, work=work)
 
 
@@ -262,7 +266,7 @@ def _prepare_orthogonalize(problem: Problem) -> Prepared:
     exact = exact_newton_schulz(x)
     passed = expect_close("result", orthogonalize(x), exact, problem.allowed_update_error)
     operations = counts.orthogonalize_operations(*problem.sides, problem.kernels)
-    return Prepared(lambda: orthogonalize(x), passed, work=_work(2 * x.nbytes, operations))
+    return Prepared(lambda: orthogonalize(x), passed, work=_work(problem, 2 * x.nbytes, operations))
 
 
 def _stored(problem: Problem, name: str) -> tuple[QuantizedMatrix, Passed]:
@@ -275,14 +279,14 @@ def _stored(problem: Problem, name: str) -> tuple[QuantizedMatrix, Passed]:
 def _prepare_quantize(problem: Problem, name: str) -> Prepared:
     stored, passed = _stored(problem, name)
     operations = counts.encode_operations(stored.state_format, *problem.sides, problem.kernels)
-    work = _work(problem.matrix.nbytes + stored.nbytes, operations)
+    work = _work(problem, problem.matrix.nbytes + stored.nbytes, operations)
     return Prepared(lambda: problem.quantized(name), passed, stored.nbytes, work=work)
 
 
 def _prepare_dequantize(problem: Problem, name: str) -> Prepared:
     stored, passed = _stored(problem, name)
     operations = counts.decode_operations(stored.state_format, *problem.sides)
-    work = _work(problem.matrix.nbytes + stored.nbytes, operations)
+    work = _work(problem, problem.matrix.nbytes + stored.nbytes, operations)
     return Prepared(lambda: problem.decoded(stored), passed, stored.nbytes, work=work)
 
 
@@ -302,7 +306,7 @@ def _prepare_gram(problem: Problem, name: str) -> Prepared:
     allowed = allowed_gram_error(decoded, stored.state_format)
     passed = expect_close("Gram matrix", found, decoded @ decoded.mT, allowed)
     operations = counts.lut_gram_operations(stored.state_format, *problem.sides)
-    work = _work(stored.nbytes + found.nbytes, operations)
+    work = _work(problem, stored.nbytes + found.nbytes, operations)
     return Prepared(gram, passed, stored.nbytes, work=work)
 
 
@@ -346,5 +350,5 @@ def _prepare_step(problem: Problem, name: str) -> Prepared:
     kept, m = optimizer.state_bytes(), min(problem.shape)
     operations = counts.step_operations(state_format, *problem.sides, problem.kernels)
     product = BF16_PRODUCT if counts.step_rounds(m, problem.kernels) else FP32_PRODUCT
-    work = _work(2 * kept + 3 * problem.grad.nbytes, operations, product)
+    work = _work(problem, 2 * kept + 3 * problem.grad.nbytes, operations, product)
     return Prepared(optimizer.step, passed, kept, work=work)

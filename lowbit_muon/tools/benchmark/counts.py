@@ -39,7 +39,14 @@ from lowbit_muon.linalg.root_iteration import root_coefficients
 # What limits a call: names of the cases that find the most of it (`peaks`).
 FROM_MEMORY, IN_L2 = "copy from memory", "copy in L2"
 FP32_PRODUCT, BF16_PRODUCT = "torch.mm fp32", "torch.mm bf16"
+L2_BYTES = 256 * 2**10  # of source and of target for each thread: half of an L2 cache of 1 MiB
 NS_STEPS = 5
+
+
+def nearest_copy(moved: float, device: torch.device) -> str:
+    """The copy that limits so many bytes, which a thread's L2 cache may hold between calls."""
+    in_l2 = device.type == "cpu" and moved <= 2 * L2_BYTES * torch.get_num_threads()
+    return IN_L2 if in_l2 else FROM_MEMORY
 
 
 def is_copy(roof: str) -> bool:

@@ -19,7 +19,13 @@ from lowbit_muon.tools.benchmark.cases import (
     UnavailableError,
     make_cases,
 )
-from lowbit_muon.tools.benchmark.counts import BF16_PRODUCT, FP32_PRODUCT, FROM_MEMORY, is_copy
+from lowbit_muon.tools.benchmark.counts import (
+    BF16_PRODUCT,
+    FP32_PRODUCT,
+    FROM_MEMORY,
+    IN_L2,
+    is_copy,
+)
 from lowbit_muon.tools.benchmark.peaks import peaks
 from lowbit_muon.tools.benchmark.timing import interleaved, medians, spread
 
@@ -75,7 +81,7 @@ def measure(
 ) -> list[Result]:
     """A row for each case of some parts of the problem, and for peaks; see `measure_cases`."""
     found = list(make_cases(problem, formats, parts))
-    roofs = {FROM_MEMORY}
+    roofs = {FROM_MEMORY, IN_L2} if problem.device.type == "cpu" else {FROM_MEMORY}
     if any(PRESETS[name].spectral for name in formats):
         roofs.add(FP32_PRODUCT)
     if set(parts) - {"quantize", "dequantize"}:

@@ -1,8 +1,8 @@
 """What this machine can do at most, as torch finds it: bytes copied, and products, in a second.
 
 They are timed in the same rounds as everything else (`measure_cases`), so that both see the same
-clock and the same neighbours. A matrix that stays in caches moves more bytes than memory can, and
-integer products are not torch's: shares of more than 100% are no error.
+clock and the same neighbours. A matrix that stays in a last-level cache moves more bytes than
+memory can, and integer products are not torch's: shares of more than 100% are no error.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lowbit_muon.tools.benchmark.counts import (
     FP32_PRODUCT,
     FROM_MEMORY,
     IN_L2,
+    L2_BYTES,
     product_operations,
 )
 
 MEMORY_BYTES = 128 * 2**20  # of source and of target: four times a last-level cache of 32 MiB
-L2_BYTES = 256 * 2**10  # of source and of target for each thread: half of an L2 cache of 1 MiB
 PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}  # of square matrices that reach the best seen
 
 

@@ -121,8 +121,8 @@ def notes(results: Sequence[Result]) -> list[str]:
     """Lines for below the table: what is compared with what, and why rows were not timed."""
     return [
         f"ratio of medians, below 1 is faster: {_comparisons(results)}",
-        "of peak: of the copy from memory or of torch.mm, whichever is nearer; more than 100% "
-        "where caches or integer products are faster",
+        "of peak: of a copy from memory, or in L2 of what fits there, or of torch.mm, whichever is "
+        "nearer; more than 100% where a last-level cache or integer products are faster",
     ] + [
         f"{label(result)}: {result.status}: {result.detail}"
         for result in results

@@ -93,8 +93,8 @@ class _Watch:
             return None
         self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         if self._steps[optimizer] == 1:
-            has_closure = len(args) > 1 or "closure" in kwargs
-            self._before_all(optimizer, has_closure=has_closure)
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            self._before_all(optimizer, has_closure=closure is not None)
         if self._steps[optimizer] < self._step:
             return None
         return when_gradients_are_there(args, kwargs, self._finish)

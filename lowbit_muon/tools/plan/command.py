@@ -137,7 +137,10 @@ def run_plan(arguments: argparse.Namespace) -> int:
     check_outputs([("--json", arguments.json)], [arguments.model])
     setup, memory = _setup(arguments), arguments.device_memory
     console = plain_console()
-    log = LogLines(console.print)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    show = functools.partial(console.print, soft_wrap=False)
+    log = LogLines(show)
     shapes = read_model(arguments.model)
     log.offer(f"read {printable(shapes.source)}")
     routing = route(shapes.model, tied=shapes.tied)
@@ -146,9 +149,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
         log.offer(f"looking for the most that a step with {name} holds")
 
     plans = make_plans(routing, setup, working)
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH
-    show = functools.partial(console.print, soft_wrap=False)
     show(
         f"{printable(shapes.source)}: {shapes.elements:,} parameters in {arguments.dtype}. Muon "
         f"takes {routing.muon_elements:,} of them in {sum(routing.muon.values()):,} tensors, "
