@@ -180,7 +180,7 @@ def _timed(
     passed, stored = prepared.passed, prepared.state_bytes
     work = prepared.work
     shares = {roof: work[roof] / median / most[roof] for roof in work if roof in most}
-    roof = max(shares, key=lambda each: shares[each]) if shares else next(iter(work), None)
+    roof = max(shares, key=lambda each: shares[each], default=None)
     return replace(
         blank,
         seconds=seconds,

@@ -77,7 +77,7 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
         really does (`counts`): a product that computes one triangle has about half of torch.mm's.
       work: those of the two that the machine has less of to spare. roof: name of the row of the
         same run whose work / median is the most that part of the machine can do (`peaks`,
-        bench/machine_peaks.py); fraction: work / median / that.
+        bench/machine_peaks.py); fraction: work / median / that. All null where none was timed.
     """
     write_document(path, [result.to_dict() for result in results])
 
