@@ -46,7 +46,7 @@ def trapezoid(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 10, (steps - step) / (0.4 * steps))
 
 
-def counted(steps: int, method: str) -> Iterator[int]:
+def counts(steps: int, method: str) -> Iterator[int]:
     """0, 1, ... below `steps`, with a line of progress every so often."""
     lines = LogLines(functools.partial(print, flush=True))
     for step in range(steps):

@@ -20,7 +20,7 @@ from lowbit_muon.examples.common import (
     KINDS,
     Run,
     compare,
-    counted,
+    counts,
     drawings,
     state_bytes,
     trapezoid,
@@ -85,7 +85,7 @@ def train(method: str, lr: float, steps: int = STEPS, seed: int = 0) -> Run:
     schedule = LambdaLR(optimizer, lambda step: trapezoid(step, steps))
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in counted(steps, method):
+    for _ in counts(steps, method):
         images, kinds = drawings(IMAGES, SIZE, generator)
         images += NOISE * torch.randn(images.shape, generator=generator)
         loss = cross_entropy(model(images), kinds)
