@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from bench.harness import Record, Run, add_options, runs
-from bench.machine_peaks import FROM_MEMORY, IN_L2, roofs
+from bench.machine_peaks import roofs
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.counts import FROM_MEMORY, IN_L2
 from lowbit_muon.tools.benchmark.gates import GateError, Passed, allowed_stored_error, expect_close
 from lowbit_muon.tools.benchmark.measure import Result, measure_cases
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
@@ -95,7 +96,7 @@ def prepare_codec(matrices: list[Tensor], name: str, operation: str, roof: str) 
     passed = None if operation == "copy" else check(backend, matrices[0], name)
     for x in matrices:
         add(x)
-    return Prepared(in_turn(calls), passed, work=float(moved), roof=roof)
+    return Prepared(in_turn(calls), passed, work={roof: float(moved)})
 
 
 def prepare_bitsandbytes(matrices: list[Tensor], operation: str, roof: str) -> Prepared:
@@ -117,7 +118,7 @@ def prepare_bitsandbytes(matrices: list[Tensor], operation: str, roof: str) -> P
             partial(functional.dequantize_4bit, packed.clone(), copy.deepcopy(state))
             for _ in matrices
         ]
-    return Prepared(in_turn(calls), passed, work=float(moved), roof=roof)
+    return Prepared(in_turn(calls), passed, work={roof: float(moved)})
 
 
 def cases(matrices: list[Tensor], name: str, cache: str, isa: str) -> list[Case]:

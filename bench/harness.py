@@ -19,15 +19,15 @@ from rich.table import Table
 
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.tools.benchmark.cases import Prepared
+from lowbit_muon.tools.benchmark.counts import is_copy
 from lowbit_muon.tools.benchmark.measure import Result
 from lowbit_muon.tools.benchmark.report import label, machine, significant, write_results
 from lowbit_muon.tools.benchmark.report import write_document as write_json
 from lowbit_muon.tools.benchmark.timing import interleaved, medians
 
 __all__ = [
-    "Record", "Run", "add_options", "interleaved", "machine", "medians", "product_operations",
-    "read_results", "results_table", "runs", "symmetric_operations", "with_work",
-    "write_json",
+    "Record", "Run", "add_options", "interleaved", "machine", "medians", "read_results",
+    "results_table", "runs", "with_work", "write_json",
 ]  # fmt: skip
 
 
@@ -82,24 +82,9 @@ def runs(options: argparse.Namespace) -> list[Run]:
     return [Run(*pair) for pair in itertools.product(options.isas, options.threads)]
 
 
-def product_operations(m: int, k: int, n: int) -> float:
-    """Operations of [m, k] @ [k, n]; a multiply-add is two."""
-    return 2.0 * m * k * n
-
-
-def symmetric_operations(m: int, k: int) -> float:
-    """Operations of a symmetric [m, k] @ [k, m] of which one triangle is computed.
-
-    m(m+1)/2 entries of k multiply-adds. Tiles that the diagonal cuts do up to a tile's width more.
-    """
-    return float(m * (m + 1) * k)
-
-
-def with_work(
-    prepare: Callable[[], Prepared], work: float | None, roof: str | None
-) -> Callable[[], Prepared]:
+def with_work(prepare: Callable[[], Prepared], work: float, roof: str) -> Callable[[], Prepared]:
     """`prepare` whose call does `work` under `roof`."""
-    return lambda: replace(prepare(), work=work, roof=roof)
+    return lambda: replace(prepare(), work={roof: work})
 
 
 def results_table(results: Sequence[Result]) -> Table:
@@ -147,7 +132,7 @@ def speed(result: Result) -> str:
     """Work in a second, "" where a row has none: GB/s where copies are the roof, else GOP/s."""
     if result.work is None or result.median is None:
         return ""
-    unit = "GB/s" if (result.roof or "").startswith("copy") else "GOP/s"
+    unit = "GB/s" if is_copy(result.roof or "") else "GOP/s"
     return f"{result.work / result.median / 1e9:,.1f} {unit}"
 
 

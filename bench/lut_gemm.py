@@ -32,12 +32,10 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from bench.harness import (
     Record,
     add_options,
-    product_operations,
     runs,
-    symmetric_operations,
     with_work,
 )
-from bench.machine_peaks import BF16_PRODUCT, best_isa, code_type, roofs
+from bench.machine_peaks import best_isa, code_type, roofs
 from lowbit_muon import PRESETS, QuantizedMatrix, orthogonalize, quantize
 from lowbit_muon.backends import get_backend
 from lowbit_muon.backends.codes import Terms
@@ -45,6 +43,11 @@ from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS, resolve_coefficient
 from lowbit_muon.linalg.newton_schulz import gram_operator
 from lowbit_muon.state.coded_products import Panel, lut_gram, lut_matmul, lut_times
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.counts import (
+    BF16_PRODUCT,
+    product_operations,
+    symmetric_operations,
+)
 from lowbit_muon.tools.benchmark.gates import allowed_gram_error, expect_close, relative_error
 from lowbit_muon.tools.benchmark.measure import Result, measure_cases
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix

@@ -7,6 +7,7 @@ fp32, int16, int8 LEVEL  independent chains of the instructions that our matrix 
                          operands in registers; bench/csrc/peaks.cpp, compiled when first asked for
 copy from memory, in L2  torch's copy of 128 MiB, and of 256 KiB a thread; bytes read and written
 torch.mm bf16            a product of 1024 x 1024 matrices: the best seen in bfloat16, not a peak
+                         (these three are of the package, tools/benchmark/peaks.py)
 
 Other benchmarks time the roofs they need in the same rounds as everything else and take fractions
 of them, so that both see the same clock and the same neighbours; here they stand alone. torch
@@ -23,16 +24,15 @@ from functools import partial
 import torch
 
 from bench.chains import multiply_adds
-from bench.harness import Record, Run, add_options, product_operations, runs
+from bench.harness import Record, Run, add_options, runs
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.counts import BF16_PRODUCT, FP32_PRODUCT, FROM_MEMORY, IN_L2
 from lowbit_muon.tools.benchmark.gates import GateError
 from lowbit_muon.tools.benchmark.measure import Result, measure_cases
+from lowbit_muon.tools.benchmark.peaks import peaks
 
-FROM_MEMORY, IN_L2, BF16_PRODUCT = "copy from memory", "copy in L2", "torch.mm bf16"
-MEMORY_BYTES = 128 * 2**20  # of source and of target: four times a last-level cache of 32 MiB
-L2_BYTES = 256 * 2**10  # of source and of target for each thread: half of an L2 cache of 1 MiB
-BF16_SIZE = 1024
+TORCHS = (FROM_MEMORY, IN_L2, FP32_PRODUCT, BF16_PRODUCT)  # of `lowbit-muon bench`, too
 ITERATIONS = 200_000  # of the chains: 0.3 to 3 ms
 WORDS = {"fp32": "float32", "int16": "int16", "int8": "int8"}
 
@@ -53,10 +53,9 @@ def roofs(keys: Iterable[str]) -> list[Case]:
 
 
 def _roof(key: str) -> Case:
-    if key == BF16_PRODUCT:
-        return Case(key, _prepare_bf16_product, "bf16", peer=True)
-    if key in (FROM_MEMORY, IN_L2):
-        return Case(key, partial(_prepare_copy, key), peer=True)
+    if key in TORCHS:
+        (case,) = peaks([key])
+        return case
     dtype, isa = key.split()
     return Case(key, partial(_prepare_chains, dtype, isa), dtype, isa=isa)
 
@@ -69,21 +68,7 @@ def _prepare_chains(dtype: str, isa: str) -> Prepared:
         raise UnavailableError(str(error)) from error
     if products != ITERATIONS * chains(1):
         raise GateError(f"products: expected {ITERATIONS} times {chains(1)}, got {products}")
-    return Prepared(lambda: chains(ITERATIONS), work=2.0 * products, roof=f"{dtype} {isa}")
-
-
-def _prepare_copy(key: str) -> Prepared:
-    size = MEMORY_BYTES if key == FROM_MEMORY else L2_BYTES * torch.get_num_threads()
-    source = torch.ones(size // 4)
-    target = source.clone()
-    return Prepared(lambda: target.copy_(source), work=2.0 * source.nbytes, roof=key)
-
-
-def _prepare_bf16_product() -> Prepared:
-    a = torch.randn(BF16_SIZE, BF16_SIZE).bfloat16()
-    out = torch.mm(a, a)
-    work = product_operations(BF16_SIZE, BF16_SIZE, BF16_SIZE)
-    return Prepared(lambda: torch.mm(a, a, out=out), work=work, roof=BF16_PRODUCT)
+    return Prepared(lambda: chains(ITERATIONS), work={f"{dtype} {isa}": 2.0 * products})
 
 
 def measure(run: Run, repeats: int, *, shared: bool) -> list[Result]:

@@ -25,21 +25,28 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from bench.harness import (
     Record,
     add_options,
-    product_operations,
     runs,
-    symmetric_operations,
     with_work,
 )
-from bench.machine_peaks import BF16_PRODUCT, best_isa, roofs
+from bench.machine_peaks import best_isa, roofs
 from lowbit_muon.backends import get_backend
 from lowbit_muon.linalg.coefficients import NS_COEFFICIENTS, resolve_coefficients
-from lowbit_muon.linalg.newton_schulz import orthogonalize, takes_gram_form
+from lowbit_muon.linalg.newton_schulz import orthogonalize
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.counts import (
+    BF16_PRODUCT,
+    NS_STEPS,
+    newton_schulz_operations,
+    orthogonalize_operations,
+    plain_newton_schulz_operations,
+    product_operations,
+    symmetric_operations,
+)
 from lowbit_muon.tools.benchmark.gates import GateError, Passed, expect_close
 from lowbit_muon.tools.benchmark.measure import measure_cases
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 
-STEPS, EPS = 5, 1e-7
+STEPS, EPS = NS_STEPS, 1e-7
 BACKEND = get_backend("auto", torch.device("cpu"))
 BASELINE, PEER, PACKAGE = "plain fp32", "torch.optim.Muon", "gram-newton-schulz fp16"
 PRODUCT = "X Xᵀ: torch.mm"
@@ -77,17 +84,11 @@ def reference(x: Tensor) -> Tensor:
 
 def operations(method: str, m: int, n: int) -> float:
     """What a method multiplies and adds for [m, n], m <= n."""
-    coefficients = resolve_coefficients("muon", STEPS)
     if method == "auto":
-        gram_form = takes_gram_form((m, n), coefficients, torch.float32, BACKEND)
-        method = "gram" if gram_form else "newton_schulz"
+        return orthogonalize_operations(m, n, BACKEND)
     if method == "plain":
-        return STEPS * (2 * product_operations(m, n, m) + product_operations(m, m, m))
-    gram_matrix, square = symmetric_operations(m, n), symmetric_operations(m, m)
-    if method == "newton_schulz":
-        return STEPS * (gram_matrix + square + product_operations(m, m, n))
-    # T products of H, T-1 of Q, 2T-2 of R; then Q X
-    return gram_matrix + (4 * STEPS - 3) * square + product_operations(m, m, n)
+        return plain_newton_schulz_operations(m, n)
+    return newton_schulz_operations(m, n, gram_form=method == "gram")
 
 
 class Shape:

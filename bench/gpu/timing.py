@@ -17,6 +17,7 @@ from bench.gpu.rows import Row
 from lowbit_muon import PRESETS, Muon
 from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.codes import PackedCodes, Terms
+from lowbit_muon.tools.benchmark.measure import SAMPLE_SECONDS
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
 from lowbit_muon.tools.benchmark.timing import interleaved
 
@@ -32,10 +33,12 @@ KERNEL_SHAPES = ((2048, 2048), (2048, 8192), (4096, 4096), (4096, 11008))
 def device_seconds(
     cases: Mapping[str, Callable[[], object]], *, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds of single calls, in turn, for `budget` seconds in all: at most 50 rounds, after two
-    that are not counted (compilation, caches)."""
+    """Seconds of a call, in turn, for `budget` seconds in all: at most 50 rounds, after two that
+    are not counted (compilation, caches). Short calls are queued in samples of some milliseconds,
+    beside which launching the first and waiting for the last should take a percent.
+    """
     deadline = time.perf_counter() + budget
-    return interleaved(cases, 50, 2, device="cuda", deadline=deadline)
+    return interleaved(cases, 50, 2, deadline=deadline, sample_seconds=SAMPLE_SECONDS)
 
 
 def timed_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lowbit_muon import Muon
 from lowbit_muon.tools.finetune.text import read_text
+from lowbit_muon.tools.progress import LogLines
 
 # state_format of Muon's momentum, or AdamW for everything.
 METHODS = ("fp32", "spectral4", "adamw")
@@ -43,6 +44,14 @@ Train = Callable[[str, float, int, int], Run]
 def trapezoid(step: int, steps: int) -> float:
     """Factor of the learning rate in step 0, 1, ...: ten steps up, then 1, the last 40% down."""
     return min(1.0, (step + 1) / 10, (steps - step) / (0.4 * steps))
+
+
+def counts(steps: int, method: str) -> Iterator[int]:
+    """0, 1, ... below `steps`, with a line of progress every so often."""
+    lines = LogLines(functools.partial(print, flush=True))
+    for step in range(steps):
+        lines.offer(f"{LABELS[method]}: step {step} of {steps}")
+        yield step
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -16,7 +16,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowbit_muon import MuonWithAuxAdam, muon_param_groups
-from lowbit_muon.examples.common import KINDS, Run, compare, drawings, state_bytes, trapezoid
+from lowbit_muon.examples.common import (
+    KINDS,
+    Run,
+    compare,
+    counts,
+    drawings,
+    state_bytes,
+    trapezoid,
+)
 
 TITLE = "A convolutional network, cross-entropy of eight shapes"
 SIZE, WIDTHS = 16, (32, 64)
@@ -77,7 +85,7 @@ def train(method: str, lr: float, steps: int = STEPS, seed: int = 0) -> Run:
     schedule = LambdaLR(optimizer, lambda step: trapezoid(step, steps))
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(steps):
+    for _ in counts(steps, method):
         images, kinds = drawings(IMAGES, SIZE, generator)
         images += NOISE * torch.randn(images.shape, generator=generator)
         loss = cross_entropy(model(images), kinds)

@@ -16,7 +16,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowbit_muon import MuonWithAuxAdam, muon_param_groups
-from lowbit_muon.examples.common import KINDS, Run, compare, drawings, state_bytes, trapezoid
+from lowbit_muon.examples.common import (
+    KINDS,
+    Run,
+    compare,
+    counts,
+    drawings,
+    state_bytes,
+    trapezoid,
+)
 
 TITLE = "A diffusion transformer, squared error of the velocity"
 SIZE, PATCH, WIDTH, LAYERS, HEADS = 12, 2, 64, 2, 2
@@ -94,7 +102,7 @@ def train(method: str, lr: float, steps: int = STEPS, seed: int = 0) -> Run:
     schedule = LambdaLR(optimizer, lambda step: trapezoid(step, steps))
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(steps):
+    for _ in counts(steps, method):
         images, kind = drawings(IMAGES, SIZE, generator)
         noise = torch.randn(images.shape, generator=generator)
         time = torch.rand(IMAGES, generator=generator)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowbit_muon import MuonWithAuxAdam
-from lowbit_muon.examples.common import Run, bible, compare, state_bytes, trapezoid, windows
+from lowbit_muon.examples.common import Run, bible, compare, counts, state_bytes, trapezoid, windows
 from lowbit_muon.examples.nanochat import CONTEXT, GPT, SEQUENCES, next_byte_loss
 
 TITLE = "LoRA of rank 8, nats a byte"
@@ -70,7 +70,7 @@ def train(method: str, lr: float, steps: int = STEPS, seed: int = 0) -> Run:
     schedule = LambdaLR(optimizer, lambda step: trapezoid(step, steps))
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(steps):
+    for _ in counts(steps, method):
         ids = capitals(windows(bible(), SEQUENCES, CONTEXT + 1, generator))
         loss = next_byte_loss(model, ids)
         loss.backward()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowbit_muon import MuonWithAuxAdam, muon_param_groups
-from lowbit_muon.examples.common import Run, bible, compare, state_bytes, trapezoid, windows
+from lowbit_muon.examples.common import Run, bible, compare, counts, state_bytes, trapezoid, windows
 from lowbit_muon.examples.nanochat import next_byte_loss
 
 TITLE = "A mixture of eight experts, nats a byte"
@@ -108,7 +108,7 @@ def train(method: str, lr: float, steps: int = STEPS, seed: int = 0) -> Run:
     generator = torch.Generator().manual_seed(seed)
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     losses = []
-    for _ in range(steps):
+    for _ in counts(steps, method):
         loss = next_byte_loss(model, windows(bible(), SEQUENCES, CONTEXT + 1, generator))
         imbalance = torch.stack([each.imbalance for each in experts]).mean()
         (loss + BALANCE * imbalance).backward()

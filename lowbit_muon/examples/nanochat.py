@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowbit_muon import MuonWithAuxAdam
-from lowbit_muon.examples.common import Run, bible, compare, state_bytes, trapezoid, windows
+from lowbit_muon.examples.common import Run, bible, compare, counts, state_bytes, trapezoid, windows
 
 TITLE = "A byte-level GPT, nats a byte"
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS = 128, 64, 64, 2, 2  # the text is ASCII
@@ -91,7 +91,7 @@ def train(method: str, lr: float, steps: int = STEPS, seed: int = 0) -> Run:
     schedule = LambdaLR(optimizer, lambda step: trapezoid(step, steps))
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(steps):
+    for _ in counts(steps, method):
         loss = next_byte_loss(model, windows(bible(), SEQUENCES, CONTEXT + 1, generator))
         loss.backward()
         optimizer.step()

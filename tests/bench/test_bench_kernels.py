@@ -25,7 +25,9 @@ from lowbit_muon.backends.codes import Terms
 from lowbit_muon.backends.cpu.adapter import CpuBackend
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.tools.benchmark import measure as measure_module
+from lowbit_muon.tools.benchmark import peaks
 from lowbit_muon.tools.benchmark.cases import Case, Prepared, UnavailableError
+from lowbit_muon.tools.benchmark.counts import product_operations, symmetric_operations
 from lowbit_muon.tools.benchmark.gates import GateError
 from lowbit_muon.tools.benchmark.measure import Result, measure_cases
 from lowbit_muon.tools.benchmark.momentum import decaying_matrix
@@ -49,8 +51,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything so small that a benchmark takes a second; numbers mean nothing then."""
     monkeypatch.setattr(measure_module, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(machine_peaks, "ITERATIONS", 100)
-    monkeypatch.setattr(machine_peaks, "MEMORY_BYTES", 2**16)
-    monkeypatch.setattr(machine_peaks, "BF16_SIZE", 32)
+    monkeypatch.setattr(peaks, "MEMORY_BYTES", 2**16)
+    monkeypatch.setattr(peaks, "PRODUCT_SIZES", {"cpu": 32})
     monkeypatch.setattr(codec, "SHAPES", ((16, 128),))
     monkeypatch.setattr(codec, "COLD_BYTES", 2 * 4 * 16 * 128)
     monkeypatch.setattr(lut_gemm, "SHAPES", ((32, 64), (32, 32)))
@@ -93,7 +95,8 @@ def test_a_run_leaves_level_and_threads_as_they_were() -> None:
 
 
 def made_up(name: str, work: float | None = None, roof: str | None = None) -> Case:
-    return Case(name, lambda: Prepared(lambda: None, work=work, roof=roof), isa="avx2")
+    counted = {} if work is None or roof is None else {roof: work}
+    return Case(name, lambda: Prepared(lambda: None, work=counted), isa="avx2")
 
 
 def test_fractions_of_rows_that_were_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +126,8 @@ def fail_to_prepare() -> Prepared:
 
 def test_a_triangle_counts_the_products_it_has() -> None:
     entries = [(i, j) for i in range(5) for j in range(i, 5)]
-    assert harness.symmetric_operations(5, 7) == 2 * 7 * len(entries)
-    assert harness.product_operations(5, 7, 3) == 2 * 5 * 7 * 3
+    assert symmetric_operations(5, 7) == 2 * 7 * len(entries)
+    assert product_operations(5, 7, 3) == 2 * 5 * 7 * 3
 
 
 @pytest.mark.parametrize("method", ["newton_schulz", "gram", "auto"])
@@ -136,11 +139,11 @@ def test_operations_are_those_a_method_does(
     product, symmetric = CpuBackend.product, CpuBackend.symmetric_product
 
     def counted(self: CpuBackend, a: Any, b: Any, **options: Any) -> Any:
-        done.append(harness.product_operations(*a.shape, b.shape[1]))
+        done.append(product_operations(*a.shape, b.shape[1]))
         return product(self, a, b, **options)
 
     def counted_symmetric(self: CpuBackend, a: Any, b: Any = None, **options: Any) -> Any:
-        done.append(harness.symmetric_operations(*a.shape))
+        done.append(symmetric_operations(*a.shape))
         return symmetric(self, a, b, **options)
 
     monkeypatch.setattr(CpuBackend, "product", counted)
@@ -270,7 +273,7 @@ def test_bitsandbytes_moves_what_our_nf4_moves(operation: str) -> None:
     assert prepared.passed is not None
     layout = PRESETS["nf4"].code_layout()
     ours = 4 * 16 * 128 + 16 * layout.row_bytes(128) + 4 * 16 * layout.blocks(128)
-    assert prepared.work == ours
+    assert prepared.work == {"copy in L2": ours}
 
 
 def test_peers_that_are_missing_are_skipped_with_the_remedy(

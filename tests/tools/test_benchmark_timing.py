@@ -45,7 +45,7 @@ def test_short_calls_are_repeated_in_a_sample(monkeypatch: pytest.MonkeyPatch) -
         taken.append((call(), calls))
         return each[call()]
 
-    monkeypatch.setattr(timing, "_clock_seconds", clock)
+    monkeypatch.setattr(timing, "_seconds", clock)
     cases = {name: lambda name=name: name for name in each}  # type: ignore[misc]
     interleaved(cases, 1, warmup=1, sample_seconds=1e-3)
     assert taken[:3] == [("short", 1), ("long", 1), ("instant", 1)]
@@ -54,43 +54,21 @@ def test_short_calls_are_repeated_in_a_sample(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_sample_is_the_mean_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "timer", lambda: now[0])
 
     def call() -> None:
         now[0] += 2.0
 
-    assert timing._clock_seconds(call, 5) == 2.0
+    assert timing._seconds(call, 5) == 2.0
 
 
-class Event:
-    """A CUDA event that takes its time from a counter, which `synchronize` must not precede."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-        self.at = self.done = -1.0
-
-    def record(self) -> None:
-        self.at = Event.now
-
-    def synchronize(self) -> None:
-        self.done = self.at
-
-    def elapsed_time(self, end: Event) -> float:
-        assert end.done >= 0, "the end was not waited for"
-        return (end.at - self.at) * 1e3
-
-
-def test_cuda_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-
-    def call() -> None:
-        Event.now += 0.25
-
-    seconds = interleaved({"a": call}, 2, warmup=1, device="cuda", sample_seconds=1.0)
-    assert seconds == {"a": [0.25, 0.25]}
-    assert Event.now == 0.25 * (1 + 2 * 4)
+def test_an_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own clock, before and behind the calls of a sample."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: events.append("wait"))
+    interleaved({"a": lambda: events.append("call")}, 1, warmup=0)
+    assert events == ["wait", "call", "wait"]
 
 
 def test_medians_and_spread() -> None:

@@ -226,7 +226,7 @@ def test_a_script_that_ends_before(ending: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("", "expected steps of a lowbit_muon optimizer, got none: the script ended\n"),
+        ("", "steps of a lowbit_muon optimizer or torch.optim.Muon, got none: the script ended\n"),
         ("sys.exit(3)", "got none: the script ended with exit status 3\n"),
         ("torch.optim.AdamW(model.parameters()).step()", "got none: the script ended\n"),
         ("Muon([model[0].weight]).step()", "TARGET: expected a matrix with a momentum, got none"),

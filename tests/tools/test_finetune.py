@@ -29,7 +29,6 @@ from lowbit_muon.tools.finetune.command import add_command
 from lowbit_muon.tools.finetune.compare import compare
 from lowbit_muon.tools.finetune.llama import Llama, LlamaConfig, rotary_table, rotate
 from lowbit_muon.tools.finetune.optimizers import build_optimizer
-from lowbit_muon.tools.finetune.progress import TrainingProgress
 from lowbit_muon.tools.finetune.report import comparison_table, peak_memory_bytes
 from lowbit_muon.tools.finetune.settings import FinetuneSettings, resumed_settings
 from lowbit_muon.tools.finetune.smollm2 import half_split_rotary, load_model
@@ -465,22 +464,7 @@ def test_an_automatic_format_is_reported(tiny: FinetuneSettings, tmp_path: Path)
     assert run(tiny, tmp_path / "fixed")["formats"] == {tiny.format: result["muon_matrices"]}
 
 
-# --- progress, table, comparison ---
-
-
-def test_progress_on_a_terminal_and_in_a_file() -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
-    plain = Console(file=io.StringIO(), force_terminal=False, width=120)
-    for console in (terminal, plain):
-        with TrainingProgress(console, 0, 20) as progress:
-            for done in range(1, 21):
-                progress.step(done, 2.5, 1234.0, 3 * 2**20)
-    shown, lines = (console.file.getvalue() for console in (terminal, plain))  # type: ignore[attr-defined]
-    assert "loss 2.5000  1,234 tokens/s  state 3.0 MiB" in shown
-    assert "20/20" in shown
-    assert [line.split("  ")[0] for line in lines.splitlines()] == [
-        f"step {done}/20" for done in range(2, 21, 2)
-    ]
+# --- table, comparison ---
 
 
 def made_up(seed: int, loss: float, **changes: Any) -> dict[str, Any]:
@@ -496,7 +480,7 @@ def test_table_shows_mean_deviation_and_paired_difference() -> None:
         "muonq4": [made_up(0, 2.1), made_up(1, 2.4)],
     }
     file = io.StringIO()
-    Console(file=file, width=120).print(comparison_table(runs))
+    Console(file=file, width=120).print(comparison_table(runs, wide=True))
     text = file.getvalue()
     assert "2.1000 ± 0.1414" in text  # of 2.0 and 2.2
     assert "+0.1500 ± 0.0707" in text  # of 2.1 - 2.0 and 2.4 - 2.2

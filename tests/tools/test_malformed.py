@@ -182,13 +182,11 @@ def test_files_that_no_program_writes(
     "file", [*ODD, "/etc/passwd", "a/../../w", ".", "i.json", "\\..\\w", "w.safetensors"], ids=repr
 )
 def test_an_index_stays_in_its_folder(
-    file: Any, plan: Callable[[str, bytes], int], check: Callable[..., int], tmp_path: Path
+    file: Any, plan: Callable[[str, bytes], int], tmp_path: Path
 ) -> None:
     (tmp_path / "w.safetensors").write_bytes(header({"a.weight": ENTRY}))
-    torch.save(trained(Muon), tmp_path / "o.pt")
     content = json.dumps({"weight_map": {"a.weight": file}}).encode()
     assert plan("i.json", content) == (0 if file == "w.safetensors" else 2)
-    assert check("doctor", "o.pt", "--weights=i.json") == 2
 
 
 # Checkpoints ----------------------------------------------------------------------------------
@@ -241,8 +239,6 @@ def replaced(value: Any, path: tuple[Any, ...], new: object) -> Any:
 @given(data=st.data())
 def test_every_field_of_a_state(kind: str, data: st.DataObject, check: Callable[..., int]) -> None:
     base = trained(Muon if kind == "ours" else torch.optim.Muon)
-    if kind == "ours":
-        base = {"optimizer": base, "model": {"w": torch.ones(8, 4)}}
     path = data.draw(st.sampled_from(list(fields(base))))
     torch.save(replaced(base, path, data.draw(st.sampled_from(ODD + TENSORS))), "a.pt")
     check("doctor", "a.pt")

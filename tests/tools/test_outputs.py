@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from lowbit_muon import Muon
-from lowbit_muon.tools import info
+from lowbit_muon.tools import info, progress
 from lowbit_muon.tools.cli import main
 from lowbit_muon.tools.console import plain_console, printable
 from lowbit_muon.tools.errors import UserError
@@ -62,10 +62,11 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                           ["doctor", "state.pt"])
           for path in ("folder", "file/x.json", "x" * 300, "/proc/x/y", "a\0b", "")),
         ["bench", "--device=cpu", "--plot=file/x.svg"],
+        ["bench", "--device=cpu", "--csv=file/x.csv"],
         ["doctor", "state.pt", "--plot=file/x.svg"],
         ["plan", "config.json", "--device-memory=1GB", "--json=config.json"],
         ["doctor", "state.pt", "--json=state.pt"],
-        ["doctor", "state.pt", "--weights=config.json", "--json=folder/../config.json"],
+        ["doctor", "state.pt", "--json=folder/../state.pt"],
         ["doctor", "state.pt", "--json=a.svg", "--plot=a.svg"],
         *([*TINY, *more, f"--out={path}"]
           for more in ([], ["--compare=fp32"], ["--save-every=0"])
@@ -130,7 +131,7 @@ def test_two_runs_do_not_share_a_folder(
     assert "--out: expected a folder of no other run, got folder" in capsys.readouterr().err
     # Released with the first, and a run that is done is not written over.
     monkeypatch.setattr(finetune_command, "finetune", lambda *_: None)
-    monkeypatch.setattr(finetune_command, "compare", lambda *_: None)
+    monkeypatch.setattr(finetune_command, "compare", lambda *_, **__: None)
     assert main([*TINY, *more, "--out=folder"]) == 0
 
 
@@ -165,9 +166,12 @@ class Gone(io.StringIO):
         return super().write(text)
 
 
-def test_steps_are_saved_when_nothing_can_be_printed_any_more(tmp_path: Path) -> None:
+def test_steps_are_saved_when_nothing_can_be_printed_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)  # a line for each step
     settings = FinetuneSettings(
-        model="tiny", steps=3, tokens_per_step=64, sequence_length=32, held_out_tokens=64,
+        model="tiny", steps=3, tokens_per_step=32, sequence_length=32, held_out_tokens=64,
         sample_tokens=0, eval_before=False,
     )  # fmt: skip
     # The first two lines say what is trained; the first step's is lost.

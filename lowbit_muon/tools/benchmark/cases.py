@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_muon.backends import get_backend
+from lowbit_muon.backends.base import Backend
 from lowbit_muon.backends.cpu import adapter as cpu
 from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.linalg.newton_schulz import orthogonalize
@@ -20,6 +21,8 @@ from lowbit_muon.state.coded_products import lut_gram
 from lowbit_muon.state.parameter import matrix_views, read_matrix
 from lowbit_muon.state.stored import QuantizedMatrix, orient, quantize
 from lowbit_muon.step.update import update_scale
+from lowbit_muon.tools.benchmark import counts
+from lowbit_muon.tools.benchmark.counts import BF16_PRODUCT, FP32_PRODUCT
 from lowbit_muon.tools.benchmark.gates import (
     Passed,
     allowed_gram_error,
@@ -72,6 +75,21 @@ class Problem:
         """See `gates.allowed_update_error`."""
         return allowed_update_error(self.matrix)
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(m, n), the short one first."""
+        return min(self.shape), max(self.shape)
+
+    @property
+    def elements(self) -> int:
+        """m n."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def kernels(self) -> Backend:
+        """Of our cases."""
+        return get_backend(self.backend, self.device)
+
     def parameter(self) -> nn.Parameter:
         """A parameter with the gradient."""
         generator = torch.Generator(device=self.device).manual_seed(1)
@@ -97,8 +115,9 @@ class Prepared:
     passed: Passed | None = None  # what its gate found; None for torch's
     state_bytes: int | None = None
     peak_bytes: int | None = None
-    work: float | None = None  # operations or bytes of a call
-    roof: str | None = None  # key of the case whose work in a second is the most there can be
+    # What a call does, `counts`, by what limits it: the key of the case whose own work in a second
+    # is the most there can be. Bytes are limited by copies, operations by products.
+    work: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,72 +142,100 @@ class Case:
         return self.name if self.format is None else f"{self.name} {self.format}"
 
 
-def make_cases(problem: Problem, formats: Sequence[str]) -> Iterator[Case]:
-    """Every case of a problem, peers first."""
-    yield from _peers(problem)
-    backend = get_backend(problem.backend, problem.device)
-    isa = cpu.isa() if backend.name == "cpu" else None
-    yield Case(
-        "orthogonalize",
-        partial(_prepare_orthogonalize, problem),
-        baseline=PLAIN_NEWTON_SCHULZ,
-        isa=isa,
-    )
+PARTS = ("step", "orthogonalize", "quantize", "dequantize", "lut_gram")
+
+
+def make_cases(
+    problem: Problem, formats: Sequence[str], parts: Collection[str] = PARTS
+) -> Iterator[Case]:
+    """The cases of some parts of a problem, the peers that they are compared with first."""
+    yield from _peers(problem, parts)
+    isa = cpu.isa() if problem.kernels.name == "cpu" else None
+    if "orthogonalize" in parts:
+        yield Case(
+            "orthogonalize",
+            partial(_prepare_orthogonalize, problem),
+            baseline=PLAIN_NEWTON_SCHULZ,
+            isa=isa,
+        )
     for operation, prepare, dtype, baseline in (
         ("step", _prepare_step, problem.dtype_name, TORCH_MUON),
         ("quantize", _prepare_quantize, "fp32", COPY),
         ("dequantize", _prepare_dequantize, "fp32", COPY),
         ("lut_gram", _prepare_gram, "fp32", PLAIN_GRAM),
     ):
-        for name in formats:
+        for name in formats if operation in parts else ():
             yield Case(operation, partial(prepare, problem, name), dtype, name, baseline, isa=isa)
 
 
-def _peers(problem: Problem) -> Iterator[Case]:
+def _peers(problem: Problem, parts: Collection[str]) -> Iterator[Case]:
     def peer(
         name: str, prepare: Callable[..., Prepared], argument: Any, dtype: str, baseline: str | None
     ) -> Case:
         return Case(name, partial(prepare, problem, argument), dtype, baseline=baseline, peer=True)
 
-    yield peer(COPY, _prepare_copy, None, "fp32", None)
-    for name in dict.fromkeys(("fp32", problem.dtype_name)):
+    if "quantize" in parts or "dequantize" in parts:
+        yield peer(COPY, _prepare_copy, None, "fp32", None)
+    for name in dict.fromkeys(("fp32", problem.dtype_name)) if "lut_gram" in parts else ():
         baseline = None if name == "fp32" else PLAIN_GRAM
-        yield peer(f"torch.mm Gram {name}", _prepare_plain_gram, DTYPES[name], name, baseline)
-    for name in ("fp32", "bf16"):  # bf16 is what torch.optim.Muon takes for every dtype
+        yield peer(f"torch.mm Gram {name}", _prepare_plain_gram, name, name, baseline)
+    # bf16 is what torch.optim.Muon takes for every dtype
+    for name in ("fp32", "bf16") if "orthogonalize" in parts else ():
         baseline = None if name == "fp32" else PLAIN_NEWTON_SCHULZ
-        yield peer(
-            f"Newton-Schulz {name}", _prepare_plain_newton_schulz, DTYPES[name], name, baseline
-        )
-    for name, make in (
+        yield peer(f"Newton-Schulz {name}", _prepare_plain_newton_schulz, name, name, baseline)
+    optimizers: Sequence[tuple[str, Callable[..., torch.optim.Optimizer]]] = (
         (TORCH_MUON, torch.optim.Muon),
         ("torch.optim.AdamW", torch.optim.AdamW),
         ("bitsandbytes AdamW8bit", _adamw8bit),
-    ):
+    )
+    for name, make in optimizers if "step" in parts else ():
         baseline = None if name == TORCH_MUON else TORCH_MUON
         yield peer(name, _prepare_peer_step, make, problem.dtype_name, baseline)
 
 
+def _work(
+    problem: Problem, moved: float, operations: float | None = None, product: str = FP32_PRODUCT
+) -> dict[str, float]:
+    """Bytes, and operations where they are counted and there are any."""
+    copy = counts.nearest_copy(moved, problem.device)
+    return {copy: float(moved)} | ({product: operations} if operations else {})
+
+
 def _prepare_copy(problem: Problem, _: None) -> Prepared:
     target = torch.empty_like(problem.matrix)
-    return Prepared(lambda: target.copy_(problem.matrix))
+    return Prepared(lambda: target.copy_(problem.matrix), work=_work(problem, 8 * problem.elements))
 
 
-def _prepare_plain_gram(problem: Problem, dtype: torch.dtype) -> Prepared:
-    x = orient(problem.matrix.to(dtype))
+def _prepare_plain_gram(problem: Problem, dtype: str) -> Prepared:
+    x = orient(problem.matrix.to(DTYPES[dtype]))
     out = torch.mm(x, x.mT)
-    return Prepared(lambda: torch.mm(x, x.mT, out=out))
+    m, n = problem.sides
+    work = _work(
+        problem,
+        x.nbytes + out.nbytes,
+        counts.product_operations(m, n, m),
+        product=f"torch.mm {dtype}",
+    )
+    return Prepared(lambda: torch.mm(x, x.mT, out=out), work=work)
 
 
-def _prepare_plain_newton_schulz(problem: Problem, dtype: torch.dtype) -> Prepared:
-    x = problem.matrix.to(dtype)
+def _prepare_plain_newton_schulz(problem: Problem, dtype: str) -> Prepared:
+    x = problem.matrix.to(DTYPES[dtype])
     newton_schulz(x)
-    return Prepared(lambda: newton_schulz(x))
+    operations = counts.plain_newton_schulz_operations(*problem.sides)
+    work = _work(problem, 2 * x.nbytes, operations, product=f"torch.mm {dtype}")
+    return Prepared(lambda: newton_schulz(x), work=work)
 
 
 def _prepare_peer_step(problem: Problem, make: Callable[..., torch.optim.Optimizer]) -> Prepared:
     optimizer = make([problem.parameter()], lr=1e-3)
     optimizer.step()
-    return Prepared(optimizer.step, state_bytes=state_bytes(optimizer))
+    kept = state_bytes(optimizer)
+    operations = None
+    if isinstance(optimizer, torch.optim.Muon):
+        operations = counts.plain_newton_schulz_operations(*problem.sides)
+    work = _work(problem, 2 * kept + 3 * problem.grad.nbytes, operations, product=BF16_PRODUCT)
+    return Prepared(optimizer.step, state_bytes=kept, work=work)
 
 
 def _adamw8bit(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -218,7 +265,8 @@ def _prepare_orthogonalize(problem: Problem) -> Prepared:
     x = problem.matrix
     exact = exact_newton_schulz(x)
     passed = expect_close("result", orthogonalize(x), exact, problem.allowed_update_error)
-    return Prepared(lambda: orthogonalize(x), passed)
+    operations = counts.orthogonalize_operations(*problem.sides, problem.kernels)
+    return Prepared(lambda: orthogonalize(x), passed, work=_work(problem, 2 * x.nbytes, operations))
 
 
 def _stored(problem: Problem, name: str) -> tuple[QuantizedMatrix, Passed]:
@@ -230,12 +278,16 @@ def _stored(problem: Problem, name: str) -> tuple[QuantizedMatrix, Passed]:
 
 def _prepare_quantize(problem: Problem, name: str) -> Prepared:
     stored, passed = _stored(problem, name)
-    return Prepared(lambda: problem.quantized(name), passed, stored.nbytes)
+    operations = counts.encode_operations(stored.state_format, *problem.sides, problem.kernels)
+    work = _work(problem, problem.matrix.nbytes + stored.nbytes, operations)
+    return Prepared(lambda: problem.quantized(name), passed, stored.nbytes, work=work)
 
 
 def _prepare_dequantize(problem: Problem, name: str) -> Prepared:
     stored, passed = _stored(problem, name)
-    return Prepared(lambda: problem.decoded(stored), passed, stored.nbytes)
+    operations = counts.decode_operations(stored.state_format, *problem.sides)
+    work = _work(problem, problem.matrix.nbytes + stored.nbytes, operations)
+    return Prepared(lambda: problem.decoded(stored), passed, stored.nbytes, work=work)
 
 
 def _prepare_gram(problem: Problem, name: str) -> Prepared:
@@ -253,7 +305,9 @@ def _prepare_gram(problem: Problem, name: str) -> Prepared:
     decoded = orient(problem.decoded(stored)).double()
     allowed = allowed_gram_error(decoded, stored.state_format)
     passed = expect_close("Gram matrix", found, decoded @ decoded.mT, allowed)
-    return Prepared(gram, passed, stored.nbytes)
+    operations = counts.lut_gram_operations(stored.state_format, *problem.sides)
+    work = _work(problem, stored.nbytes + found.nbytes, operations)
+    return Prepared(gram, passed, stored.nbytes, work=work)
 
 
 @torch.no_grad()
@@ -293,4 +347,8 @@ def _prepare_step(problem: Problem, name: str) -> Prepared:
     passed = expect_close("update", update, exact, allowed)
     param.copy_(before)
     group["lr"] = 1e-3
-    return Prepared(optimizer.step, passed, optimizer.state_bytes())
+    kept, m = optimizer.state_bytes(), min(problem.shape)
+    operations = counts.step_operations(state_format, *problem.sides, problem.kernels)
+    product = BF16_PRODUCT if counts.step_rounds(m, problem.kernels) else FP32_PRODUCT
+    work = _work(problem, 2 * kept + 3 * problem.grad.nbytes, operations, product)
+    return Prepared(optimizer.step, passed, kept, work=work)

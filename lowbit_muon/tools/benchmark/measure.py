@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from lowbit_muon.tools.benchmark.cases import Case, Prepared, Problem, UnavailableError, make_cases
+from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.tools.benchmark.cases import (
+    PARTS,
+    Case,
+    Prepared,
+    Problem,
+    UnavailableError,
+    make_cases,
+)
+from lowbit_muon.tools.benchmark.counts import (
+    BF16_PRODUCT,
+    FP32_PRODUCT,
+    FROM_MEMORY,
+    IN_L2,
+    is_copy,
+)
+from lowbit_muon.tools.benchmark.peaks import peaks
 from lowbit_muon.tools.benchmark.timing import interleaved, medians, spread
 
 SAMPLE_SECONDS = 2e-3  # of calls far below this, several make one sample: clocks and events tick
@@ -44,6 +60,8 @@ class Result:
     work: float | None = None
     roof: str | None = None
     fraction: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -55,19 +73,28 @@ def measure(
     formats: Sequence[str],
     repeats: int,
     *,
+    parts: Collection[str] = PARTS,
     warmup: int = 1,
     deadline: float | None = None,
     on_round: Callable[[], None] = lambda: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
-    """A row for each case of the problem; see `measure_cases`."""
+    """A row for each case of some parts of the problem, and for peaks; see `measure_cases`."""
+    found = list(make_cases(problem, formats, parts))
+    roofs = {FROM_MEMORY, IN_L2} if problem.device.type == "cpu" else {FROM_MEMORY}
+    if any(PRESETS[name].spectral for name in formats):
+        roofs.add(FP32_PRODUCT)
+    if set(parts) - {"quantize", "dequantize"}:
+        roofs |= {FP32_PRODUCT, BF16_PRODUCT}
     return measure_cases(
-        list(make_cases(problem, formats)),
+        [*found, *peaks(roofs, problem.device)],
         problem.shape,
         repeats,
         device=problem.device.type,
         warmup=warmup,
         deadline=deadline,
         on_round=on_round,
+        on_case=on_case,
     )
 
 
@@ -80,15 +107,19 @@ def measure_cases(
     warmup: int = 1,
     deadline: float | None = None,
     on_round: Callable[[], None] = lambda: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
     """A row for each case at one shape; `deadline` of `time.perf_counter()`: see `interleaved`.
 
     A case that fails, its gate or anything else, is a row with the reason and is not timed. Roofs
-    are cases as well, timed in the same rounds: a fraction is a ratio of medians.
+    are cases as well, timed in the same rounds: a fraction is a ratio of medians, and of several
+    limits of a call it is the largest. `on_case` is
+    called with the key of each case before it is prepared and before each sample.
     """
     prepared: dict[str, Prepared] = {}
     reasons: dict[str, tuple[Status, str]] = {}
     for case in cases:
+        on_case(case.key)
         try:
             prepared[case.key] = case.prepare()
         except UnavailableError as error:
@@ -100,14 +131,14 @@ def measure_cases(
         {key: value.call for key, value in prepared.items()},
         repeats,
         warmup,
-        device=device,
         deadline=float("inf") if deadline is None else deadline,
         sample_seconds=SAMPLE_SECONDS,
         on_round=on_round,
+        on_case=on_case,
     )
     middle = medians(seconds)
-    speeds = {
-        key: value.work / middle[key] for key, value in prepared.items() if value.work is not None
+    most = {
+        key: value.work[key] / middle[key] for key, value in prepared.items() if key in value.work
     }
 
     def row(case: Case) -> Result:
@@ -126,7 +157,7 @@ def measure_cases(
         )
         if case.key in reasons:
             return blank
-        return _timed(blank, case, prepared[case.key], seconds[case.key], middle, speeds)
+        return _timed(blank, case, prepared[case.key], seconds[case.key], middle, most)
 
     return [row(case) for case in cases]
 
@@ -141,13 +172,15 @@ def _timed(
     prepared: Prepared,
     seconds: list[float],
     middle: dict[str, float],
-    speeds: dict[str, float],
+    most: dict[str, float],
 ) -> Result:
-    """The row with what was measured, beside the medians and speeds of the other cases."""
+    """The row with what was measured, beside the medians and the most that the roofs found."""
     rows, columns = blank.shape
     median = middle[case.key]
     passed, stored = prepared.passed, prepared.state_bytes
-    speed, most = speeds.get(case.key), speeds.get(prepared.roof or "")
+    work = prepared.work
+    shares = {roof: work[roof] / median / most[roof] for roof in work if roof in most}
+    roof = max(shares, key=lambda each: shares[each], default=None)
     return replace(
         blank,
         seconds=seconds,
@@ -159,9 +192,11 @@ def _timed(
         state_bytes=stored,
         bits_per_element=None if stored is None else 8 * stored / (rows * columns),
         peak_bytes=prepared.peak_bytes,
-        work=prepared.work,
-        roof=prepared.roof,
-        fraction=None if speed is None or most is None else speed / most,
+        work=None if roof is None else work[roof],
+        roof=roof,
+        fraction=shares.get(roof or ""),
+        bytes=next((work[roof] for roof in work if is_copy(roof)), None),
+        flops=next((work[roof] for roof in work if not is_copy(roof)), None),
     )
 
 

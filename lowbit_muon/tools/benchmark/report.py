@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import platform
@@ -13,9 +14,10 @@ import torch
 from rich.table import Table
 
 from lowbit_muon.backends.cpu import adapter as cpu
+from lowbit_muon.tools.benchmark.cases import TORCH_MUON
 from lowbit_muon.tools.benchmark.measure import Result
-from lowbit_muon.tools.console import MIB, make_table
-from lowbit_muon.tools.output import write_json, write_plot
+from lowbit_muon.tools.console import MIB, Column, make_table
+from lowbit_muon.tools.output import replacing, write_json, write_plot
 
 
 def machine() -> dict[str, Any]:
@@ -71,36 +73,57 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
       peak_bytes: most that a call held at once above its inputs and state.
       threads: of torch and the kernels; isa: the level of the CPU kernels, null for what takes none
         of them.
-      work: operations (a multiply-add is two) or bytes, read and written, of a call, those it
-        really does: a product that computes one triangle has about half of torch.mm's. roof: name
-        of the row of the same run (bench/machine_peaks.py) whose work / median is the most that
-        part of the machine can do; fraction: work / median / that.
+      bytes, read and written, and flops, operations (a multiply-add is two), of a call, those it
+        really does (`counts`): a product that computes one triangle has about half of torch.mm's.
+      work: those of the two that the machine has less of to spare. roof: name of the row of the
+        same run whose work / median is the most that part of the machine can do (`peaks`,
+        bench/machine_peaks.py); fraction: work / median / that. All null where none was timed.
     """
     write_document(path, [result.to_dict() for result in results])
 
 
-def results_table(results: Sequence[Result]) -> Table:
+def results_table(results: Sequence[Result], *, wide: bool = False) -> Table:
     """The rows of one shape."""
     rows, columns = results[0].shape
     rounds = max(len(result.seconds) for result in results)
     dtype = next((result.dtype for result in results if result.name == "step"), "")
     title = f"{rows}x{columns}, {dtype} weights, {results[0].device}, {rounds} rounds"
-    table = make_table(title, ("what", "ms", "spread", "ratio", "bits", "MiB"), wrap=False)
-    for result in results:
-        table.add_row(
-            label(result),
-            result.status if result.median is None else significant(1e3 * result.median),
-            "" if result.spread is None else f"{result.spread:.0%}",
-            "" if result.ratio is None else significant(result.ratio),
-            "" if result.bits_per_element is None else f"{result.bits_per_element:.2f}",
-            "" if result.state_bytes is None else significant(result.state_bytes / MIB),
-        )
-    return table
+    headings = (
+        Column("what", text=True), Column("ms"), Column("spread"), Column("ratio"), Column("GB/s"),
+        Column("GFLOP/s"), Column("of peak"), Column("peak", text=True, wide=True),
+        Column("error", wide=True), Column("bits", wide=True), Column("MiB", wide=True),
+    )  # fmt: skip
+    return make_table(title, headings, map(_cells, results), wide=wide)
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        label(result),
+        result.status if result.median is None else significant(1e3 * result.median),
+        "" if result.spread is None else f"{result.spread:.0%}",
+        "" if result.ratio is None else significant(result.ratio),
+        _billions(result.bytes, result.median),
+        _billions(result.flops, result.median),
+        "" if result.fraction is None else f"{result.fraction:.0%}",
+        "" if result.fraction is None else result.roof or "",
+        "" if result.error is None else f"{result.error:.1e}",
+        "" if result.bits_per_element is None else f"{result.bits_per_element:.2f}",
+        "" if result.state_bytes is None else significant(result.state_bytes / MIB),
+    ]
+
+
+def _billions(work: float | None, seconds: float | None) -> str:
+    """In a second."""
+    return "" if work is None or seconds is None else f"{work / seconds / 1e9:,.1f}"
 
 
 def notes(results: Sequence[Result]) -> list[str]:
     """Lines for below the table: what is compared with what, and why rows were not timed."""
-    return [f"ratio of medians, below 1 is faster: {_comparisons(results)}"] + [
+    return [
+        f"ratio of medians, below 1 is faster: {_comparisons(results)}",
+        "of peak: of a copy from memory, or in L2 of what fits there, or of torch.mm, whichever is "
+        "nearer; more than 100% where a last-level cache or integer products are faster",
+    ] + [
         f"{label(result)}: {result.status}: {result.detail}"
         for result in results
         if result.status != "measured"
@@ -129,26 +152,48 @@ def _comparisons(results: Sequence[Result]) -> str:
 
 
 def plot_results(path: Path, results: Sequence[Result]) -> None:
-    """Median milliseconds as bars, a panel for each shape; the line is the interquartile range.
+    """Bars in units of one row's time, from zero, a panel for each shape, with milliseconds.
 
-    Needs matplotlib. The suffix of the path chooses between SVG and PNG.
+    That row is torch.optim.Muon's step, or the first that was timed where there is none; the lines
+    at the ends are interquartile ranges. Needs matplotlib. The suffix of the path chooses between
+    SVG and PNG.
     """
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(result.shape for result in results))
-    timed = [[r for r in results if r.shape == shape and r.median is not None] for shape in shapes]
-    height = 1.2 + 0.28 * max(map(len, timed))
-    figure = Figure(figsize=(6.5 * len(shapes), height), layout="constrained")
-    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
+    timed = [[r for r in results if r.shape == shape and r.median] for shape in shapes]
+    height = 1.4 + 0.28 * max(map(len, timed))
+    figure = Figure(figsize=(7.0 * len(shapes), height), layout="constrained")
+    panels = figure.subplots(1, len(shapes), squeeze=False, sharex=True)[0]
     for panel, shape, rows in zip(panels, shapes, timed, strict=True):
-        middle = [1e3 * (row.median or 0.0) for row in rows]
-        half = [value * (row.spread or 0.0) / 2 for value, row in zip(middle, rows, strict=True)]
+        unit = _baseline(rows)
+        lengths = [(row.median or 0.0) / (unit.median or 1.0) for row in rows]
+        half = [size * (row.spread or 0.0) / 2 for size, row in zip(lengths, rows, strict=True)]
         colors = ["tab:blue" if row.error is not None else "0.7" for row in rows]
-        panel.barh(range(len(rows)), middle, xerr=half, color=colors, ecolor="0.3")
+        bars = panel.barh(range(len(rows)), lengths, xerr=half, color=colors, ecolor="0.3")
+        times = [f"{significant(1e3 * (row.median or 0.0))} ms" for row in rows]
+        panel.bar_label(bars, times, padding=4, fontsize=8)
+        panel.axvline(1.0, color="0.3", linewidth=1)
         panel.set_yticks(range(len(rows)), list(map(label, rows)))
-        panel.margins(y=0.01)
+        panel.margins(x=0.15, y=0.01)
+        panel.set_xlim(left=0)
         panel.invert_yaxis()
-        panel.set_xscale("log")
-        panel.set_xlabel("milliseconds, logarithmic")
+        panel.set_xlabel(f"times {label(unit)}")
         panel.set_title(f"{shape[0]}x{shape[1]} on {rows[0].device}; grey: torch and other peers")
     write_plot(path, figure)
+
+
+def _baseline(rows: Sequence[Result]) -> Result:
+    """The row that all bars of a panel are compared with."""
+    return next((row for row in rows if row.name == TORCH_MUON), rows[0])
+
+
+def write_csv(path: Path, results: Sequence[Result]) -> None:
+    """Write a line for each row, with the columns of `write_results` but `seconds`."""
+    rows = [result.to_dict() for result in results]
+    names = [name for name in rows[0] if name != "seconds"]
+    with replacing("--csv", path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**row, "shape": "x".join(map(str, row["shape"]))})

@@ -1,7 +1,10 @@
 """Interleaved timing and ratios of medians, on CPUs and GPUs.
 
 Variants are timed in turn, round after round, so that a change of clock or a busy neighbour hits
-all of them alike; only their ratios are worth quoting.
+all of them alike; only their ratios are worth quoting. A sample is timed by timeit and the clock of
+torch.utils.benchmark, which waits for an accelerator. Timer.timeit there calls twice more before
+each sample, and triton.testing.do_bench takes a tenth of a second for each and empties the cache:
+neither takes part in rounds.
 """
 
 from __future__ import annotations
@@ -9,9 +12,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
+from torch.utils.benchmark.utils.timer import timer
 
 MOST_CALLS = 1000  # in one sample: a mistaken estimate costs no more than that
 
@@ -21,23 +25,22 @@ def interleaved(
     repeats: int,
     warmup: int = 1,
     *,
-    device: str = "cpu",
     deadline: float = math.inf,
     sample_seconds: float = 0.0,
     on_round: Callable[[], None] = lambda: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of a call, `repeats` for each case; one sample of every case in each round.
 
     Odd rounds run in reverse order, so that no case always profits from what ran before it.
-    device: "cpu" times with the clock, "cuda" with events of the current stream.
     deadline: of `time.perf_counter()`; no round starts after it but the first.
     sample_seconds: calls much shorter than this are repeated until a sample takes about as long,
     counted in the last round of the warm-up, and the sample is their mean.
-    on_round: is called after every round, warm-up included.
+    on_round: is called after every round, warm-up included; on_case: with each name before its
+    sample.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats, warmup: expected >= 1 and >= 0, got {repeats}, {warmup}")
-    measure = _event_seconds if device == "cuda" else _clock_seconds
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     calls = dict.fromkeys(cases, 1)
     names = list(cases)
@@ -45,7 +48,8 @@ def interleaved(
         if round_ > warmup and time.perf_counter() > deadline:
             break
         for name in names if round_ % 2 == 0 else reversed(names):
-            elapsed = measure(cases[name], calls[name])
+            on_case(name)
+            elapsed = _seconds(cases[name], calls[name])
             if round_ >= warmup:
                 seconds[name].append(elapsed)
             elif round_ == warmup - 1 and sample_seconds > 0:
@@ -55,22 +59,9 @@ def interleaved(
     return seconds
 
 
-def _clock_seconds(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
-def _event_seconds(call: Callable[[], object], calls: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return milliseconds / 1e3 / calls
+def _seconds(call: Callable[[], object], calls: int) -> float:
+    """Of one of so many calls, in the mean."""
+    return timeit.Timer(call, timer=timer).timeit(calls) / calls
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:

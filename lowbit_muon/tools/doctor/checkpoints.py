@@ -1,13 +1,16 @@
-"""What is in a checkpoint: optimizer states, and where the shapes of their matrices are."""
+"""What is in a checkpoint: the states of optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lowbit_muon.tools.doctor.weights import Shapes, load_tensors, read_shapes, shapes_in
+import torch
+
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore
 
@@ -21,37 +24,24 @@ _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The optimizers' state dicts of one file, and how to find the shapes of the weights."""
+    """The optimizers' state dicts of one file."""
 
     file: Path
     optimizers: list[StateDict]
-    find_shapes: Callable[[], Shapes]  # called only if the states do not tell
 
 
-def read_checkpoint(target: Path, weights: Path | None) -> Checkpoint:
-    """Read a checkpoint's file or folder; `weights` is where the model's weights are, if given.
-
-    Raises UserError.
-    """
+def read_checkpoint(target: Path) -> Checkpoint:
+    """Read a checkpoint's file or folder. Raises UserError."""
     file = _optimizer_file(target)
-    content = load_tensors(file)
-    optimizers = _optimizer_states(content, file)
-
-    def find_shapes() -> Shapes:
-        if weights is not None:
-            return read_shapes(weights)
-        beside = {} if _is_state_dict(content) else shapes_in(content)
-        return beside or read_shapes(file.parent)
-
-    return Checkpoint(file, optimizers, find_shapes)
+    return Checkpoint(file, _optimizer_states(_load_tensors(file), file))
 
 
 def _optimizer_file(target: Path) -> Path:
     if target.is_file():
         if target.suffix == ".safetensors":
             raise UserError(
-                f"TARGET: expected an optimizer's state (optimizer.pt, a checkpoint), got weights, "
-                f"{target}; give weights by --weights"
+                "TARGET: expected an optimizer's state (optimizer.pt, a checkpoint), got weights, "
+                f"{target}"
             )
         return target
     if not target.is_dir():
@@ -108,3 +98,36 @@ def _is_state_dict(value: object) -> TypeGuard[StateDict]:
 
 def _are_keys(params: object) -> bool:
     return isinstance(params, list) and all(isinstance(key, (int, str)) for key in params)
+
+
+def _load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU; tensors are mapped from the file where it can be."""
+    try:
+        mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are read as a whole
+        if mapped:
+            _check_not_compressed(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as a pickle has parts
+        # torch.load calls a class that it does not know GLOBAL, as pickle's own opcode is called.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise UserError(
+                f"{path}: expected tensors and plain values only (no code of a checkpoint is run), "
+                f"got a {found[1]}; save optimizer.state_dict() by itself"
+            ) from None
+        raise UserError(
+            f"{path}: expected a file of torch.save that is whole, got a {type(error).__name__}"
+        ) from None
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Raise UserError for a small file that would fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > path.stat().st_size:
+        raise UserError(
+            f"{path}: expected a file of torch.save, which compresses nothing, got one of "
+            f"{path.stat().st_size:,} bytes with {size:,} in it"
+        )

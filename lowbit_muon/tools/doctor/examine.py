@@ -1,8 +1,7 @@
-"""All matrices of one optimizer, diagnosed, with a progress bar: each takes an SVD."""
+"""All matrices of one optimizer, diagnosed, with progress: each takes an SVD."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,35 +9,31 @@ from rich.console import Console
 
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.state.diagnosis import Diagnosis
-from lowbit_muon.tools.console import progress_bar
+from lowbit_muon.tools.console import Progress
 from lowbit_muon.tools.doctor.saved_state import AuxState
-
-PLAIN_SECONDS = 20  # between two lines of progress where there is no terminal
+from lowbit_muon.tools.plan.plans import Plan
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found in one optimizer."""
+    """What was found in one optimizer; needs: what a run with it holds, see `needs`."""
 
     optimizer: str
     rows: list[Diagnosis]
     aux: AuxState
     remarks: tuple[str, ...]
+    needs: tuple[Plan, ...] = ()
+    changes: tuple[str, ...] = ()  # after which it is ours: lines of a diff, and sentences
 
 
 def diagnose_with_progress(muon: Muon, console: Console) -> list[Diagnosis]:
     """As `muon.diagnose()`, parameter by parameter."""
     parts = list(_parts(muon))
     rows: list[Diagnosis] = []
-    shown = time.monotonic()
-    with progress_bar(console) as bar:
-        task = bar.add_task("diagnosing", total=len(parts), status="")
-        for done, part in enumerate(parts, start=1):
+    with Progress(console, "parameters diagnosed:", len(parts)) as progress:
+        for part in parts:
             rows += part.diagnose()
-            bar.advance(task)
-            if not console.is_terminal and time.monotonic() - shown > PLAIN_SECONDS:
-                console.print(f"diagnosed {done}/{len(parts)} parameters")
-                shown = time.monotonic()
+            progress.advance()
     return rows
 
 

@@ -8,43 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from lowbit_muon.state.diagnosis import Diagnosis
-from lowbit_muon.tools.console import KIB, make_table, printable
+from lowbit_muon.tools.console import KIB, Column, make_table, printable, show_table
 from lowbit_muon.tools.doctor.examine import Examined
 from lowbit_muon.tools.doctor.findings import findings, matrices
+from lowbit_muon.tools.doctor.needs import EXPLANATION as NEEDS_EXPLANATION
+from lowbit_muon.tools.doctor.needs import needs_table
 from lowbit_muon.tools.output import write_json, write_plot
+from lowbit_muon.tools.plan.plans import Plan
 
-_HEADINGS = (
-    "matrix", "shape", "format", "bits", "KiB", "steps", "skipped", "error", "rank", "stable",
-    "ends",
+_COLUMNS = (
+    Column("matrix", text=True), Column("shape"), Column("format", text=True),
+    Column("bits", wide=True), Column("KiB"), Column("steps"), Column("skipped", wide=True),
+    Column("error"), Column("rank"), Column("stable", wide=True), Column("ends", wide=True),
+    Column("rule KiB", wide=True),
 )  # fmt: skip
-# Of tables with another rule than Muon's.
-_RULE_HEADINGS = ("rule", "rule KiB")
-_RULE_WIDTH = 36  # of both, with the longest name
-RULE_EXPLANATION = """\
-rule KiB: what the update rule keeps beside the momentum; errors are those of Muon's update."""
+_SIZES = ("weights", "gradients", "state", "workspace", "total", "host")
 EXPLANATION = """\
 error: of the update, relative, from storing the momentum once more; 0 is exact, 1 is as bad as no \
-update; ~: without the next gradient, an estimate.
-rank: effective rank, of min(rows, columns); stable: stable rank; ends: share of codes at the ends \
-of the codebook."""
-_SHORTEST_NAME = 24  # of the column of names, which is folded on a narrow terminal
-_LEAST_WIDTH = 108  # with names of this width, all other columns fit
-_NO_LIMIT = 1000  # where there is no terminal; a table is as wide as it needs
+update; ~: without the next gradient, an estimate. Of another rule than Muon's (RULE+FORMAT) it is \
+that of Muon's update.
+rank: effective rank, of min(rows, columns)."""
+WIDE_EXPLANATION = """\
+stable: stable rank; ends: share of codes at the ends of the codebook; rule KiB: what the update \
+rule keeps beside the momentum."""
 
 
-def show(found: Examined, worst: int | None, console: Console) -> None:
+def show_needs(plans: Sequence[Plan], console: Console, *, wide: bool) -> None:
+    """Print what a run will hold."""
+    show_table(console, needs_table(plans, wide=wide), wide=wide)
+    console.print(NEEDS_EXPLANATION)
+
+
+def show(found: Examined, worst: int | None, console: Console, *, wide: bool) -> None:
     """Print the table of one optimizer, what stands out in it, and what to know of it."""
-    least = _LEAST_WIDTH + (_RULE_WIDTH if _names_rules(found.rows) else 0)
-    console.width = max(console.width, least) if console.is_terminal else _NO_LIMIT
-    console.print(diagnosis_table(found, worst))
+    show_table(console, diagnosis_table(found, worst, wide=wide), wide=wide)
     console.print(EXPLANATION)
-    if _names_rules(found.rows):
-        console.print(RULE_EXPLANATION)
+    if wide:
+        console.print(WIDE_EXPLANATION)
     for line in (*found.remarks, *_aux_lines(found)):
         console.print(line)
     sentences = findings(found.rows)
@@ -53,32 +57,14 @@ def show(found: Examined, worst: int | None, console: Console) -> None:
         console.print(f"- {printable(sentence)}")
 
 
-def diagnosis_table(found: Examined, worst: int | None) -> Table:
+def diagnosis_table(found: Examined, worst: int | None, *, wide: bool = False) -> Table:
     """A row for each matrix, or for those of the largest errors, and the sums of all."""
     rows = found.rows
     chosen = rows if worst is None else sorted(rows, key=_sort_key, reverse=True)[:worst]
     title = f"{found.optimizer}, {matrices(len(rows))}"
     if len(chosen) < len(rows):
         title += f", {len(chosen)} of the largest errors shown"
-    with_rules = _names_rules(rows)
-    headings = _HEADINGS + (_RULE_HEADINGS if with_rules else ())
-    table = make_table(title, headings, ("shape", "format", "rule"), wrap=False, box=SIMPLE_HEAD)
-    table.pad_edge = False
-    names = table.columns[0]
-    names.overflow, names.min_width, names.no_wrap = "fold", _SHORTEST_NAME, False
-    for row in chosen:
-        table.add_row(*_cells(row), *(_rule_cells(row) if with_rules else ()))
-    table.add_section()
-    sums = _sums(rows)
-    if with_rules:
-        kept = sum(row.rule_nbytes for row in rows)
-        sums += [""] * (len(headings) - 1 - len(sums)) + [f"{kept / KIB:,.1f}"]
-    table.add_row(*sums)
-    return table
-
-
-def _names_rules(rows: Sequence[Diagnosis]) -> bool:
-    return any(row.rule != "muon" for row in rows)
+    return make_table(title, _COLUMNS, map(_cells, chosen), wide=wide, sums=_sums(rows))
 
 
 def _sort_key(row: Diagnosis) -> float:
@@ -90,7 +76,7 @@ def _cells(row: Diagnosis) -> list[str]:
     return [
         printable(row.name),
         f"{row.shape[0]}x{row.shape[1]}",
-        row.state_format,
+        row.state_format if row.rule == "muon" else f"{printable(row.rule)}+{row.state_format}",
         f"{row.bits_per_element:.2f}",
         f"{row.nbytes / KIB:,.1f}",
         str(row.steps),
@@ -99,11 +85,8 @@ def _cells(row: Diagnosis) -> list[str]:
         f"{row.effective_rank:.0f}/{min(row.shape)}",
         f"{row.stable_rank:.1f}",
         "" if row.end_codes is None else f"{row.end_codes:.2%}",
+        f"{row.rule_nbytes / KIB:,.1f}",
     ]
-
-
-def _rule_cells(row: Diagnosis) -> list[str]:
-    return [printable(row.rule), f"{row.rule_nbytes / KIB:,.1f}"]
 
 
 def _sums(rows: Sequence[Diagnosis]) -> list[str]:
@@ -114,7 +97,9 @@ def _sums(rows: Sequence[Diagnosis]) -> list[str]:
     bits = f"{8 * nbytes / elements:.2f}" if elements else ""
     median = f"{statistics.median(errors):.3f}" if errors else ""
     skipped = str(sum(row.skipped for row in rows))
-    return ["all, median error", "", "", bits, f"{nbytes / KIB:,.1f}", "", skipped, median]
+    rule = f"{sum(row.rule_nbytes for row in rows) / KIB:,.1f}"
+    sizes = ["", bits, f"{nbytes / KIB:,.1f}", "", skipped]
+    return ["all, median error", "", *sizes, median, "", "", "", rule]
 
 
 def _aux_lines(found: Examined) -> list[str]:
@@ -130,7 +115,9 @@ def write_diagnoses(path: Path, target: str, version: str, examined: Sequence[Ex
     """Write {"lowbit_muon": version, "torch": version, "target": ..., "optimizers": [...]}.
 
     optimizers, one for each: optimizer (name of the class), remarks and findings (sentences),
-    aux_parameters and aux_bytes (of AdamW), matrices (a list of `Diagnosis.to_dict()`).
+    aux_parameters and aux_bytes (of AdamW), matrices (a list of `Diagnosis.to_dict()`), needs (of a
+    script's optimizer: rows of optimizer, weights, gradients, state, workspace, total and host, in
+    bytes), changes (of torch.optim.Muon: lines of a diff, and sentences).
     """
     write_json(
         path,
@@ -151,6 +138,11 @@ def _as_json(found: Examined) -> dict[str, Any]:
         "aux_parameters": found.aux.parameters,
         "aux_bytes": found.aux.nbytes,
         "matrices": [row.to_dict() for row in found.rows],
+        "needs": [
+            {"optimizer": plan.name, **{size: getattr(plan, size) for size in _SIZES}}
+            for plan in found.needs
+        ],
+        "changes": list(found.changes),
     }
 
 

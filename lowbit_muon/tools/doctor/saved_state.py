@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit_muon.checkpoint.dicts import VERSION_KEY
+from lowbit_muon.checkpoint.dicts import VERSION_KEY, whole_number
 from lowbit_muon.checkpoint.momentum import has_momentum
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.step.options import LAYOUT_OPTIONS
-from lowbit_muon.tools.doctor.weights import Shapes, match_shapes
 from lowbit_muon.tools.errors import UserError
+from lowbit_muon.tools.plan.plans import TORCH_MUON
 
 Group = dict[str, Any]
 
 FULL_PRECISION_FORMAT = "spectral4"  # what Muon's default would make of another Muon's momentum
+_ELEMENTS_IN_A_BYTE = 4  # most; no code has less than two bits
 _MOMENTUM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Entries of an AdamW's state: torch's, bitsandbytes', Moonlight's.
 _ADAM_ENTRIES = {"exp_avg", "state1", "moment1"}
@@ -66,37 +67,39 @@ def _is_foreign(entries: Mapping[str, Any], group: Group) -> bool:
     return "momentum_buffer" in entries and "dampening" not in group  # which SGD's groups have
 
 
+def is_torch_muon(state_dict: Mapping[str, Any]) -> bool:
+    """Whether every group is of torch.optim.Muon: no other has options of these names."""
+    return all(
+        VERSION_KEY not in group and {"ns_coefficients", "adjust_lr_fn"} <= group.keys()
+        for group in state_dict["param_groups"]
+    )
+
+
 def describe(state_dict: Mapping[str, Any]) -> str:
     """What a state is that is not Muon's, for a message."""
     entries = {str(name) for state in state_dict["state"].values() for name in state}
     return f"entries {', '.join(sorted(entries))}" if entries else "no state of any parameter"
 
 
-def rebuild(
-    state_dict: Mapping[str, Any], find_shapes: Callable[[], Shapes], state_format: str | None
-) -> SavedOptimizer:
+def rebuild(state_dict: Mapping[str, Any], state_format: str | None) -> SavedOptimizer:
     """A Muon that has loaded the momentum of a saved state.
 
     Its parameters have the right shapes and no values. state_format: stored in this one, instead of
     the one that it was saved in. Raises UserError.
     """
     try:
-        return _rebuild(state_dict, find_shapes, state_format)
+        return _rebuild(state_dict, state_format)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
 
 
-def _rebuild(
-    state_dict: Mapping[str, Any], find_shapes: Callable[[], Shapes], state_format: str | None
-) -> SavedOptimizer:
+def _rebuild(state_dict: Mapping[str, Any], state_format: str | None) -> SavedOptimizer:
     states = state_dict["state"]
     parts = [_muon_part(i, group, states) for i, group in enumerate(state_dict["param_groups"])]
     parts = [part for part in parts if part.keys]
     if not parts:
         raise UserError("state: expected a momentum, got none: it was saved before the first step")
-    named = {name for part in parts if part.is_ours for name in part.names}
-    shapes = match_shapes(sorted(named), find_shapes()) if named else {}
-    muon = Muon([_new_group(part, states, shapes, state_format) for part in parts])
+    muon = Muon([_new_group(part, states, state_format) for part in parts])
     muon.load_state_dict(
         {
             "state": {key: states[key] for part in parts for key in part.keys},
@@ -127,11 +130,6 @@ def _muon_part(index: int, group: Group, states: Mapping[Any, Any]) -> _MuonPart
         for key, name in zip(keys, names, strict=True)
         if uses_muon and has_momentum(states.get(key) or {}) and not _is_aux(states[key])
     ]
-    if chosen and is_ours and "param_names" not in group:
-        raise UserError(
-            f"parameter group {index}: expected param_names, by which shapes are found, got none; "
-            "make the optimizer from model.named_parameters() or muon_param_groups(model)"
-        )
     for key, name in chosen:
         _check_tensors(states[key], name)
     return _MuonPart(group, [key for key, _ in chosen], [name for _, name in chosen], is_ours)
@@ -163,14 +161,12 @@ def _is_aux(entries: Mapping[str, Any]) -> bool:
     return not _ADAM_ENTRIES.isdisjoint(entries)
 
 
-def _new_group(
-    part: _MuonPart, states: Mapping[Any, Any], shapes: Shapes, state_format: str | None
-) -> Group:
-    params = [
+def _new_group(part: _MuonPart, states: Mapping[Any, Any], state_format: str | None) -> Group:
+    params = []
+    for key, name in zip(part.keys, part.names, strict=True):
+        find = _stored_shape if part.is_ours else _buffer_shape
         # Never written, so that no memory is taken for it.
-        torch.empty(shapes[name] if part.is_ours else _buffer_shape(states[key], name))
-        for key, name in zip(part.keys, part.names, strict=True)
-    ]
+        params.append(torch.empty(find(states[key], part.group, name)))
     # How a parameter is cut into matrices and stored stays as an optimizer is constructed; all
     # other options come with the saved group.
     options = {option: part.group[option] for option in LAYOUT_OPTIONS if option in part.group}
@@ -181,7 +177,29 @@ def _new_group(
     return {"params": params, "param_names": part.names, **options}
 
 
-def _buffer_shape(entries: Mapping[str, Any], name: str) -> torch.Size:
+def _stored_shape(entries: Mapping[str, Any], group: Group, name: str) -> tuple[int, ...]:
+    """A shape that is cut into the same matrices as the parameter's, which a state of ours tells.
+
+    It has the rows and columns of the parameter as one matrix. In a stack of experts keys begin
+    with the number of their matrix, all of which have as many rows.
+    """
+    try:
+        rows, columns = (whole_number(key, entries.get(key)) for key in ("rows", "columns"))
+    except ValueError as error:
+        raise UserError(f"state of {name}: {error}") from None
+    sizes = (value.nbytes for value in entries.values() if isinstance(value, Tensor))
+    if rows * columns > _ELEMENTS_IN_A_BYTE * sum(sizes):
+        raise UserError(
+            f"state of {name}: expected the momentum of {rows} x {columns} elements, got less"
+        )
+    heads = {str(key).partition(".")[0] for key in entries}
+    numbers = {head for head in heads if head.isdecimal()}
+    if not numbers or group.get("row_splits") is not None:
+        return rows, columns
+    return len(numbers), rows // len(numbers), columns
+
+
+def _buffer_shape(entries: Mapping[str, Any], _: Group, name: str) -> torch.Size:
     buffer = entries.get("momentum_buffer")
     if not isinstance(buffer, Tensor) or buffer.dtype not in _MOMENTUM_DTYPES:
         got = ", ".join(map(str, entries)) if buffer is None else getattr(buffer, "dtype", buffer)
@@ -209,7 +227,7 @@ def _aux_state(states: Iterable[Mapping[str, Any]]) -> AuxState:
 
 def _name(is_ours: bool, state_dict: Mapping[str, Any]) -> str:
     if not is_ours:
-        return "another Muon"
+        return TORCH_MUON if is_torch_muon(state_dict) else "another Muon"
     mixed = any("use_muon" in group for group in state_dict["param_groups"])
     return "MuonWithAuxAdam" if mixed else "Muon"
 

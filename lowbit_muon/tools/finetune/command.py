@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lowbit_muon.tools.console import plain_console
+from lowbit_muon.tools.console import add_wide, plain_console
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import (
     CheckpointStore,
@@ -48,6 +48,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
         "the same command continues an interrupted comparison",
     )
     parser.add_argument("--seeds", type=int, default=1, help="with --compare: seeds for each")
+    add_wide(parser)
     for field in dataclasses.fields(FinetuneSettings):
         _add_setting(parser, field)
     parser.set_defaults(run=run_finetune)
@@ -85,6 +86,9 @@ def run_finetune(arguments: argparse.Namespace) -> int:
                 )
             _compare(arguments, given, console)
             return 0
+
+        if arguments.wide:
+            raise UserError("--wide: expected with --compare, which prints a table")
 
         def take(folder: Path) -> Path:
             """Hold the run's folder, for all processes, and find out what cannot be written."""
@@ -165,4 +169,4 @@ def _compare(arguments: argparse.Namespace, given: dict[str, Any], console: Cons
     folder = arguments.out or Path("runs/compare")
     with locked(folder):
         check_outputs([("--out", folder / name) for name in ("compare.json", *PLOTS)])
-        compare(methods, arguments.seeds, settings, folder, console)
+        compare(methods, arguments.seeds, settings, folder, console, wide=arguments.wide)

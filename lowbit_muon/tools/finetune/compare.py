@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lowbit_muon.tools.console import show_table
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore
 from lowbit_muon.tools.finetune.report import comparison_table, plot_losses
@@ -23,7 +24,13 @@ from lowbit_muon.tools.output import write_json
 
 
 def compare(
-    methods: Sequence[str], seeds: int, settings: FinetuneSettings, folder: Path, console: Console
+    methods: Sequence[str],
+    seeds: int,
+    settings: FinetuneSettings,
+    folder: Path,
+    console: Console,
+    *,
+    wide: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Train every method with seeds `settings.seed`, +1, ...; returns the results of each.
 
@@ -52,7 +59,7 @@ def compare(
     done = {method: results for method, results in runs.items() if results}
     if done:
         plot_losses(folder, done, console)
-        console.print(comparison_table(done))
+        show_table(console, comparison_table(done, wide=wide), wide=wide)
         console.print(f"written to {folder}")
     if failed:
         raise UserError(f"failed: {', '.join(failed)} (see above); the same command retries")

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_muon.tools.console import MIB, make_table
+from lowbit_muon.tools.console import MIB, Column, make_table
 from lowbit_muon.tools.finetune.settings import FORMATS_WITHOUT_NESTEROV
 from lowbit_muon.tools.output import write_plot
 
@@ -70,17 +70,16 @@ def _smooth(values: Sequence[float]) -> list[float]:
     ]
 
 
-def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+def comparison_table(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], *, wide: bool = False
+) -> Table:
     """One row for each method; a mean and standard deviation where it has several seeds.
 
     The difference to the first method is taken seed by seed: those runs see the same data.
     """
     first = next(iter(runs))
     reference = {result["settings"]["seed"]: result["held_out_after"] for result in runs[first]}
-    table = make_table(
-        "held-out loss in nats per token",
-        ("method", "held-out loss", f"minus {first}", "state MiB", "peak MiB", "s/step"),
-    )
+    rows = []
     for method, results in runs.items():
         losses = [result["held_out_after"] for result in results]
         differences = [
@@ -88,14 +87,14 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
             for result in results
             if result["settings"]["seed"] in reference
         ]
-        table.add_row(
+        rows.append((
             method,
             _mean_and_deviation(losses, ".4f"),
             "" if method == first or not differences else _mean_and_deviation(differences, "+.4f"),
             f"{max(result['state_bytes'] for result in results) / MIB:,.1f}",
             f"{max(result['peak_memory_bytes'] for result in results) / MIB:,.0f}",
             f"{statistics.median(result['seconds_per_step'] for result in results):.2f}",
-        )
+        ))  # fmt: skip
     notes = [
         f"{method}: no Nesterov"
         for method in runs
@@ -104,6 +103,11 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     before = {result["held_out_before"] for results in runs.values() for result in results}
     starts = [f"before: {loss:.4f}" for loss in before if loss is not None]
     seeds = max(len(results) for results in runs.values())
+    columns = (
+        Column("method", text=True), Column("held-out loss"), Column("less the first's"),
+        Column("state MiB"), Column("peak MiB", wide=True), Column("s/step"),
+    )  # fmt: skip
+    table = make_table("held-out loss in nats per token", columns, rows, wide=wide)
     table.caption = "; ".join([*starts, f"seeds: {seeds}", *notes])
     return table
 

@@ -19,13 +19,12 @@ from rich.console import Console
 from torch import Tensor
 
 from lowbit_muon.optimizers.gradient_release import attach_gradient_release
-from lowbit_muon.tools.console import MIB
+from lowbit_muon.tools.console import MIB, Progress
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.finetune.checkpoint import CheckpointStore
 from lowbit_muon.tools.finetune.llama import Llama
 from lowbit_muon.tools.finetune.optimizers import build_optimizer, count_formats, count_matrices
 from lowbit_muon.tools.finetune.processes import AveragedLoss, Processes
-from lowbit_muon.tools.finetune.progress import TrainingProgress
 from lowbit_muon.tools.finetune.report import peak_memory_bytes, plot_losses
 from lowbit_muon.tools.finetune.settings import MUON, FinetuneSettings
 from lowbit_muon.tools.finetune.smollm2 import load_model
@@ -83,6 +82,7 @@ class FinetuneRun:
             attach_gradient_release(self.model, self.optimizer)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.history = History()
+        self.progress = Progress(console, "step", settings.steps, transient=False)
         self.store = CheckpointStore(folder / "checkpoints")
         self.saved_step: int | None = None
 
@@ -92,6 +92,9 @@ class FinetuneRun:
             self.model.load_state_dict(payload["model"])
             self.optimizer.load_state_dict(payload["optimizer"])
             self.history = History(**payload["history"])
+            self.progress = Progress(
+                self.console, "step", self.settings.steps, done=self.history.steps, transient=False
+            )
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--out: expected a checkpoint of such a run, got {error}") from None
         self.saved_step = self.history.steps
@@ -130,12 +133,14 @@ class FinetuneRun:
         settings, history = self.settings, self.history
         if settings.eval_before and not history.held_out and history.steps == 0:
             self.observe()
-        with TrainingProgress(self.console, history.steps, settings.steps) as progress:
+        with self.progress:
             while history.steps < settings.steps:
                 loss = self.step()
                 seconds = history.model_seconds[-1] + history.optimizer_seconds[-1]
-                rate = settings.tokens_per_step / seconds
-                progress.step(history.steps, loss, rate, self.optimizer.state_bytes())
+                self.progress.advance(
+                    f"loss {loss:.4f}  {settings.tokens_per_step / seconds:,.0f} tokens/s  "
+                    f"state {self.optimizer.state_bytes() / MIB:,.1f} MiB"
+                )
                 if _due(history.steps, settings.eval_every) and history.steps < settings.steps:
                     self.evaluate()
                 if _due(history.steps, settings.save_every) and history.steps < settings.steps:
@@ -166,6 +171,8 @@ class FinetuneRun:
                     loss += self.processes.mean(part.item())
                     _check_finite(loss, f"training loss is {loss} in step {step + 1}")
                     part.backward()
+                if number < len(parts):
+                    self.progress.note(f"sequence {number}/{len(parts)}, loss {loss:.4f} in sum")
         between = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -190,8 +197,11 @@ class FinetuneRun:
     def evaluate(self) -> float:
         """Mean loss over all held-out text, noted in the history."""
         windows = self.corpus.held_out_windows()[self.processes.rank :: self.processes.count]
+        losses = []
         with matmul_precision(self.settings.precision):
-            losses = [self.model.loss(window).item() for window in windows]
+            for number, window in enumerate(windows, start=1):
+                losses.append(self.model.loss(window).item())
+                self.progress.note(f"evaluated {number}/{len(windows)} pieces of held-out text")
         loss = statistics.fmean(itertools.chain(*self.processes.gather(losses)))
         _check_finite(loss, f"held-out loss is {loss} after {self.history.steps} steps")
         self.history.held_out.append((self.history.steps, loss))

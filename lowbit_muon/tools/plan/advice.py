@@ -9,7 +9,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lowbit_muon.tools.plan.memory import MUON, Routing
-from lowbit_muon.tools.plan.plans import EXACTNESS, Plan, Setup, our_plans, smallest_change
+from lowbit_muon.tools.plan.plans import (
+    EXACTNESS,
+    Plan,
+    Setup,
+    Working,
+    our_plans,
+    smallest_change,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNITS = {"B": 1} | {
@@ -59,14 +66,19 @@ class Advice:
     limit: int | None = None
 
 
-def advise(routing: Routing, setup: Setup, memory: int) -> Advice | None:
+def advise(
+    routing: Routing, setup: Setup, memory: int, working: Working = lambda _: None
+) -> Advice | None:
     """What to change where nothing fits; None if nothing helps."""
-    found = smallest_change(routing, setup, memory)
+    found = smallest_change(routing, setup, memory, working)
     if found is not None:
         return Advice(*found)
     without = dataclasses.replace(setup, activations=0)
-    unchanged = next(our_plans(routing, without, EXACTNESS, memory), None)
-    found = (without, unchanged) if unchanged else smallest_change(routing, without, memory)
+    unchanged = next(our_plans(routing, without, EXACTNESS, memory, working), None)
+    if unchanged is None:
+        found = smallest_change(routing, without, memory, working)
+    else:
+        found = (without, unchanged)
     if not setup.activations or found is None:
         return None
     changed, plan = found

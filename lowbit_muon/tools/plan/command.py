@@ -16,7 +16,15 @@ from lowbit_muon.formats.presets import PRESETS
 from lowbit_muon.step.rules.recipes import RULES
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.tools.arguments import whole_number
-from lowbit_muon.tools.console import make_table, plain_console, printable
+from lowbit_muon.tools.console import (
+    TABLE_WIDTH,
+    Column,
+    add_wide,
+    make_table,
+    plain_console,
+    printable,
+    show_table,
+)
 from lowbit_muon.tools.errors import UserError
 from lowbit_muon.tools.output import check_outputs, write_json
 from lowbit_muon.tools.plan.advice import (
@@ -34,6 +42,7 @@ from lowbit_muon.tools.plan.advice import (
 from lowbit_muon.tools.plan.memory import MUON, Routing, route, rule_state_bytes
 from lowbit_muon.tools.plan.model_shapes import ModelShapes, read_model
 from lowbit_muon.tools.plan.plans import Plan, Setup, make_plans, refusal
+from lowbit_muon.tools.progress import LogLines
 
 DESCRIPTION = """Show the memory that training a model takes with torch.optim.Muon, AdamW, 8-bit
 AdamW and each momentum format, and what fits; if nothing does, the smallest change after which
@@ -50,7 +59,6 @@ _OPTIONS = (
     "activations", "dtype", "device", "aux_adam", "rule", "gradient_release", "offload",
     "compensation", "lora",
 )  # fmt: skip
-_WIDTH = 80  # where there is no terminal to ask
 
 
 def parse_size(text: str) -> int:
@@ -119,6 +127,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
         metavar="RANK",
         help="train adapters of this rank on all linear layers, in fp32, and nothing else",
     )
+    add_wide(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.set_defaults(run=run_plan)
 
@@ -127,22 +136,29 @@ def run_plan(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status: 1 if nothing fits."""
     check_outputs([("--json", arguments.json)], [arguments.model])
     setup, memory = _setup(arguments), arguments.device_memory
-    shapes = read_model(arguments.model)
-    routing = route(shapes.model, tied=shapes.tied)
-    plans = make_plans(routing, setup)
     console = plain_console()
     if not console.is_terminal:
-        console.width = _WIDTH
+        console.width = TABLE_WIDTH
     show = functools.partial(console.print, soft_wrap=False)
+    log = LogLines(show)
+    shapes = read_model(arguments.model)
+    log.offer(f"read {printable(shapes.source)}")
+    routing = route(shapes.model, tied=shapes.tied)
+
+    def working(name: str) -> None:
+        log.offer(f"looking for the most that a step with {name} holds")
+
+    plans = make_plans(routing, setup, working)
     show(
         f"{printable(shapes.source)}: {shapes.elements:,} parameters in {arguments.dtype}. Muon "
         f"takes {routing.muon_elements:,} of them in {sum(routing.muon.values()):,} tensors, "
         f"AdamW the other {routing.aux_elements:,}."
     )
-    show(_table(plans, memory, arguments.rule))
+    table = plans_table(plans, memory, arguments.rule, wide=arguments.wide)
+    show_table(console, table, wide=arguments.wide)
     show(verdict(plans, memory))
     fits = plans[0].total <= memory
-    advice = None if fits else advise(routing, setup, memory)
+    advice = None if fits else advise(routing, setup, memory, working)
     if not fits:
         show(sentence(advice, setup, memory))
     best = most_exact(plans, memory)
@@ -185,20 +201,28 @@ def _show_lines(console: Console, lines: Iterable[str]) -> None:
         console.print(f"  {printable(line)}", soft_wrap=True)
 
 
-def _table(plans: Sequence[Plan], device_memory: int, rule: str) -> Table:
-    table = make_table(
-        f"one training step, our formats with rule {rule}, in GiB; "
-        f"{gibibytes(device_memory)} to fit in",
-        ("optimizer", "weights", "gradients", "state", "workspace", "total", "fits"),
-    )
-    for plan in plans:
-        sizes = (plan.weights, plan.gradients, plan.state, plan.workspace, plan.total)
-        table.add_row(
+def plans_table(plans: Sequence[Plan], device_memory: int, rule: str, *, wide: bool) -> Table:
+    """A row for each plan, and whether it fits."""
+    columns = (
+        Column("optimizer", text=True), Column("bits", wide=True), Column("weights"),
+        Column("gradients"), Column("state"), Column("workspace"), Column("total"), Column("fits"),
+        Column("on the host", wide=True),
+    )  # fmt: skip
+    rows = [
+        (
             plan.name,
-            *(gibibytes(size) for size in sizes),
+            f"{plan.momentum_bits:.2f}",
+            *map(gibibytes, (plan.weights, plan.gradients, plan.state, plan.workspace, plan.total)),
             "yes" if plan.total <= device_memory else "no",
+            gibibytes(plan.host),
         )
-    return table
+        for plan in plans
+    ]
+    title = (
+        f"one training step, our formats with rule {rule}, in GiB; "
+        f"{gibibytes(device_memory)} to fit in"
+    )
+    return make_table(title, columns, rows, wide=wide)
 
 
 def _notes(setup: Setup, aux_adam: str) -> Iterator[str]:

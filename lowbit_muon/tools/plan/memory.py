@@ -30,8 +30,9 @@ MUON = RULES["muon"]
 # maps of 256 float32.
 _8BIT_ELEMENTS, _8BIT_BLOCK, _8BIT_MAPS = 4096, 256, 2 * 256 * 4
 # Its CPU step is in torch operations. Measured with torch's profiler
-# (test_plan_memory.py): bytes an element of the parameter that is being stepped, by dtype.
-_8BIT_CPU_BYTES = {torch.float32: 20, torch.bfloat16: 24}
+# (test_plan_memory.py): bytes an element of the parameter that is being stepped, by dtype; float16
+# is taken to be like bfloat16.
+_8BIT_CPU_BYTES = {torch.float32: 20, torch.bfloat16: 24, torch.float16: 24}
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,11 @@ def muon_step_bytes(
 ) -> int:
     """The most that our Muon holds in a step above weights, gradients and state."""
     return max(
-        _step_bytes(device, shape, count, state_format, dtype, rule, stack, compensation)
-        for (shape, stack), count in routing.muon.items()
+        (
+            _step_bytes(device, shape, count, state_format, dtype, rule, stack, compensation)
+            for (shape, stack), count in routing.muon.items()
+        ),
+        default=0,
     )
 
 

@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,13 +115,17 @@ def _trained(routing: Routing, setup: Setup) -> tuple[Routing, torch.dtype, int]
     return factors, torch.float32, weights + 4 * factors.elements
 
 
-def make_plans(routing: Routing, setup: Setup) -> list[Plan]:
+Working = Callable[[str], None]  # called with what is planned next
+
+
+def make_plans(routing: Routing, setup: Setup, working: Working = lambda _: None) -> list[Plan]:
     """Every optimizer and every format that the rule takes, by total."""
-    plans = [*_plans_of_others(routing, setup), *our_plans(routing, setup, PRESETS)]
+    ours = our_plans(routing, setup, PRESETS, working=working)
+    plans = [*plans_of_others(routing, setup), *ours]
     return sorted(plans, key=lambda plan: plan.total)
 
 
-def _plans_of_others(routing: Routing, setup: Setup) -> Iterator[Plan]:
+def plans_of_others(routing: Routing, setup: Setup) -> Iterator[Plan]:
     """torch.optim.AdamW, bitsandbytes' AdamW8bit and torch.optim.Muon."""
     routing, dtype, weights = _trained(routing, setup)
     gradients, everything = routing.elements * dtype.itemsize, routing.all_shapes
@@ -140,46 +144,67 @@ def _plans_of_others(routing: Routing, setup: Setup) -> Iterator[Plan]:
         dtype.itemsize * routing.muon_elements
         + adam_state_bytes(routing.aux, dtype, setup.aux_adam),
         max(
-            max(torch_muon_step_bytes(shape, dtype) for shape, _ in routing.muon),
+            max((torch_muon_step_bytes(shape, dtype) for shape, _ in routing.muon), default=0),
             adam_step_bytes(routing.aux, dtype, setup.aux_adam, setup.device),
         ),
     )
 
 
 def our_plans(
-    routing: Routing, setup: Setup, names: Iterable[str], at_most: float = math.inf
+    routing: Routing,
+    setup: Setup,
+    names: Iterable[str],
+    at_most: float = math.inf,
+    working: Working = lambda _: None,
 ) -> Iterator[Plan]:
     """Of these formats, those that the rule takes and that fit into `at_most` bytes."""
-    routing, dtype, weights = _trained(routing, setup)
-    gradients = _gradient_bytes(routing, dtype, setup.gradient_release)
-    other_state = adam_state_bytes(routing.aux, dtype, setup.aux_adam)
-    if setup.compensation:
-        other_state += routing.muon_elements
-    rule_state = rule_state_bytes(routing, setup.rule)
     for name in names:
         state_format = PRESETS[name]
         if refusal(setup.rule, state_format):
             continue
-        momentum = muon_state_bytes(routing, state_format)
-        kept = momentum + rule_state
-        state = other_state + (0 if setup.offload else kept)
-        if weights + gradients + state + setup.activations > at_most:
+        held = _held(routing, setup, state_format)
+        if held.total + setup.activations > at_most:
             continue  # without the time that its workspace takes
-        workspace = _our_step_bytes(routing, state_format, dtype, setup)
-        # A backward pass that steps has both at once.
-        together = sum if setup.gradient_release else max
-        plan = Plan(
-            name,
-            8 * momentum / routing.muon_elements,
-            weights,
-            gradients,
-            state,
-            workspace,
-            together((workspace, setup.activations)),
-            kept if setup.offload else 0,
-        )
+        working(name)
+        plan = _stepped(held, routing, setup, state_format)
         if plan.total <= at_most:
             yield plan
+
+
+def our_plan(routing: Routing, setup: Setup, state_format: StateFormat) -> Plan:
+    """Of one format, which may be any that the rule takes."""
+    return _stepped(_held(routing, setup, state_format), routing, setup, state_format)
+
+
+def _held(routing: Routing, setup: Setup, state_format: StateFormat) -> Plan:
+    """What is there between two steps."""
+    routing, dtype, weights = _trained(routing, setup)
+    momentum = muon_state_bytes(routing, state_format)
+    kept = momentum + rule_state_bytes(routing, setup.rule)
+    state = adam_state_bytes(routing.aux, dtype, setup.aux_adam)
+    if setup.compensation:
+        state += routing.muon_elements
+    return Plan(
+        state_format.name,
+        8 * momentum / max(1, routing.muon_elements),
+        weights,
+        _gradient_bytes(routing, dtype, setup.gradient_release),
+        state + (0 if setup.offload else kept),
+        0,
+        0,
+        kept if setup.offload else 0,
+    )
+
+
+def _stepped(held: Plan, routing: Routing, setup: Setup, state_format: StateFormat) -> Plan:
+    """With what a step holds above it."""
+    routing, dtype, _ = _trained(routing, setup)
+    workspace = _our_step_bytes(routing, state_format, dtype, setup)
+    # A backward pass that steps has both at once.
+    together = sum if setup.gradient_release else max
+    return dataclasses.replace(
+        held, workspace=workspace, temporary=together((workspace, setup.activations))
+    )
 
 
 def _gradient_bytes(routing: Routing, dtype: torch.dtype, release: bool) -> int:
@@ -225,7 +250,9 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 )
 
 
-def smallest_change(routing: Routing, setup: Setup, memory: int) -> tuple[Setup, Plan] | None:
+def smallest_change(
+    routing: Routing, setup: Setup, memory: int, working: Working = lambda _: None
+) -> tuple[Setup, Plan] | None:
     """The setup that changes least so that one of our formats fits, and the most exact that does.
 
     None if nothing fits.
@@ -234,7 +261,7 @@ def smallest_change(routing: Routing, setup: Setup, memory: int) -> tuple[Setup,
     for number in range(1, 2 ** len(changes)):
         chosen = (change for bit, change in enumerate(changes) if number >> bit & 1)
         changed = dataclasses.replace(setup, **functools.reduce(operator.or_, chosen))
-        best = next(our_plans(routing, changed, EXACTNESS, memory), None)
+        best = next(our_plans(routing, changed, EXACTNESS, memory, working), None)
         if best is not None:
             return changed, best
     return None
