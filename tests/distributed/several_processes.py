@@ -14,8 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# torch imports its compiler late, for any optimizer or DTensor: five seconds of each process.
-LIBRARIES = ("lowbit_muon", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo")
+# Imported once, by the server that all processes are forked from. torch imports its compiler late,
+# for any optimizer or DTensor; `lowbit_muon` imports nothing by itself.
+LIBRARIES = (
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "lowbit_muon.optimizers.muon_adamw",
+    "lowbit_muon.tools.finetune.training",
+)
 TIMEOUT = 300  # seconds, of a test on a machine that is busy with something else
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -108,9 +108,9 @@ def round_trips(kind: str, options: dict[str, Any], folder: str) -> list[str]:
     [
         ("fsdp", {"state_format": "spectral4"}),
         ("fsdp", {"state_format": "mulaw4", "compensation": True}),
-        ("tp", {"state_format": "muonq4"}),
+        pytest.param("tp", {"state_format": "muonq4"}, marks=pytest.mark.long),
         ("ddp", {"state_format": "linear8", "compensation": True}),
-        ("fsdp", {"rule": "normuon"}),
+        pytest.param("fsdp", {"rule": "normuon"}, marks=pytest.mark.long),
         ("tp", {"rule": "namo_d"}),
     ],
     ids=["fsdp", "fsdp, compensation", "tp", "ddp", "fsdp, normuon", "tp, namo_d"],

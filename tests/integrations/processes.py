@@ -11,13 +11,15 @@ resumed.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import time
 import warnings
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ from torch import Tensor
 
 from lowbit_muon.tools.finetune.report import peak_memory_bytes
 
+# Afterwards the server is that of tests/distributed, which need the first ones.
 LIBRARIES = (
-    "lowbit_muon",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "lowbit_muon.optimizers.muon_adamw",
     "transformers.trainer",
     "transformers.models.llama.modeling_llama",
     "accelerate",
@@ -78,6 +83,19 @@ def assert_resumed(whole: Result, rest: Result) -> None:
         assert torch.equal(rest.weights[key], weight), key
 
 
+@functools.cache
+def context() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from a server that has imported `LIBRARIES`.
+
+    A test process has one server. What tests/distributed started is stopped, or every run would
+    import the libraries for itself, ten seconds each; multiprocessing has no public way to do that.
+    """
+    forkserver._forkserver._stop()
+    chosen = multiprocessing.get_context("forkserver")
+    chosen.set_forkserver_preload(list(LIBRARIES))
+    return chosen
+
+
 def _log(folder: Path) -> Path:
     return folder.with_suffix(".log")
 
@@ -85,9 +103,7 @@ def _log(folder: Path) -> Path:
 def _run(example: str, folder: Path, options: dict[str, Any], fatal: str | None) -> int | None:
     folder.mkdir(exist_ok=True)
     timeout = options.pop("timeout", TIMEOUT)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(LIBRARIES))
-    process = context.Process(target=_child, args=(example, folder, options, fatal))
+    process = context().Process(target=_child, args=(example, folder, options, fatal))
     process.start()
     process.join(timeout)
     if process.exitcode is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import signal
 import warnings
@@ -51,10 +50,8 @@ def launch(folder: Path, *, resume: bool = False, fatal: bool = False) -> list[d
     """What the example left on each process; nothing where it was killed."""
     folder.mkdir(exist_ok=True)
     (folder / "store").unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(processes.LIBRARIES))
     started = [
-        context.Process(target=_child, args=(rank, folder, resume, fatal))
+        processes.context().Process(target=_child, args=(rank, folder, resume, fatal))
         for rank in range(PROCESSES)
     ]
     for process in started:

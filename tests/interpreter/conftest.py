@@ -6,6 +6,8 @@ on: without the variable this folder is skipped.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -31,12 +33,14 @@ def widened(bits: np.ndarray) -> np.ndarray:
 
 
 def repair_interpreter() -> None:
-    """Products and casts of bfloat16, which the interpreter keeps as bits and takes for integers.
+    """Products and casts of bfloat16, which the interpreter keeps as bits and takes for integers;
+    and less that is done again and again.
 
     Integer products go through float64, which holds them exactly and has a fast product in numpy.
     """
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     cast = InterpreterBuilder.cast_impl
 
@@ -57,6 +61,23 @@ def repair_interpreter() -> None:
         product = np.matmul(left, right).astype(total.data.dtype)
         return TensorHandle(product + total.data, total.dtype.scalar)
 
+    @functools.cache
+    def languages(function: Any) -> list[Any]:
+        """What a function knows triton.language by."""
+        return [value for value in function.__globals__.values() if value is tl or value is tl.core]
+
+    def call_device_function(self: Any, *args: Any, **named: Any) -> Any:
+        if any(tl.core.is_builtin(language.arange) for language in languages(self.fn)):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **named)
+
+    # The interpreter's operations are in triton.language since the launch, as a rule; looking for
+    # all of them again at every call took a fifth of the time.
+    InterpretedFunction.__call__ = call_device_function
+    # Another third goes into whether integers overflow, of small matrices: `make fuzz` looks.
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow="FUZZ" in os.environ
+    )
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
 

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from bench.gpu.correctness import CHECKS, Check, Sizes
+from bench.gpu import correctness
+from bench.gpu.correctness import CHECKS, CODED, Check, Sizes
 from lowbit_muon.backends import get_backend
 
 SIZES = Sizes(
@@ -19,8 +20,17 @@ SIZES = Sizes(
 CHECKS_OF_KERNELS = [check for check in CHECKS if check.name != "host offload"]
 
 
+# Every format's kernels have tests of their own; here the script is tested. One format has scales
+# of rows and fields of 3 bits, the other blocks.
+FEW = ("spectral3", "linear8")
+
+
+@pytest.mark.parametrize("formats", [FEW, pytest.param(CODED, marks=pytest.mark.long)])
 @pytest.mark.parametrize("check", CHECKS_OF_KERNELS, ids=lambda check: check.name)
-def test_the_checks_of_the_gpu_script(check: Check) -> None:
+def test_the_checks_of_the_gpu_script(
+    check: Check, formats: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correctness, "CODED", formats)
     backend = get_backend("triton", torch.device("cpu"))
     assert check.run(backend, torch.device("cpu"), SIZES) > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -37,9 +38,15 @@ def assert_close(
     assert (found.double() - exact).abs().le(allowed).all()
 
 
-@pytest.mark.parametrize("dtype", GRAD_TYPES)
-@pytest.mark.parametrize("m", [1, 17, 64, 130])
-def test_symmetric_product(dtype: torch.dtype, m: int) -> None:
+@pytest.mark.parametrize(
+    ("m", "dtype"),
+    [
+        *itertools.product([1, 17, 64], GRAD_TYPES),
+        (130, BF16),
+        *(pytest.param(130, dtype, marks=pytest.mark.long) for dtype in (FP32, FP16)),
+    ],
+)
+def test_symmetric_product(m: int, dtype: torch.dtype) -> None:
     """Exactly symmetric, of every layout, with addends of every dtype, also into itself."""
     for index, depth in enumerate((1, 33, 64, 100)):
         a = torch.randn(m, depth).to(dtype)

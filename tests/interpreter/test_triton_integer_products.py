@@ -62,7 +62,7 @@ def test_gram_of_every_pair_of_codes(bits: int) -> None:
     assert torch.equal(found, 515 * torch.outer(levels, levels))
 
 
-@pytest.mark.parametrize("block", [4, 32, 64, 512, 1024])
+@pytest.mark.parametrize("block", [4, 32, 64, pytest.param(512, marks=pytest.mark.long), 1024])
 def test_gram_with_blocks_of_scales(block: int) -> None:
     for bits, columns in itertools.product((3, 8), (block - 1, block + 5, 2 * block + 3)):
         columns = min(columns, 1100)

@@ -116,8 +116,16 @@ def error_of_rounding(sequence: Sequence, state_format: StateFormat, backend: Ba
     return rounded / exact
 
 
-@pytest.mark.parametrize("name", ["spectral4", "spectral3"])
-@pytest.mark.parametrize("shape", [(256, 256), (256, 640)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ((256, 256), "spectral3"),
+        ((256, 640), "spectral4"),
+        pytest.param((256, 256), "spectral4", marks=pytest.mark.long),
+        pytest.param((256, 640), "spectral3", marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_error_in_closed_loop(shape: tuple[int, int], name: str, backend: str) -> None:
     """Steps of a slow steep signal and noise; the error of the last updates, stored every time.

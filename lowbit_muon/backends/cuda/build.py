@@ -107,10 +107,13 @@ def emulation_command(compiler: str, source: Path, output: Path, *flags: str) ->
     return [compiler, *EMULATION_FLAGS, *flags, "-c", "-o", str(output), "-x", "c++", str(source)]
 
 
-def build(nvcc: str, folder: Path, output: Path) -> None:
+def build(
+    nvcc: str, folder: Path, output: Path, architectures: Sequence[str] = ARCHITECTURES
+) -> None:
     """Builds the library. Raises RuntimeError with the compiler's words."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(nvcc_command(nvcc, folder, output), capture_output=True, text=True)
+    command = nvcc_command(nvcc, folder, output, architectures)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines()
         raise RuntimeError("nvcc failed: " + (words[0] if words else f"status {done.returncode}"))
