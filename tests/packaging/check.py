@@ -14,7 +14,9 @@ from pathlib import Path
 ONE_STEP = Path(__file__).resolve().with_name("one_step.py")
 CONSTRAINTS = ONE_STEP.parents[2] / ".ci" / "constraints.txt"
 # As in the README: what the package needs comes by itself, what its tests need does not.
-TEST_PACKAGES = ("hypothesis", "numpy", "pybind11", "pytest", "pyyaml", "rich", "safetensors")
+TEST_PACKAGES = (
+    "hypothesis", "numpy", "pybind11", "pytest", "pyyaml", "rich", "safetensors", "scipy",
+)  # fmt: skip
 TESTS = ("formats", "linalg", "state", "step", "checkpoint", "packaging", "test_layering.py")
 
 
