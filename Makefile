@@ -62,7 +62,7 @@ docs: venv
 sdist: venv
 	$(PIP) build
 	rm -f dist/*.tar.gz
-	$(BIN)/python -m build --sdist .
+	$(BIN)/python -m build --quiet --sdist .
 
 # A wheel for each Python at hand, built from the source distribution; then each file of dist/ is
 # installed into an empty environment, with a torch of its own. LOWBIT_MUON_URL makes README's links

@@ -375,7 +375,7 @@ def _works_or_warn(device_type: str) -> bool:
     if reason is not None:
         warnings.warn(
             "lowbit_muon uses torch.optim.AdamW (8 bytes of state for a float32 element) instead "
-            f"of 8-bit AdamW: {reason}",
+            f'of 8-bit AdamW: {reason}; aux_adam="adamw" chooses it without this warning',
             RuntimeWarning,
             stacklevel=2,
         )
@@ -395,6 +395,8 @@ def _8bit_problem(device_type: str) -> str | None:
         _step_without_hooks(_create_engine("adamw8bit", [param], lr=1.0))
         moved = float(param.detach().mean())
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes":
+            return "bitsandbytes is not installed (pip install bitsandbytes)"
         return f"{type(error).__name__}: {error}"
     finally:
         logger.setLevel(level)

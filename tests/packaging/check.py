@@ -12,8 +12,11 @@ import tempfile
 from pathlib import Path
 
 ONE_STEP = Path(__file__).resolve().with_name("one_step.py")
+CONSTRAINTS = ONE_STEP.parents[2] / ".ci" / "constraints.txt"
 # As in the README: what the package needs comes by itself, what its tests need does not.
-TEST_PACKAGES = ("hypothesis", "numpy", "pytest", "pyyaml", "rich", "safetensors")
+TEST_PACKAGES = (
+    "hypothesis", "numpy", "pybind11", "pytest", "pyyaml", "rich", "safetensors", "scipy",
+)  # fmt: skip
 TESTS = ("formats", "linalg", "state", "step", "checkpoint", "packaging", "test_layering.py")
 
 
@@ -21,6 +24,14 @@ def interpreter(file: Path) -> str:
     """The Python that a file is for."""
     tag = re.search(r"-cp3(\d+)-", file.name)
     return sys.executable if tag is None else f"python3.{tag[1]}"
+
+
+def pinned(package: str) -> str:
+    """The package in the version that is developed with."""
+    versions = CONSTRAINTS.read_text(encoding="utf-8")
+    found = re.search(rf"^{package}==\S+$", versions, re.MULTILINE | re.IGNORECASE)
+    assert found is not None, package
+    return found[0]
 
 
 def check(file: Path, folder: Path) -> None:
@@ -33,10 +44,11 @@ def check(file: Path, folder: Path) -> None:
         pip = [python, "-m", "pip", "install", "--quiet", *packages]
         subprocess.run(pip, check=True, cwd=folder)
 
-    install(str(file.resolve()))
+    # (other pins are for one Python alone; a newer torch is the business of bench.versions)
+    install(str(file.resolve()), pinned("torch"))
     subprocess.run([python, ONE_STEP], check=True, cwd=folder)
     if file.name.endswith(".tar.gz"):
-        install(*TEST_PACKAGES)
+        install(*map(pinned, TEST_PACKAGES))
         with tarfile.open(file) as archive:
             archive.extractall(folder, filter="data")
         (unpacked,) = (path.parent for path in folder.glob("*/PKG-INFO"))

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch import nn
 
 from lowbit_muon import Muon
 from lowbit_muon.tools.cli import main
-from lowbit_muon.tools.plan import command
+from lowbit_muon.tools.errors import UserError
+from lowbit_muon.tools.plan import command, model_shapes
 from lowbit_muon.tools.plan.plans import Plan
 
 ODD: list[Any] = [
@@ -121,6 +123,21 @@ def test_a_model_of_too_many_parts_is_not_made(
     path.write_text(json.dumps({**LLAMA, "num_hidden_layers": 9}))
     assert main(["plan", str(path), "--device-memory=1GiB"]) == 2
     assert "expected a model of at most 20 tensors" in capsys.readouterr().err
+
+
+def test_only_the_time_of_making_a_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came before its first tensor was an import, however long it took."""
+    now = [0.0]
+    clock = types.SimpleNamespace(process_time=lambda: now[0])
+    monkeypatch.setattr("lowbit_muon.tools.plan.model_shapes.time", clock)
+    with model_shapes._limited():
+        now[0] = 1000.0
+        nn.Linear(2, 2)
+        now[0] += model_shapes.MOST_SECONDS
+        nn.Linear(2, 2)
+        now[0] += 1.0
+        with pytest.raises(UserError, match=r"made in 20 s of processor time, got 5 so far"):
+            nn.Linear(2, 2)
 
 
 def test_transformers_are_named_where_they_are_missing(

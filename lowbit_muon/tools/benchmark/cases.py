@@ -243,7 +243,7 @@ def _adamw8bit(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         # It tries bitsandbytes out, without what its import has to say, and knows what is wrong.
         MuonWithAuxAdam([{"params": params, "use_muon": False}], aux_adam="adamw8bit")
     except RuntimeError as error:
-        raise UnavailableError(f"{error}; pip install bitsandbytes") from error
+        raise UnavailableError(str(error)) from error
     import bitsandbytes
 
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, lr=lr)

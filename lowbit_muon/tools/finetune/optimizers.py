@@ -54,7 +54,7 @@ def build_optimizer(
         )
     except RuntimeError as error:
         option = "--aux-adam" if settings.optimizer == MUON else "--optimizer"
-        raise UserError(f"{option}: {error}; pip install bitsandbytes") from None
+        raise UserError(f"{option}: {error}") from None
 
 
 def _adamw_group(group: dict[str, Any], settings: FinetuneSettings) -> dict[str, Any]:
