@@ -161,7 +161,8 @@ def plot_results(path: Path, results: Sequence[Result]) -> None:
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(result.shape for result in results))
-    timed = [[r for r in results if r.shape == shape and r.median] for shape in shapes]
+    drawn = [r for r in results if r.median and r.roof != r.name]  # peaks are of other sizes
+    timed = [[r for r in drawn if r.shape == shape] for shape in shapes]
     height = 1.4 + 0.28 * max(map(len, timed))
     figure = Figure(figsize=(7.0 * len(shapes), height), layout="constrained")
     panels = figure.subplots(1, len(shapes), squeeze=False, sharex=True)[0]
@@ -173,7 +174,7 @@ def plot_results(path: Path, results: Sequence[Result]) -> None:
         bars = panel.barh(range(len(rows)), lengths, xerr=half, color=colors, ecolor="0.3")
         times = [f"{significant(1e3 * (row.median or 0.0))} ms" for row in rows]
         panel.bar_label(bars, times, padding=4, fontsize=8)
-        panel.axvline(1.0, color="0.3", linewidth=1)
+        panel.axvline(1.0, color="0.7", linewidth=1, zorder=0)
         panel.set_yticks(range(len(rows)), list(map(label, rows)))
         panel.margins(x=0.15, y=0.01)
         panel.set_xlim(left=0)
