@@ -128,7 +128,7 @@ def main() -> None:
     for shape in SHAPES:
         x = with_condition(shape, 1e4).to(options.device)
         cases = {name: functools.partial(method, x) for name, method in METHODS.items()}
-        seconds = medians(interleaved(cases, options.repeats, device=options.device))
+        seconds = medians(interleaved(cases, options.repeats))
         table = Table(title="x".join(map(str, shape)), box=None, pad_edge=False)
         for heading in ("", *(f"condition {each:.0e}" for each in CONDITIONS), "noise", "time"):
             table.add_column(heading)
