@@ -69,6 +69,7 @@ def test_no_command_shows_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["--compare=fp32", "--rule=lion"], "--rule: not with --compare, which names the methods"),
         (["--compare=fp32", "--resume"], "--resume: not with --compare"),
         (["--wide"], "--wide: expected with --compare, which prints a table"),
+        (["--seeds=3"], "--seeds: expected with --compare; one run takes --seed"),
         (["--compare=fp32", "--seeds=0"], "--seeds: expected a whole number >= 1, got 0"),
         (["--tokens-per-step=100"], "--tokens-per-step: expected a multiple of --sequence-length"),
     ],

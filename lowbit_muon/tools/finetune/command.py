@@ -47,7 +47,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
         "normuon+spectral4 is a format with another update rule than Muon's; "
         "the same command continues an interrupted comparison",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="with --compare: seeds for each")
+    parser.add_argument("--seeds", type=int, help="with --compare: seeds for each (default: 1)")
     add_wide(parser)
     for field in dataclasses.fields(FinetuneSettings):
         _add_setting(parser, field)
@@ -89,6 +89,8 @@ def run_finetune(arguments: argparse.Namespace) -> int:
 
         if arguments.wide:
             raise UserError("--wide: expected with --compare, which prints a table")
+        if arguments.seeds is not None:
+            raise UserError("--seeds: expected with --compare; one run takes --seed")
 
         def take(folder: Path) -> Path:
             """Hold the run's folder, for all processes, and find out what cannot be written."""
@@ -160,13 +162,14 @@ def _compare(arguments: argparse.Namespace, given: dict[str, Any], console: Cons
     clash = sorted({"format", "optimizer", "rule"} & given.keys())
     if clash:
         raise UserError(f"{option_flag(clash[0])}: not with --compare, which names the methods")
-    if not 1 <= arguments.seeds <= MOST_SEEDS:
-        bound = ">= 1" if arguments.seeds < 1 else f"<= {MOST_SEEDS}"
-        raise UserError(f"--seeds: expected a whole number {bound}, got {arguments.seeds}")
+    seeds = 1 if arguments.seeds is None else arguments.seeds
+    if not 1 <= seeds <= MOST_SEEDS:
+        bound = ">= 1" if seeds < 1 else f"<= {MOST_SEEDS}"
+        raise UserError(f"--seeds: expected a whole number {bound}, got {seeds}")
     methods = list(dict.fromkeys(name.strip() for name in arguments.compare.split(",")))
     # Nothing but the numbers of the table, unless asked for.
     settings = FinetuneSettings(**{"save_every": 0, "sample_tokens": 0, **given})
     folder = arguments.out or Path("runs/compare")
     with locked(folder):
         check_outputs([("--out", folder / name) for name in ("compare.json", *PLOTS)])
-        compare(methods, arguments.seeds, settings, folder, console, wide=arguments.wide)
+        compare(methods, seeds, settings, folder, console, wide=arguments.wide)
