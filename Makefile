@@ -115,6 +115,9 @@ bench: venv
 		--methods 'spectral4, c = 0.01;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)
 	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_shifts.json \
 		--methods 'spectral4, c = 0.01;spectral4, c = 0.1' --seeds 6 $(ARGS)
+	# Update rules, with and without 4 bits: eight runs each.
+	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_rules.json --methods "$$($(BIN)/python \
+		-c 'from bench.training.methods import RULE_RATES; print(*(f"{r};{r}, spectral4" for r in RULE_RATES), sep=";")')" $(ARGS)
 	# The wider model has its rate chosen among four, and fewer seeds.
 	$(BIN)/python -m bench.training --models modern --json $(RESULTS)/training_modern.json --steps 400 \
 		--methods 'fp32;spectral4;spectral4, c = 0.06;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)

@@ -21,7 +21,7 @@ from bench.gpu.roofline import markdown as paper
 from bench.predictors import agreement
 from bench.scaling.report import is_exact
 from bench.step import FULL, RULE_FORMATS
-from bench.training.methods import BASELINE, METHODS, SHIFTS, shifted
+from bench.training.methods import BASELINE, METHODS, RULE_RATES, SHIFTS, shifted
 from bench.training.report import Row, bits_of, cells, label
 from bench.training.report import rows as training_rows
 from bench.versions import TESTS
@@ -425,6 +425,28 @@ def training_shifts() -> str:
     return f"{table(('', *models), lines)}\n`{BASELINE}`: {'; '.join(notes)}.\n"
 
 
+def training_rules() -> str:
+    """What 4 bits lose under each update rule, by model: those that have been trained."""
+    runs = results("training_rules")
+    models = {
+        model: {row.method: row for row in training_rows(runs, model)}
+        for model in dict.fromkeys(label(run) for run in runs.values())
+    }
+    lines = []
+    for rule in RULE_RATES:
+        cells_of = []
+        for rows in models.values():
+            full, coded = rows.get(rule), rows.get(f"{rule}, spectral4")
+            if full is None or coded is None or len(coded.gaps) < 2:
+                cells_of += [""] * 3
+            else:
+                cells_of += [f"{full.lr:g}", f"{full.loss:.4f} ± {full.spread:.4f}", gap(coded)]
+        if any(cells_of):
+            lines.append([f"`{rule}`", *cells_of])
+    figures = ("lr", "`fp32`", "`spectral4` minus `fp32`")
+    return table(("", *(f"{model}: {each}" for model in models for each in figures)), lines)
+
+
 def gap(row: Row) -> str:
     """Mean difference to the baseline, its standard error and the seeds that both have."""
     error = "" if row.gap_error is None else f" ± {row.gap_error:.4f}"
@@ -575,6 +597,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rules": rules,
     "training": training,
     "training_shifts": training_shifts,
+    "training_rules": training_rules,
     "memory_limits": memory_limits,
     "machine": machine,
     "codec": codec,

@@ -38,12 +38,13 @@ class Backend(Kernels):
     """The kernels, in torch operations.
 
     name: as in the registry. asynchronous: it works on a device that the host must never wait for:
-    what depends on values is left in tensors there. Only such backends take float16 and bfloat16
-    in their dense products of a step. product_dtypes: of its dense products. rounded_dtype: what
-    its products with `rounded` round to, None where that is no faster; they then round to bfloat16.
-    gram_aspect: columns a row from which Newton-Schulz with rounded products is faster in the Gram
-    form, most of whose products stay in float32. fast_code_product: `code_product` is faster than
-    to decode and multiply in float32. checks: of tensors on its devices.
+    what depends on values is left in tensors there. Only such backends take float16 and bfloat16 in
+    their dense products of a step. product_dtypes: of its dense products. rounded_dtype: what its
+    products with `rounded` round to, None where that is no faster; they then round to bfloat16.
+    gram_aspect: columns a row from which an iteration on the Gram matrix, most of whose products
+    stay in float32, is faster than one whose products are all rounded. fast_code_product:
+    `code_product` is faster than to decode and multiply in float32. checks: of tensors on its
+    devices.
 
     All methods raise ValueError or TypeError, naming the parameter, for tensors with another
     device, dtype or shape than is stated.

@@ -34,6 +34,7 @@ from lowbit_muon import (
 )
 from lowbit_muon.state.parameter import matrix_views, momentum_format, read_matrix
 from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.step.rules.rule import RULE_OPTIONS
 
 # (cases, tests that they are shared among, for pytest-xdist)
 CASES, SHARDS = (10_000, 20) if os.environ.get("FUZZ") else (160, 1)
@@ -46,14 +47,14 @@ NOT_COUNTS = (None, True, -1, 1.5, 2.0, NAN, "1", [1])
 # What each option of a group must refuse.
 BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "lr": (*NOT_NUMBERS, -1e-3, torch.tensor(NAN), torch.tensor(1), 1e39),
-    "weight_decay": (*NOT_NUMBERS, -0.1, 1e39),
-    "momentum": (*NOT_NUMBERS, -0.1, 1, 1.0, 1e30),
-    "nesterov": NOT_BOOLS,
+    "weight_decay": (*NOT_NUMBERS[1:], -0.1, 1e39),
+    "momentum": (*NOT_NUMBERS[1:], -0.1, 1, 1.0, 1e30),
+    "nesterov": NOT_BOOLS[1:],
     "ns_coefficients": (
-        None, 3, "septic", [], (1.0, 2.0), (1.0, NAN, 2.0), (1.0, 2.0, 10**400), [[1, 2, 3], [1]],
+        3, "septic", [], (1.0, 2.0), (1.0, NAN, 2.0), (1.0, 2.0, 10**400), [[1, 2, 3], [1]],
     ),
     "eps": (*NOT_NUMBERS, 0, -1e-7, 1e39),
-    "ns_steps": (*NOT_COUNTS, 0, 100, 10**400),
+    "ns_steps": (*NOT_COUNTS[1:], 0, 100, 10**400),
     "adjust_lr_fn": ("rms", 1, [], torch.ones(2)),
     "state_format": (
         "spectral5", 4, None, ["spectral4"], "", {"name": "x"}, {"name": "x", "bits": 4, "hue": 1},
@@ -521,6 +522,17 @@ def test_every_bad_option_is_refused_by_name(name: str) -> None:
         if kind == "overrides" and name in ("batch_experts", "row_splits"):
             continue  # no options of an override
         bad = Drawn({name: value}, frozenset({name}))
+        check_case(Case(kind, bad, NOTHING, ((3, 4),), torch.float32, (), (), NOTHING))
+
+
+@pytest.mark.parametrize("name", [n for n in RULE_OPTIONS if n != "adjust_lr_fn"])
+def test_none_leaves_an_option_to_the_rule_as_an_argument_alone(name: str) -> None:
+    none = {name: None}
+    check_case(
+        Case("muon", Drawn(none, frozenset()), NOTHING, ((3, 4),), torch.float32, (), (), NOTHING)
+    )
+    for kind in ("group", "overrides"):
+        bad = Drawn(none, frozenset({name}))
         check_case(Case(kind, bad, NOTHING, ((3, 4),), torch.float32, (), (), NOTHING))
 
 

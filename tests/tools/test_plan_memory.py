@@ -156,7 +156,7 @@ HOST_SHAPES = ((64, 64), (192, 576), (576, 192), (320, 4096), (64, 20000))
 
 
 def measured_on_a_cpu(shape: Shape, dtype: torch.dtype, rule: str, state_format: str) -> int:
-    nesterov = state_format != "muonq4"
+    nesterov = False if state_format == "muonq4" else None
     param = parameter(shape, dtype)
     optimizer = Muon([param], rule=rule, state_format=state_format, nesterov=nesterov)
     optimizer.step()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from lowbit_muon.optimizers.muon import Muon
+from lowbit_muon.step.options import GROUP_DEFAULTS
+from lowbit_muon.step.rules.rule import RULE_OPTIONS
 
 _TO_THE_END = 10**6  # of a line, its end included
 _OURS = "lowbit_muon.Muon"
@@ -114,10 +116,13 @@ def differences() -> list[str]:
     """Sentences on what our Muon does otherwise than torch.optim.Muon by default."""
     theirs = inspect.signature(torch.optim.Muon).parameters
     ours = inspect.signature(Muon).parameters
+    usual = {name: argument.default for name, argument in ours.items()}
+    # None leaves it to the rule, and a rule that says nothing to these.
+    usual |= {n: GROUP_DEFAULTS[n] for n in RULE_OPTIONS if n != "adjust_lr_fn"}
     found = [
-        f"{name} is {theirs[name].default!r} in torch and {ours[name].default!r} here."
+        f"{name} is {theirs[name].default!r} in torch and {usual[name]!r} here."
         for name in theirs
-        if name in ours and theirs[name].default != ours[name].default
+        if name in usual and theirs[name].default != usual[name]
     ]
     found += [f"{name}: there is no such option here." for name in theirs if name not in ours]
     same = ", ".join(name for name in theirs if name in ours)

@@ -243,7 +243,7 @@ def planned_group(
 ) -> dict[str, Any]:
     """The parameters as a group of our Muon, with what its rule and format bring."""
     group = {"params": list(params), **options}
-    nesterov = not state_format.normalize
+    nesterov = False if state_format.normalize else None
     muon = Muon([group], rule=_shortened(rule), state_format=state_format, nesterov=nesterov)
     return muon.param_groups[0]
 
