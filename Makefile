@@ -97,6 +97,8 @@ bench: venv
 	# Where there is AMX; as on a CPU without units for bfloat16, and on one with AVX2 alone.
 	! grep -q amx_bf16 /proc/cpuinfo || $(BIN)/python -m bench.step --layers 2 --no-peers \
 		--json $(RESULTS)/step_amx.json
+	! grep -q amx_bf16 /proc/cpuinfo || $(BIN)/python -m bench.step --shape 1024 4096 --repeats 5 \
+		--no-peers --json $(RESULTS)/step_amx_1024x4096.json
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI LOWBIT_MUON_ISA=avx512vnni $(BIN)/python -m bench.step \
 		--layers 2 --no-peers --json $(RESULTS)/step_without_bf16.json
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 LOWBIT_MUON_ISA=avx2 $(BIN)/python \

@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from lowbit_muon.backends.cpu import adapter as cpu
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "bench/csrc/peaks.cpp"
 KERNELS = ROOT / "csrc/cpu/kernels"
@@ -35,6 +37,9 @@ def multiply_adds(isa: str, word: str, iterations: int) -> int:
     """
     if word not in WORDS:
         raise ValueError(f"word: expected one of {WORDS}, got {word!r}")
+    supported = cpu.supported_isas()  # (which asks the system for AMX's registers)
+    if isa not in supported:
+        raise ValueError(f"isa: expected one of {supported}, got {isa!r}")
     if not 1 <= iterations <= MOST_ITERATIONS:
         raise ValueError(f"iterations: expected 1 to {MOST_ITERATIONS}, got {iterations}")
     products = int(

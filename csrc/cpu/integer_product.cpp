@@ -44,8 +44,9 @@ void code_gram(size_t batch, size_t rows, size_t columns, int bits, uintptr_t le
     const size_t strips = ceil_divide(rows, kStrip);
     const size_t width = kernels.group_columns;
     const size_t groups = ceil_divide(rows, width);
-    // Whole panels that are packed at once.
-    const size_t fitting = kPackedWords * per_word / (strips * kStrip) / kPanelColumns;
+    // Whole panels that are packed at once; for tiles twice, the second time turned.
+    const size_t most_words = tiles ? kPackedWords / 2 : kPackedWords;
+    const size_t fitting = most_words * per_word / (strips * kStrip) / kPanelColumns;
     const size_t chunk_columns =
         std::min(std::max<size_t>(fitting, 1), ceil_divide(columns, kPanelColumns)) * kPanelColumns;
     const size_t packed_words = strips * kStrip * chunk_columns / per_word;

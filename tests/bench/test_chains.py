@@ -38,6 +38,8 @@ def test_chains_multiply_as_often_as_they_say(isa: str, threads: int) -> None:
 def test_wrong_arguments_raise() -> None:
     with pytest.raises(ValueError, match=r"word: expected one of .*'float32'.* got 'int4'"):
         chains.multiply_adds(ISAS[0], "int4", 1)
+    with pytest.raises(ValueError, match=r"isa: expected one of .*'baseline'.* got 'mmx'"):
+        chains.multiply_adds("mmx", "float32", 1)
     for iterations in (0, 2**24 + 1):
         with pytest.raises(ValueError, match=rf"iterations: expected 1 to .*{iterations}"):
             chains.multiply_adds(ISAS[0], "float32", iterations)
