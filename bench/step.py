@@ -144,7 +144,7 @@ def _peer_variant(peer: Peer, quick: bool) -> Variant:
 
 def _our_variant(name: str, state_format: str, **options: Any) -> Variant:
     def make(params: list[nn.Parameter]) -> Muon:
-        nesterov = state_format != "muonq4"  # which goes without
+        nesterov = False if state_format == "muonq4" else None  # which goes without
         return Muon(params, lr=LR, state_format=state_format, nesterov=nesterov, **options)
 
     return Variant(name, make, lambda: check_ours(state_format), state_format)

@@ -30,7 +30,7 @@ from bench.peers import (
 )
 from bench.shapes import MODELS
 from bench.step import BASELINES, FULL, SHIPPED, main, measure, parameters, state_bytes, variants
-from lowbit_muon import Muon
+from lowbit_muon import RULES, Muon
 from lowbit_muon.tools.benchmark.cases import UnavailableError
 from lowbit_muon.tools.benchmark.gates import GateError
 from lowbit_muon.tools.benchmark.measure import Result
@@ -343,3 +343,15 @@ def test_step_over_several_matrices_has_no_shape() -> None:
     assert [found["shape"] for found in written["rows"]] == [None]
     assert written["shapes"] == [[8, 16], [16, 8]]
     assert written["rows"][0]["bits_per_element"] == 32
+
+
+def test_every_rule_is_made_with_its_own_options() -> None:
+    """Lion has no Nesterov momentum, Muon has; muonq4 never."""
+    of_rules = [v for v in variants([], rules=sorted(RULES)) if v.name.startswith("step, ")]
+    assert len(of_rules) == 2 * (1 + len(RULES))
+    for variant in of_rules:
+        (group,) = variant.make(parameters([SHAPE])).param_groups
+        own = dict(RULES[group["rule"]["name"]].options)
+        assert group["nesterov"] == own.get("nesterov", True), variant.name
+    (muonq4,) = (v for v in variants([]) if (v.name, v.format) == ("step", "muonq4"))
+    assert not muonq4.make(parameters([SHAPE])).param_groups[0]["nesterov"]

@@ -91,6 +91,16 @@ def test_chunked_loss_is_cross_entropy_with_its_gradients(chunk: int) -> None:
         torch.testing.assert_close(got, parameter.grad, rtol=1e-10, atol=1e-14)
 
 
+def test_the_loss_of_bfloat16_weights_is_that_of_their_logits() -> None:
+    model = load_model("tiny")[0].bfloat16()
+    ids = torch.randint(0, 256, (2, 8))
+    loss = model.loss(ids)
+    logits = model.logits(model(ids[:, :-1])).flatten(0, 1)
+    expected = F.cross_entropy(logits.double(), ids[:, 1:].flatten())
+    # float32 sums of 256 terms; rounded to bfloat16 the loss would be off by up to 2e-3
+    torch.testing.assert_close(loss.double(), expected, rtol=256 * 2**-24, atol=0)
+
+
 def test_a_token_sees_only_itself_and_earlier_ones() -> None:
     model = load_model("tiny")[0]
     ids = torch.randint(0, 256, (1, 12))

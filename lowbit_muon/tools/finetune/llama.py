@@ -111,6 +111,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         tokens = targets.numel()
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # of bfloat16 weights, too
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight) if wanted else None
@@ -118,17 +119,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
             target = targets[rows, None]
-            log_probs = torch.log_softmax(hidden[rows] @ weight.T, dim=-1)
+            log_probs = torch.log_softmax(hidden[rows] @ weight.T, dim=-1, dtype=exact)
             total -= log_probs.gather(1, target).sum(dtype=torch.float64)
             if grad_hidden is None or grad_weight is None:
                 continue
             grad = log_probs.exp_()  # softmax - onehot is the gradient by the logits
             grad.scatter_add_(1, target, grad.new_full((), -1.0).expand_as(target))
-            grad /= tokens
+            grad = grad.div_(tokens).to(weight.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])
             grad_weight.addmm_(grad.T, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return (total / tokens).to(hidden.dtype)
+        return (total / tokens).to(exact)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -148,8 +149,8 @@ class Llama(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Final hidden states [batch, tokens, hidden] of ids, int64 [batch, tokens]."""
-        cos, sin = rotary_table(ids.shape[1], self.config)
         x = self.embed_tokens(ids)
+        cos, sin = (part.to(x.dtype) for part in rotary_table(ids.shape[1], self.config))
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
