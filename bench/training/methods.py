@@ -13,6 +13,7 @@ from torch import nn
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
 from lowbit_muon import PRESETS, RULES, MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
 from lowbit_muon.step.options import AuxAdam
+from lowbit_muon.step.rules.recipes import pion
 from lowbit_muon.tools.finetune.settings import ADAMW_METHODS
 
 BASELINE = "fp32"
@@ -52,15 +53,23 @@ def shifted(name: str, shift: float) -> Method:
 
 # Update rules with three learning rates to choose from, about those published, or those that make
 # updates of the same size: trained where they are asked for.
-_USUAL, _MATCHED, _SIGNS = (1e-2, 2e-2, 4e-2), (2.5e-3, 5e-3, 1e-2), (2.5e-4, 5e-4, 1e-3)
+_USUAL, _MATCHED = (2e-2, 4e-2, 8e-2), (5e-3, 1e-2, 2e-2)
 RULE_RATES = {
     **dict.fromkeys(("muon", "normuon", "normuon_speedrun", "nanochat", "cautious_decay"), _USUAL),
-    **dict.fromkeys(("cautious_muon", "muon_plus", "turbo_muon", "dion_muon", "rmnp"), _USUAL),
-    **dict.fromkeys(("moonlight", "muoneq", "adamuon", "namo", "namo_d"), _MATCHED),
-    **dict.fromkeys(("lion", "signum"), _SIGNS),
-    "muonh": (5e-3, 1e-2, 2e-2),
-    "scion": (2e-4, 4e-4, 8e-4),
+    **dict.fromkeys(("cautious_muon", "muon_plus", "turbo_muon", "dion_muon"), _USUAL),
+    **dict.fromkeys(("moonlight", "muonclip", "muoneq", "adamuon"), _MATCHED),
+    **dict.fromkeys(("namo", "namo_d"), (2e-2, 4e-2, 8e-2)),
+    "muonh": (5e-2, 1e-1, 2e-1),
+    "scion": (4e-4, 8e-4, 1.6e-3),
+    "adago": (0.1, 0.2, 0.4),
+    "polargrad": (0.1, 0.3, 1.0),
+    "drop_muon": _USUAL,
+    # Without a polar factor the large directions of a matrix move most: lower rates.
+    **dict.fromkeys(("lion", "signum"), (1e-4, 3e-4, 1e-3)),
+    **dict.fromkeys(("rmnp", "pion(2)"), (1e-3, 3e-3, 1e-2)),
+    **dict.fromkeys(("auon", "spectra"), (1.0, 3.0, 10.0)),
 }
+TRAINED_RULES = {**RULES, "pion(2)": pion(2)}
 
 
 def _of_rules() -> Iterator[Method]:
@@ -120,7 +129,8 @@ def make_optimizer(model: nn.Module, method: Method, lr: float, seed: int) -> Mu
     own: dict[str, Any] = {}
     if not method.rule:
         own = {"nesterov": method.nesterov, "adjust_lr_fn": "match_rms_adamw"}
-    if "weight_decay" not in dict(RULES[method.rule or "muon"].options):
+    rule = TRAINED_RULES[method.rule or "muon"]
+    if "weight_decay" not in dict(rule.options):
         own["weight_decay"] = WEIGHT_DECAY
     groups = muon_param_groups(
         model,
@@ -132,7 +142,7 @@ def make_optimizer(model: nn.Module, method: Method, lr: float, seed: int) -> Mu
     if method.state_format is not None:
         return MuonWithAuxAdam(
             groups,
-            rule=method.rule or "muon",
+            rule=rule,
             state_format=method.state_format,
             aux_adam="adamw",
             seed=seed,

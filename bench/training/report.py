@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.training.methods import BASELINE, GRIDS, METHODS, bits
+from bench.training.methods import BASELINE, GRIDS, METHODS, RULE_RATES, bits
 from bench.training.models import model_label
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -187,6 +187,33 @@ def plot(path: Path, runs: Runs) -> None:
     panels[0][0].set_ylabel("held-out loss, nats a byte")
     panels[1][0].set_ylabel(f"minus {BASELINE}, same seed")
     panels[0][0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_rules(path: Path, runs: Runs) -> None:
+    """What 4 bits cost under each update rule: `spectral4` minus fp32, mean and standard error."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(label(run) for run in runs.values()))
+    made = {
+        model: {row.method: row for row in rows(runs, model) if row.gap_error is not None}
+        for model in models
+    }
+    rules = [rule for rule in RULE_RATES if any(f"{rule}, spectral4" in of for of in made.values())]
+    figure = Figure(figsize=(3.5 * len(models) + 1.5, 0.25 * len(rules) + 1), layout="constrained")
+    for axes, model in zip(
+        figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models, strict=True
+    ):
+        axes.axvline(0, color="black", linewidth=0.8)
+        for y, rule in enumerate(rules):
+            row = made[model].get(f"{rule}, spectral4")
+            if row is not None:
+                axes.errorbar(row.gap, y, xerr=row.gap_error, fmt="o", color="#0072B2", capsize=2)
+        axes.set_yticks(range(len(rules)), rules)
+        axes.set_xlabel("nats a byte above fp32")
+        axes.set_title(model)
+    figure.axes[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

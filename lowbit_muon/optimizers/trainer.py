@@ -9,6 +9,7 @@ import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lowbit_muon.optimizers.gradient_release import GradientRelease, attach_gradient_release
@@ -45,6 +46,10 @@ class MuonFactory:
                 Unless adjust_lr_fn or a rule other than "muon" is given, adjust_lr_fn is
                 "match_rms_adamw", with which updates have the size of AdamW's. With another scale
                 learning_rate is that of the matrices alone, and `aux_lr` 3e-4 where it is not set.
+                Unless stochastic_rounding or compensation is given, stochastic_rounding is True
+                for a model with bfloat16 weights (and none in float16), most of whose updates
+                rounding to nearest would lose at rates of fine-tuning: `bench.bf16_weights`, and
+                arXiv 2010.06192. The auxiliary AdamW rounds to nearest all the same.
 
         Raises:
             ValueError: neither training_args nor lr; other bad options as the two say.
@@ -57,6 +62,11 @@ class MuonFactory:
             )
         if options.get("rule", "muon") == "muon":
             options.setdefault("adjust_lr_fn", "match_rms_adamw")
+        if not {"stochastic_rounding", "compensation"} & options.keys():
+            dtypes = {param.dtype for param in model.parameters()}
+            options["stochastic_rounding"] = (
+                torch.bfloat16 in dtypes and torch.float16 not in dtypes
+            )
         given = {**_options_of(training_args), **options}
         of_groups = {name: given.pop(name) for name in _OF_GROUPS & given.keys()}
         of_groups["aux_lr"] = resolve_aux_lr(of_groups["lr"], of_groups.get("aux_lr"), given)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from bench.gpu.roofline import PAPER_SHAPES, step_on_paper
-from bench.report import results
+from bench.report.markdown import results
 from bench.scaling import __main__ as command
 from bench.scaling.calibration import UPDATE_DTYPES, run, small_model
 from bench.scaling.designs import (

@@ -192,3 +192,23 @@ def test_release_refuses_fp16(tmp_path: Path) -> None:
     trainer.args.fp16 = True
     with pytest.raises(ValueError, match="fp16=True"):
         release_gradients(trainer)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "options", "expected"),
+    [
+        ((torch.float32, torch.float32), {}, (False, False)),
+        ((torch.bfloat16, torch.float32), {}, (True, False)),
+        ((torch.bfloat16, torch.float16), {}, (False, False)),
+        ((torch.bfloat16, torch.bfloat16), {"stochastic_rounding": False}, (False, False)),
+        ((torch.bfloat16, torch.bfloat16), {"compensation": True}, (False, True)),
+    ],
+)
+def test_the_factory_rounds_bfloat16_weights_stochastically(
+    dtypes: tuple[torch.dtype, ...], options: dict[str, bool], expected: tuple[bool, bool]
+) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8, dtype=dtype) for dtype in dtypes))
+    optimizer = MuonFactory()(model, lr=1e-4, aux_adam="adamw", **options)
+    for group in optimizer.param_groups:
+        if group["use_muon"]:
+            assert (group["stochastic_rounding"], group["compensation"]) == expected
