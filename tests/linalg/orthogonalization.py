@@ -56,6 +56,13 @@ def product_error(x: Tensor, dtype: torch.dtype) -> float:
     )
 
 
+def steepest(largest: float, coefficients: tuple[Triple, ...]) -> float:
+    """The largest |p'| from 0 to `largest`, both included."""
+    values = torch.linspace(0, largest, 4097, dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(polynomial(values, coefficients).sum(), values)
+    return float(slopes.abs().max())
+
+
 def gram_sensitivity(values: Tensor, coefficients: tuple[Triple, ...]) -> float:
     """L with ||change of h(R) X||_F <= L*||change of R||_F to first order, for an X with these
     singular values, float64, and R = X X^T: in the eigenbasis the change is f[l_i, l_j] E_ij s_j,
@@ -76,8 +83,9 @@ def tolerance(
     """First-order bound of ||error||_F for arithmetic in `dtype`; eps is its `product_error`.
 
     Standard form: step t evaluates its polynomial with relative error eps*h, h = |a|+|b|+|c|, an
-    absolute error of eps*h*||X_t||_F. ||X_0||_F = 1 and its error is lifted by prod(a); later
-    ||X_t||_F <= 1.3 sqrt(m) (both sets stay below 1.3) and the last errors are lifted by O(1).
+    absolute error of eps*h*||X_t||_F. ||X_0||_F = 1 and its error is lifted by p' at most, which
+    is prod(a) at 0 and with `cans` 46 times that at 1; later ||X_t||_F <= 2 sqrt(m) (all sets stay
+    below 2) and the last errors are lifted by O(1).
     Gram form: besides, R is wrong by eps and its polynomials, at ||R||_F <= 1, by eps*h. In each
     later step H R H is rounded, by eps*g^2*||R||_F for the largest |h(l)| = g of the step before,
     and each H is wrong by eps*h, which matters where that step made a large singular value small,
@@ -85,11 +93,12 @@ def tolerance(
     """
     eps = product_error(x, dtype)
     h = max(abs(a) + abs(b) + abs(c) for a, b, c in coefficients)
-    largest_lift = math.prod(a for a, _, _ in coefficients)
-    bound = eps * h * (largest_lift + len(coefficients) * 1.3 * min(x.shape) ** 0.5)
+    values = torch.linalg.svdvals(x.double())
+    values = values / values.norm()
+    largest_lift = steepest(float(values.max()), coefficients)
+    bound = eps * h * (largest_lift + len(coefficients) * 2 * min(x.shape) ** 0.5)
     if method == "gram":
-        values = torch.linalg.svdvals(x.double())
-        values, wrong = values / values.norm(), eps * h
+        wrong = eps * h
         for step, (a, b, c) in enumerate(coefficients):
             bound += gram_sensitivity(values, coefficients[step:]) * wrong
             gains = a + b * values**2 + c * values**4
