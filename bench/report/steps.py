@@ -123,6 +123,10 @@ def kept_bytes(rule: UpdateRule) -> str:
         # (a number for each row beside one for each element does not count)
         if tall >= of_tall and abs(tall / of_tall - wide / of_wide) < 0.01:
             return f"{tall / of_tall:.2g} {unit}"
+    sums, differences = (tall + wide) / (more + fewer), (tall - wide) / (more - fewer)
+    of_rows, of_columns = (sums + differences) / 2, (sums - differences) / 2
+    if of_rows >= 1 <= of_columns:
+        return f"{of_rows:.0f} a row and {of_columns:.0f} a column"
     return f"{tall} a matrix"
 
 

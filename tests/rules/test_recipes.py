@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,10 +17,18 @@ from wide import wide
 from lowbit_muon import RULES, Muon, UpdateRule
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.stored import Kept
-from lowbit_muon.step.rules.direction import ExactPolar, LowRankPolar, Polar, Sinkhorn, _uniform
+from lowbit_muon.step.rules.direction import (
+    DirectionMap,
+    ExactPolar,
+    LowRankPolar,
+    Polar,
+    Sinkhorn,
+)
 from lowbit_muon.step.rules.precondition import Equilibrate
 from lowbit_muon.step.rules.recipes import pion
 from lowbit_muon.step.rules.scaling import VectorMoment
+from lowbit_muon.step.rules.stage import Matrices, uniform
+from lowbit_muon.step.rules.subspace import LeadingAdam
 from lowbit_muon.step.rules.weight_decay import Cautious
 
 SHAPES = ((24, 40), (40, 24), (32, 32), (1, 12), (12, 1))
@@ -28,9 +36,32 @@ STEPS = 20
 # A learning rate with which weights of 0.1 move by several times themselves, for those that clamp.
 LR, WEIGHT_DECAY = 0.02, 0.1
 
+
+def first_basis(columns: int, rank: int) -> Tensor:
+    return uniform(torch.zeros(1, 1, 1), columns, rank)[0]
+
+
+def clear_polar(x: Tensor) -> Tensor:
+    """Without what is below 1e-4 of the largest singular value.
+
+    What is left of a momentum when its leading part is taken out has zeros, which float32 knows to
+    1e-7 of that part, ten times as large here; what is above zero is above 1e-2.
+    """
+    return spectral(x, lambda s: (s > 1e-4 * s.max()).to(s.dtype))
+
+
+@dataclass(frozen=True)
+class ClearPolar(DirectionMap):
+    kind: ClassVar[str] = "clear_polar_of_the_tests"
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        return torch.stack([clear_polar(each.double()).float() for each in x])
+
+
 # rule -> (its name among the oracles, what the oracle is told beside the rule's own options)
 ORACLE_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "scion_columns": ("scion_col", {}),
+    "cosmos": ("cosmos", {"start": first_basis, "polar": clear_polar}),
     "cautious_decay": ("muon", {"decay": "cautious"}),
     # (a sketch of more columns than these matrices have rows takes all directions)
     "low_rank_muon": ("muon", {}),
@@ -66,7 +97,8 @@ def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
 
 def with_exact_polar(rule: UpdateRule) -> UpdateRule:
     """The rule with the exact polar factor in the place of Newton-Schulz, as its oracle has it."""
-    return replace(rule, direction=ExactPolar()) if type(rule.direction) is Polar else rule
+    exact = ClearPolar() if rule.name == "cosmos" else ExactPolar()
+    return replace(rule, direction=exact) if type(rule.direction) is Polar else rule
 
 
 def ours(rule: UpdateRule, weight: Tensor, grads: list[Tensor], **options: Any) -> Tensor:
@@ -104,6 +136,34 @@ def test_a_recipe_does_what_its_equations_say(name: str, shape: tuple[int, int])
     decay = {} if name in FIXED_DECAY else {"weight_decay": WEIGHT_DECAY}
     found = ours(with_exact_polar(wide(RULES[name])), weight, grads, **decay)
     assert_close(found, theirs(oracle, weight, grads, **decay, **told))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=str)
+@pytest.mark.parametrize("rank", [1, 6, 20])
+def test_cosmos_of_any_rank_does_what_its_equations_say(rank: int, shape: tuple[int, int]) -> None:
+    weight = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    grads = gradients(shape)
+    leading = LeadingAdam(rank=rank, bits=32)
+    rule = replace(RULES["cosmos"], precondition=(leading,), direction=ClearPolar())
+    found = ours(rule, weight, grads)
+    told = {"rank": rank, "start": first_basis, "polar": clear_polar}
+    assert_close(found, theirs("cosmos", weight, grads, **told))
+
+
+def test_cosmos_finds_the_leading_directions_that_the_official_start_has() -> None:
+    """From random numbers, too, each step takes (s_4 / s_3)^2 off what is wrong of the basis."""
+    common = gradients((24, 3))[0] @ gradients((3, 40))[0]
+    grads = [grad + 30 * common for grad in gradients((24, 40))[:5]]
+    param = nn.Parameter(torch.zeros(24, 40))
+    rule = replace(RULES["cosmos"], precondition=(LeadingAdam(rank=3, bits=32),))
+    optimizer = Muon([param], lr=LR, rule=rule, state_format="fp32")
+    official = ORACLES["cosmos"](param, rank=3)
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+        official.step(grad.double())
+    found = optimizer.state[param]["rule.leading"].double()
+    assert float(torch.linalg.svdvals(found.mT @ official.p).min()) > 1 - 1e-4
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -191,7 +251,7 @@ def test_a_sketch_finds_the_largest_directions() -> None:
     torch.testing.assert_close(values[:16], torch.ones(16, dtype=torch.float64), rtol=1e-5, atol=0)
     assert float(values[16]) < 1e-5
     # another step has other numbers
-    numbers = [_uniform(torch.full((1, 1, 1), float(t)), 90, 16) for t in (1, 2)]
+    numbers = [uniform(torch.full((1, 1, 1), float(t)), 90, 16) for t in (1, 2)]
     assert not bool((numbers[0] == numbers[1]).any())
     # 1440 of them: mean and correlation within five deviations, sqrt(1/3 / 1440) and 1/3 of it
     assert abs(float(numbers[0].mean())) < 5 * math.sqrt(1 / 3 / 1440)
@@ -213,7 +273,7 @@ def test_a_sketch_of_all_directions_is_the_whole_polar_factor(shape: tuple[int, 
 def test_sketches_have_full_rank(columns: int) -> None:
     """Of signs one in four of 12 x 12 is singular, one pair of columns in 2^11 one direction."""
     steps = torch.arange(1, 2001).view(-1, 1, 1).float()
-    values = torch.linalg.svdvals(_uniform(steps, 12, columns).double())
+    values = torch.linalg.svdvals(uniform(steps, 12, columns).double())
     # The smallest of 12 x 12 is below d / sqrt(12) of an element's deviation with a chance of about
     # d (Edelman, 1988); one in 2000 below 5e-4 of it is what is to be expected, zero is not.
     assert float(values[:, -1].min()) > 1e-6 * float(values[:, 0].max())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.backends.tensors import accumulation_dtype
-from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, mixed
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, uniform
 
 # Singular values below this share of the largest are rounding of float32: noise of 2^-25 of the
 # largest element, whose spectral norm is sqrt(m) + sqrt(n) times that.
@@ -82,7 +82,7 @@ class LowRankPolar(DirectionMap):
         """See `DirectionMap.apply`."""
         if self.rank >= min(matrices.shape):
             return exact_polar(x)
-        basis = torch.linalg.qr(x @ _uniform(matrices.steps, x.shape[2], self.rank)).Q
+        basis = torch.linalg.qr(x @ uniform(matrices.steps, x.shape[2], self.rank)).Q
         return basis @ exact_polar(basis.mT @ x)
 
 
@@ -175,16 +175,6 @@ class SoftClip(DirectionMap):
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
         return soft_clip(x.mul_(matrices.size), self.limit)
-
-
-def _uniform(steps: Tensor, rows: int, columns: int) -> Tensor:
-    """Numbers in [-1, 1) that look random, float32 [b, rows, columns]; steps: [b, 1, 1].
-
-    Signs alone would do for large matrices; of those of 12 x 12 one in four is singular.
-    """
-    place = torch.arange(rows * columns, dtype=torch.int64, device=steps.device)
-    bits = mixed((place.view(1, rows, columns) + steps.long() * 0x9E3779B1) & 0xFFFFFFFF)
-    return (bits >> 8).float() * 2.0**-23 - 1
 
 
 def exact_polar(x: Tensor) -> Tensor:

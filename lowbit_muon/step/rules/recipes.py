@@ -48,6 +48,7 @@ from lowbit_muon.step.rules.spectral_constraint import (
     SpectralSphere,
 )
 from lowbit_muon.step.rules.step_size import Bounded, Fading, RelativeToWeights, StepSize
+from lowbit_muon.step.rules.subspace import LeadingAdam, WithLeading
 from lowbit_muon.step.rules.tangent import SpectralTangent
 from lowbit_muon.step.rules.weight_decay import ByRate, Cautious, OfGains, Spectral
 
@@ -179,6 +180,14 @@ RULES: dict[str, UpdateRule] = {
             gradient=PolarFactor(),
             direction=Itself(),
             options=(_PLAIN, _UNSCALED),
+        ),
+        # lliu606/COSMOS (arXiv 2502.17410)
+        UpdateRule(
+            "cosmos",
+            momentum=_SUM,
+            precondition=(LeadingAdam(),),
+            scaling=(FixedNorm("rms", rms=1.0), WithLeading(), FixedNorm("rms", rms=0.1)),
+            options=(("momentum", 0.9), _UNSCALED, _UNDECAYED),
         ),
         # Dominator-Index/RMNP (arXiv 2603.20527)
         UpdateRule("rmnp", momentum=_SUM, direction=Rows()),

@@ -121,6 +121,7 @@ class Matrices:
             only where a stage asks for it (`Stage.needs_momentum`).
         weights: before the step, float32 [rows, columns] each, with what rounding left over of
             them; only where a stage asks for them (`Stage.needs_weights`).
+        beside: what a stage took out of the momentum, for another to add to the direction.
         rate: what stages multiply the learning rate by, [b, 1, 1], or [b, 1, columns].
     """
 
@@ -134,6 +135,7 @@ class Matrices:
     state: dict[str, Tensor] = field(default_factory=dict)
     momentum: Tensor | None = None
     weights: list[Tensor] = field(default_factory=list)
+    beside: Tensor | None = None
     rate: Tensor | None = None
 
     @functools.cached_property
@@ -172,6 +174,16 @@ def mixed(bits: Any) -> Any:
     for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
     return bits
+
+
+def uniform(steps: Tensor, rows: int, columns: int) -> Tensor:
+    """Numbers in [-1, 1) that look random, float32 [b, rows, columns]; steps: [b, 1, 1].
+
+    Signs alone would do for large matrices; of those of 12 x 12 one in four is singular.
+    """
+    place = torch.arange(rows * columns, dtype=torch.int64, device=steps.device)
+    bits = mixed((place.view(1, rows, columns) + steps.long() * 0x9E3779B1) & 0xFFFFFFFF)
+    return (bits >> 8).float() * 2.0**-23 - 1
 
 
 def dimension(axis: str, shape: tuple[int, int]) -> int:

@@ -56,6 +56,7 @@ from oracles.moments import (
     NorMuonSpeedrun,
 )
 from oracles.sampling import DropMuon
+from oracles.subspace import Cosmos
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -100,4 +101,5 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "spectral_sphere": SpectralSphere,
     **GAINS,
     "drop_muon": DropMuon,
+    "cosmos": Cosmos,
 }
