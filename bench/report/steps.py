@@ -115,6 +115,7 @@ def kept_bytes(rule: UpdateRule) -> str:
         return f"{tall // (more + fewer)} a row and a column"
     for of_tall, of_wide, unit in (
         (more * fewer, more * fewer, "an element"),
+        (fewer * fewer, fewer * fewer, "an element of a square of the short side"),
         (more, more, "a row or column, whichever are more"),
         (fewer, fewer, "a row or column, whichever are fewer"),
         (more, fewer, "a row"),

@@ -26,6 +26,7 @@ from lowbit_muon.step.rules.direction import (
 )
 from lowbit_muon.step.rules.precondition import Equilibrate
 from lowbit_muon.step.rules.recipes import pion
+from lowbit_muon.step.rules.rotation import Rotated
 from lowbit_muon.step.rules.scaling import VectorMoment
 from lowbit_muon.step.rules.stage import Matrices, uniform
 from lowbit_muon.step.rules.subspace import LeadingAdam
@@ -148,6 +149,20 @@ def test_cosmos_of_any_rank_does_what_its_equations_say(rank: int, shape: tuple[
     found = ours(rule, weight, grads)
     told = {"rank": rank, "start": first_basis, "polar": clear_polar}
     assert_close(found, theirs("cosmos", weight, grads, **told))
+
+
+# (by the long side R is not determined where the momentum has no directions)
+@pytest.mark.parametrize(
+    ("side", "shape"),
+    [("row", (24, 40)), ("row", (32, 32)), ("column", (40, 24)), ("column", (32, 32))],
+    ids=str,
+)
+@pytest.mark.parametrize("f", ["sinkhorn", "row", "sign"])
+def test_aro_by_either_side_and_any_map(f: str, side: str, shape: tuple[int, int]) -> None:
+    weight, grads = 0.1 * torch.ones(shape), gradients(shape)
+    rule = replace(RULES["aro"], direction=Rotated(f, side, bits=32))
+    found = ours(rule, weight, grads, weight_decay=WEIGHT_DECAY)
+    assert_close(found, theirs("aro", weight, grads, weight_decay=WEIGHT_DECAY, f=f, side=side))
 
 
 def test_cosmos_finds_the_leading_directions_that_the_official_start_has() -> None:

@@ -27,6 +27,7 @@ from lowbit_muon.step.rules.precondition import (
     SelectedRows,
     Sign,
 )
+from lowbit_muon.step.rules.rotation import Rotated
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.step.rules.sampling import Progressive
 from lowbit_muon.step.rules.scaling import (
@@ -188,6 +189,13 @@ RULES: dict[str, UpdateRule] = {
             precondition=(LeadingAdam(),),
             scaling=(FixedNorm("rms", rms=1.0), WithLeading(), FixedNorm("rms", rms=0.1)),
             options=(("momentum", 0.9), _UNSCALED, _UNDECAYED),
+        ),
+        # arXiv 2602.09006, with Sinkhorn's function; weights' sides by their length, not their role
+        UpdateRule(
+            "aro",
+            direction=Rotated(),
+            scaling=(FixedNorm("rms"),),
+            options=(_PLAIN, _UNSCALED),
         ),
         # Dominator-Index/RMNP (arXiv 2603.20527)
         UpdateRule("rmnp", momentum=_SUM, direction=Rows()),

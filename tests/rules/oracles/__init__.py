@@ -56,7 +56,7 @@ from oracles.moments import (
     NorMuonSpeedrun,
 )
 from oracles.sampling import DropMuon
-from oracles.subspace import Cosmos
+from oracles.subspace import Aro, Cosmos
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -102,4 +102,5 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     **GAINS,
     "drop_muon": DropMuon,
     "cosmos": Cosmos,
+    "aro": Aro,
 }

@@ -1,4 +1,4 @@
-"""Rules that treat the gradients' leading directions by themselves."""
+"""Rules in a basis that follows the gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oracles.base import Oracle
+from oracles.maps import sinkhorn
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,3 +73,38 @@ class Cosmos(Oracle):
         self.p = torch.linalg.qr(along)[0]
         turned, new = old.T @ self.p, grad @ self.p
         self.s = self.b * turned.T @ self.s @ turned + (1 - self.b) * new.T @ new
+
+
+@dataclass(kw_only=True, eq=False)
+class Aro(Oracle):
+    """ARO (arXiv 2602.09006): M EMA; R <- QR(M f(R^T M)^T).Q, R_0 = I; O = R f(R^T M), brought to
+    the norm 0.2 sqrt(mn). side: which side is m: "row", "column" (of M^T), or the "short" one.
+    f: "sinkhorn" (5 rounds), "row", "sign". Rows of R^T M below 1e-6 of the whole are zeros.
+    """
+
+    lr: float = 1e-3
+    nesterov: bool = False
+    scale: str = "none"
+    f: str = "sinkhorn"
+    side: str = "short"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, columns = self.weight.shape
+        self.turned = {"row": False, "column": True, "short": rows >= columns}[self.side]
+        self.r = torch.eye(columns if self.turned else rows, dtype=torch.float64)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        m = self.accumulate(grad)
+        m = m.T if self.turned else m
+        if not m.any():
+            return torch.zeros_like(grad)
+        self.r = torch.linalg.qr(m @ self.map(self.r.T @ m).T)[0]
+        o = self.r @ self.map(self.r.T @ m)
+        return 0.2 * math.sqrt(grad.numel()) * (o.T if self.turned else o) / o.norm()
+
+    def map(self, x: Tensor) -> Tensor:
+        x = x * (x.norm(dim=1, keepdim=True) > 1e-6 * x.norm())
+        if self.f == "sinkhorn":
+            return sinkhorn(x, rounds=5)
+        return x.sign() if self.f == "sign" else x / x.norm(dim=1, keepdim=True).clamp_min(1e-300)

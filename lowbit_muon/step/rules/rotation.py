@@ -1,0 +1,88 @@
+"""A direction map in a basis that follows the momentum: ARO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.state.stored import Kept, RuleState
+from lowbit_muon.step.rules.direction import DirectionMap, Rows, Signs, Sinkhorn
+from lowbit_muon.step.rules.stage import AXES, TINY, Matrices, check_bits, dimension, expect
+
+_LARGEST_CODE = 127
+# Of the momentum's norm: rows below it are rounding, which has no direction.
+_ROUNDING = 1e-6
+_MAPS: dict[str, DirectionMap] = {"sinkhorn": Sinkhorn(), "row": Rows(), "sign": Signs()}
+
+
+@dataclass(frozen=True)
+class Rotated(DirectionMap):
+    """R <- the Q of M f(R^T M)^T, O = R f(R^T M): ARO (arXiv 2602.09006), R [m, m] first I.
+
+    m is the side of the residual stream there: rows of what writes to it (attention's output, an
+    MLP's last matrix), columns, and M^T for M, of what reads it. By the longer side R is not
+    determined where M has no directions, nor are the updates that follow.
+
+    The factorisation is Householder's; the paper's, by shifted Cholesky factors, is another way to
+    the same Q but for signs, which no f here sees, and needs a fallback where M is near singular.
+
+    map: f: "sinkhorn", `Sinkhorn` with five rounds; "row", rows of norm one; "sign". axis: m,
+    "row", "column", "short" (the side of the residual stream in MLPs, where the state is least) or
+    "long". bits: 8 for R in whole numbers of a 127th of the largest element of its column, or 32:
+    the next factorisation makes it orthogonal again.
+    """
+
+    kind: ClassVar[str] = "rotated"
+    map: str = "sinkhorn"
+    axis: str = "short"
+    bits: int = 8
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        expect(self.map in _MAPS, "rotated: map", f"one of {tuple(_MAPS)}", self.map)
+        expect(self.axis in AXES, "rotated: axis", f"one of {AXES}", self.axis)
+        check_bits(self.kind, self.bits)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        m = shape[dimension(self.axis, shape) - 1]
+        if self.bits == 32:
+            return {"rotation": Kept((m, m))}
+        return {"rotation": Kept((m, m), torch.int8), "rotation_scales": Kept((1, m))}
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `DirectionMap.apply`."""
+        by_row = dimension(self.axis, matrices.shape) == 1
+        m = x if by_row else x.mT
+        mapped = self._mapped(self._kept(matrices), m, matrices)
+        rotation = torch.linalg.qr(m @ mapped.mT).Q
+        self._keep(rotation, matrices)
+        update = rotation @ self._mapped(rotation, m, matrices)
+        return update if by_row else update.mT
+
+    def _mapped(self, rotation: Tensor, m: Tensor, matrices: Matrices) -> Tensor:
+        """f(R^T M)."""
+        rotated = rotation.mT @ m
+        sizes = torch.linalg.vector_norm(rotated, dim=2, keepdim=True)
+        return _MAPS[self.map].apply(rotated.mul_(sizes > _ROUNDING), matrices)
+
+    def _kept(self, matrices: Matrices) -> Tensor:
+        """R of the step before."""
+        rotation = matrices.state["rotation"].float()
+        if self.bits == 8:
+            rotation = rotation * matrices.state["rotation_scales"]
+        identity = torch.eye(rotation.shape[1], device=rotation.device)
+        return torch.where(matrices.steps == 1, identity, rotation)
+
+    def _keep(self, rotation: Tensor, matrices: Matrices) -> None:
+        if self.bits == 32:
+            matrices.state["rotation"] = rotation
+            return
+        largest = torch.linalg.vector_norm(rotation, ord=torch.inf, dim=1, keepdim=True)
+        scales = largest / _LARGEST_CODE
+        codes = (rotation / scales.clamp_min(TINY)).round_()
+        matrices.state["rotation"] = codes.to(torch.int8)
+        matrices.state["rotation_scales"] = scales
