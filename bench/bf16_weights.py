@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="bfloat16 weights and small updates")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one rate, three steps")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--held-out-tokens", type=int, default=32768)
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")

@@ -40,10 +40,10 @@ INT8_MAX = 127
 LARGEST_PARAMETER = 1e6
 # The smallest shift that the spectral encoder has coefficients for (`linalg.root_iteration`).
 SMALLEST_SHIFT = 0.005
-# The usual shifts: of narrow matrices, and of those with at least so many rows (short side).
-# `bench.training` at widths 128, 512 and 1024 (bench/results/README.md): 0.1 trains worse at 128
-# and no worse in wide matrices, whose encoder then needs a third fewer products.
-NARROW_SHIFT, WIDE_SHIFT, WIDE_ROWS = 0.03, 0.1, 512
+# The usual shift, and that of matrices with at least so many rows (short side) and bits an element.
+# `bench.training` at widths 128, 512 and 1024 (bench/results/README.md): 0.1 trains worse at 128,
+# or with fewer bits, and else no worse; the encoder then needs a third fewer products.
+SHIFT, WIDE_SHIFT, WIDE_ROWS, WIDE_BITS = 0.03, 0.1, 512, 4
 # Codes of a companded scale are expanded by exp in float32, which overflows from 88 on.
 LARGEST_EXPONENT = 80
 
@@ -73,7 +73,7 @@ class StateFormat:
             makes up for their quantisation, or, as in MuonQ, after the exact ones.
         spectral, spectral_shift: store Y = U y(S) V^T with y^3 + c*y = s instead of M = U S V^T
             (singular values scaled to sum of squares one), c = spectral_shift >= 0.005; None for
-            0.03 below 512 rows (short side) and 0.1 from there on (`shift`).
+            0.03 below 512 rows (short side) and with fewer than 4 bits, else 0.1 (`shift`).
         rotate: codes and factors are taken after a fixed orthogonal transform of their rows, so
             that a few large columns do not spoil a row's scale (`backends.base.Backend.rotate`).
         normalize: gradient and momentum are divided by their Frobenius norms in every step and the
@@ -109,7 +109,7 @@ class StateFormat:
         """The c of a spectral format for a matrix of so many rows (short side)."""
         if self.spectral_shift is not None:
             return self.spectral_shift
-        return WIDE_SHIFT if rows >= WIDE_ROWS else NARROW_SHIFT
+        return WIDE_SHIFT if rows >= WIDE_ROWS and self.bits >= WIDE_BITS else SHIFT
 
     @property
     def is_dense(self) -> bool:

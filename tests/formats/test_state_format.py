@@ -32,6 +32,16 @@ def test_formats_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "shift"),
+    [("spectral8", 0.1), ("spectral4", 0.1), ("spectral3", 0.03), ("spectral2", 0.03)],
+)
+def test_wide_matrices_of_four_bits_have_a_larger_shift(name: str, shift: float) -> None:
+    found = PRESETS[name]
+    assert (found.shift(511), found.shift(512)) == (0.03, shift)
+    assert dataclasses.replace(found, spectral_shift=0.2).shift(512) == 0.2
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("bits", 5),
