@@ -131,7 +131,7 @@ bench: venv
 		--width 512 --layers 2 --evaluations 2 --rates '2.5e-3;5e-3;1e-2;2e-2' --seeds 2 \
 		--methods '$(WIDE_SHIFTS)' $(ARGS)
 	$(BIN)/python -m bench.training --models modern --json $(RESULTS)/training_modern.json --steps 150 \
-		--width 1024 --layers 2 --evaluations 2 --rates 5e-3 --seeds 1 --methods '$(WIDE_SHIFTS)' $(ARGS)
+		--width 1024 --layers 2 --rates 5e-3 --seeds 1 --methods '$(WIDE_SHIFTS)' $(ARGS)
 	$(BIN)/python -m bench.predictors bench/data/gpt64.safetensors build/gpt128.safetensors \
 		build/gpt256.safetensors --json $(RESULTS)/predictors.json
 	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.svg
