@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from bench.bf16_weights import HEADINGS, lines
@@ -101,34 +102,45 @@ def stage_names(rule: UpdateRule) -> list[str]:
 
 
 def kept_bytes(rule: UpdateRule) -> str:
-    """What a rule keeps beside a momentum: bytes a row, a column, an element or a matrix."""
-
-    def found(rows: int, columns: int) -> int:
-        kept = rule.state((rows, columns)).values()
-        return sum(math.prod(each.shape) * each.dtype.itemsize for each in kept)
-
+    """What a rule keeps beside a momentum: bytes a row, a column, an element, a pair of rows."""
     more, fewer = 4001, 2003
-    tall, wide = found(more, fewer), found(fewer, more)
-    if not tall:
-        return ""
-    if tall == wide and tall % (more + fewer) == 0:
-        return f"{tall // (more + fewer)} a row and a column"
-    for of_tall, of_wide, unit in (
-        (more * fewer, more * fewer, "an element"),
-        (fewer * fewer, fewer * fewer, "an element of a square of the short side"),
-        (more, more, "a row or column, whichever are more"),
-        (fewer, fewer, "a row or column, whichever are fewer"),
-        (more, fewer, "a row"),
-        (fewer, more, "a column"),
-    ):
-        # (a number for each row beside one for each element does not count)
-        if tall >= of_tall and abs(tall / of_tall - wide / of_wide) < 0.01:
-            return f"{tall / of_tall:.2g} {unit}"
-    sums, differences = (tall + wide) / (more + fewer), (tall - wide) / (more - fewer)
-    of_rows, of_columns = (sums + differences) / 2, (sums - differences) / 2
-    if of_rows >= 1 <= of_columns:
-        return f"{of_rows:.0f} a row and {of_columns:.0f} a column"
-    return f"{tall} a matrix"
+    by_side = [
+        _kept_units(rule, *shape, "row", "column") for shape in ((more, fewer), (fewer, more))
+    ]
+    units = by_side[0]
+    if by_side[0] != by_side[1]:
+        units = _kept_units(rule, more, fewer, "row or column, whichever are more",
+                            "row or column, whichever are fewer")  # fmt: skip
+    # (a number for each row beside one for each element does not count)
+    largest = max(map(len, units), default=0)
+    units = Counter({key: size for key, size in units.items() if len(key) == largest})
+    if len(units) == 2 and len(set(units.values())) == 1:
+        first, second = sorted(units, reverse=True)
+        return f"{units[first]} {_unit(first)} and {_unit(second)}"
+    parts = [f"{units[key]} {_unit(key)}" for key in sorted(units, reverse=True)]
+    return (", " if len(parts) > 2 else " and ").join(parts)
+
+
+def _kept_units(
+    rule: UpdateRule, rows: int, columns: int, row: str, column: str
+) -> Counter[tuple[str, ...]]:
+    """(what it has so many bytes of: rows, pairs of a row and a column, ...) -> how many."""
+    names = {rows: row, columns: column}
+    units: Counter[tuple[str, ...]] = Counter()
+    for kept in rule.state((rows, columns)).values():
+        sides = tuple(sorted(names[size] for size in kept.shape if size in names))
+        others = math.prod(size for size in kept.shape if size not in names)
+        units[sides] += others * kept.dtype.itemsize
+    return units
+
+
+def _unit(sides: tuple[str, ...]) -> str:
+    if len(sides) < 2:
+        return f"a {sides[0]}" if sides else "a matrix"
+    if sides[0] != sides[1]:
+        return "an element"
+    noun, _, rest = sides[0].partition(" ")
+    return f"a pair of {noun}s{rest and f' {rest}'}".replace("or column,", "or columns,")
 
 
 def memory_limits() -> str:

@@ -64,6 +64,7 @@ def step_parameters(
             [item.rounding for item in items],
             _flags(items) if any(item.usable is not None for item in items) else None,
             [] if options.rule.is_fused else [_steps(item) for item in items],
+            [item.one.number for item in items],
         )
         _count(items, update(batch, options, items[0].one.backend))
         for item, weight in zip(items, weights, strict=True):

@@ -144,6 +144,7 @@ def _matrices(
         options.momentum,
         {name: stored[RULE_PREFIX + name] for name in names} | (taken.state if taken else {}),
         rate=taken.rate if taken else None,
+        numbers=batch.numbers,
     )
 
 

@@ -118,7 +118,8 @@ class Batch:
 
     weights, grads: [rows, columns] each, any float dtype and strides. rounding: of the new weights;
     to the nearest where None. allowed: bool [b], False for those that are to be left as they are.
-    steps: that their parameters have taken so far, for rules that are not fused.
+    steps: that their parameters have taken so far, and numbers: their places in the optimizer, for
+    rules that are not fused.
     """
 
     weights: Sequence[Tensor]
@@ -127,6 +128,7 @@ class Batch:
     rounding: Sequence[Rounding | None]
     allowed: Tensor | None = None
     steps: Sequence[int | Tensor] = ()
+    numbers: Sequence[int] = ()
 
     def where(self, chosen: Sequence[bool]) -> Batch:
         """Those that are chosen, all of them allowed."""
@@ -134,13 +136,13 @@ class Batch:
         def some(values: Sequence[_T]) -> list[_T]:
             return list(itertools.compress(values, chosen))
 
-        chosen_steps = some(self.steps) if self.steps else ()
         return Batch(
             some(self.weights),
             some(self.grads),
             some(self.momenta),
             some(self.rounding),
-            steps=chosen_steps,
+            steps=some(self.steps),
+            numbers=some(self.numbers),
         )
 
     def stacked_gradients(self) -> Tensor:

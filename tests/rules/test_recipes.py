@@ -129,7 +129,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"soap"}))
 def test_a_recipe_does_what_its_equations_say(name: str, shape: tuple[int, int]) -> None:
     weight = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
     grads = gradients(shape)
@@ -149,6 +149,35 @@ def test_cosmos_of_any_rank_does_what_its_equations_say(rank: int, shape: tuple[
     found = ours(rule, weight, grads)
     told = {"rank": rank, "start": first_basis, "polar": clear_polar}
     assert_close(found, theirs("cosmos", weight, grads, **told))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_soap_does_what_its_equations_say(shape: tuple[int, int], number: int) -> None:
+    """Both begin with the same eigenvectors: where the first gradient has no directions any will
+    do. Parameters take turns: the fourth has its second decomposition three steps earlier. (Of one
+    row or column ten gradients leave directions of twelve open: there is no second one here.)"""
+    grads = gradients(shape)
+    params = [nn.Parameter(torch.zeros(2, 2)) for _ in range(number)]
+    param = nn.Parameter(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3)))
+    rule, every = wide(RULES["soap"]), 25 if 1 in shape else 10
+    rule = replace(rule, direction=replace(rule.direction, every=every))
+    optimizer = Muon([*params, param], lr=LR, rule=rule, state_format="fp32")
+    oracle = ORACLES["soap"](param, lr=LR, number=number, every=every)
+    for step, grad in enumerate(grads):
+        param.grad = grad.clone()
+        optimizer.step()
+        oracle.step(grad.double())
+        if not step:
+            state = optimizer.state[param]
+            found = [state[f"rule.{side}_basis"].double() for side in ("rows", "columns")]
+            for basis, theirs_, factor in zip(found, oracle.bases, oracle.factors, strict=True):
+                identity = torch.eye(len(basis), dtype=torch.float64)
+                torch.testing.assert_close(basis.mT @ basis, identity, rtol=0, atol=1e-5)
+                values = [(q.mT @ factor @ q).diagonal() for q in (basis, theirs_)]
+                torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5 * float(factor.norm()))
+            oracle.bases = found
+    assert_close(param.detach().double(), oracle.weight)
 
 
 # (by the long side R is not determined where the momentum has no directions)

@@ -56,7 +56,7 @@ def test_a_step_never_waits_for_the_device(
 
 
 # Decompositions whose host waits, as their docstrings say.
-DECOMPOSING = {"exact_polar", "soft_clip", "low_rank_polar", "polar_factor"}
+DECOMPOSING = {"eigenbasis_adam", "exact_polar", "low_rank_polar", "polar_factor", "soft_clip"}
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -16,6 +16,7 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
+from lowbit_muon.step.rules.eigenbasis import EigenbasisAdam, SkipFirst
 from lowbit_muon.step.rules.gains import AxisGains, RowGains
 from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
 from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
@@ -48,7 +49,13 @@ from lowbit_muon.step.rules.spectral_constraint import (
     SpectralHammer,
     SpectralSphere,
 )
-from lowbit_muon.step.rules.step_size import Bounded, Fading, RelativeToWeights, StepSize
+from lowbit_muon.step.rules.step_size import (
+    BeforeDecay,
+    Bounded,
+    Fading,
+    RelativeToWeights,
+    StepSize,
+)
 from lowbit_muon.step.rules.subspace import LeadingAdam, WithLeading
 from lowbit_muon.step.rules.tangent import SpectralTangent
 from lowbit_muon.step.rules.weight_decay import ByRate, Cautious, OfGains, Spectral
@@ -196,6 +203,14 @@ RULES: dict[str, UpdateRule] = {
             direction=Rotated(),
             scaling=(FixedNorm("rms"),),
             options=(_PLAIN, _UNSCALED),
+        ),
+        # nikhilvyas/SOAP (arXiv 2409.11321)
+        UpdateRule(
+            "soap",
+            gradient=SkipFirst(),
+            direction=EigenbasisAdam(),
+            step_size=BeforeDecay(),
+            options=(_PLAIN, _UNSCALED, ("weight_decay", 0.01)),
         ),
         # Dominator-Index/RMNP (arXiv 2603.20527)
         UpdateRule("rmnp", momentum=_SUM, direction=Rows()),

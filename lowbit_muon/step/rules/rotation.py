@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_muon.state.stored import Kept, RuleState
+from lowbit_muon.state.stored import RuleState
+from lowbit_muon.step.rules.coded import keep_basis, read_basis, square_state
 from lowbit_muon.step.rules.direction import DirectionMap, Rows, Signs, Sinkhorn
-from lowbit_muon.step.rules.stage import AXES, TINY, Matrices, check_bits, dimension, expect
+from lowbit_muon.step.rules.stage import AXES, Matrices, check_bits, dimension, expect
 
-_LARGEST_CODE = 127
 # Of the momentum's norm: rows below it are rounding, which has no direction.
 _ROUNDING = 1e-6
 _MAPS: dict[str, DirectionMap] = {"sinkhorn": Sinkhorn(), "row": Rows(), "sign": Signs()}
@@ -31,8 +31,8 @@ class Rotated(DirectionMap):
 
     map: f: "sinkhorn", `Sinkhorn` with five rounds; "row", rows of norm one; "sign". axis: m,
     "row", "column", "short" (the side of the residual stream in MLPs, where the state is least) or
-    "long". bits: 8 for R in whole numbers of a 127th of the largest element of its column, or 32:
-    the next factorisation makes it orthogonal again.
+    "long". bits: 8 for R in codes (`step.rules.coded`), or 32: the next factorisation makes it
+    orthogonal again.
     """
 
     kind: ClassVar[str] = "rotated"
@@ -48,18 +48,17 @@ class Rotated(DirectionMap):
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        m = shape[dimension(self.axis, shape) - 1]
-        if self.bits == 32:
-            return {"rotation": Kept((m, m))}
-        return {"rotation": Kept((m, m), torch.int8), "rotation_scales": Kept((1, m))}
+        return square_state("rotation", shape[dimension(self.axis, shape) - 1], self.bits)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
         by_row = dimension(self.axis, matrices.shape) == 1
         m = x if by_row else x.mT
-        mapped = self._mapped(self._kept(matrices), m, matrices)
-        rotation = torch.linalg.qr(m @ mapped.mT).Q
-        self._keep(rotation, matrices)
+        before = read_basis(matrices, "rotation", self.bits)
+        identity = torch.eye(before.shape[1], device=before.device)
+        before = torch.where(matrices.steps == 1, identity, before)
+        rotation = torch.linalg.qr(m @ self._mapped(before, m, matrices).mT).Q
+        keep_basis(matrices, "rotation", rotation, self.bits)
         update = rotation @ self._mapped(rotation, m, matrices)
         return update if by_row else update.mT
 
@@ -68,21 +67,3 @@ class Rotated(DirectionMap):
         rotated = rotation.mT @ m
         sizes = torch.linalg.vector_norm(rotated, dim=2, keepdim=True)
         return _MAPS[self.map].apply(rotated.mul_(sizes > _ROUNDING), matrices)
-
-    def _kept(self, matrices: Matrices) -> Tensor:
-        """R of the step before."""
-        rotation = matrices.state["rotation"].float()
-        if self.bits == 8:
-            rotation = rotation * matrices.state["rotation_scales"]
-        identity = torch.eye(rotation.shape[1], device=rotation.device)
-        return torch.where(matrices.steps == 1, identity, rotation)
-
-    def _keep(self, rotation: Tensor, matrices: Matrices) -> None:
-        if self.bits == 32:
-            matrices.state["rotation"] = rotation
-            return
-        largest = torch.linalg.vector_norm(rotation, ord=torch.inf, dim=1, keepdim=True)
-        scales = largest / _LARGEST_CODE
-        codes = (rotation / scales.clamp_min(TINY)).round_()
-        matrices.state["rotation"] = codes.to(torch.int8)
-        matrices.state["rotation_scales"] = scales

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -122,6 +122,7 @@ class Matrices:
         weights: before the step, float32 [rows, columns] each, with what rounding left over of
             them; only where a stage asks for them (`Stage.needs_weights`).
         beside: what a stage took out of the momentum, for another to add to the direction.
+        numbers: places of the parameters in the optimizer.
         rate: what stages multiply the learning rate by, [b, 1, 1], or [b, 1, columns].
     """
 
@@ -136,12 +137,19 @@ class Matrices:
     momentum: Tensor | None = None
     weights: list[Tensor] = field(default_factory=list)
     beside: Tensor | None = None
+    numbers: Sequence[int] = ()
     rate: Tensor | None = None
 
     @functools.cached_property
     def grads(self) -> Tensor:
         """Gradients [b, rows, columns], any float dtype, zeros where they are refused."""
         return self.read_grads()
+
+    def step_numbers(self) -> list[int]:
+        """`steps` as whole numbers, for which a GPU's host waits; twos of what has no values."""
+        if self.steps.is_meta:
+            return [2] * len(self.steps)
+        return [int(step) for step in self.steps.view(-1)]
 
     def multiply_rate(self, factor: Tensor) -> None:
         """Multiply the learning rate, for this step alone."""

@@ -56,6 +56,21 @@ class Bounded(StepSize):
 
 
 @dataclass(frozen=True)
+class BeforeDecay(StepSize):
+    """W <- (1 - lr * weight_decay) (W - lr * rate * scale * O): the decay comes after the step."""
+
+    kind: ClassVar[str] = "before_decay"
+    needs_rate: ClassVar[bool] = True
+
+    def size(
+        self, update: Tensor, scale: float, weights: list[Tensor], matrices: Matrices
+    ) -> float | Tensor:
+        """See `StepSize.size`."""
+        decay = 1 - matrices.lr * matrices.weight_decay
+        return super().size(update, scale, weights, matrices) * decay
+
+
+@dataclass(frozen=True)
 class Fading(StepSize):
     """lr * rate * scale * (1 + decay * t)^-degree behind `warmup` steps, with t of them before.
 

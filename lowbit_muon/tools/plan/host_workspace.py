@@ -97,7 +97,7 @@ def _batch_bytes(
     if compensated and not apart:
         remainders = [torch.empty_like(w, dtype=torch.int8) for w in weights]
         rounding = [Compensation(orient(remainder)) for remainder in remainders]
-    batch = Batch(weights, grads, momenta, rounding, steps=[0] * count)
+    batch = Batch(weights, grads, momenta, rounding, steps=[0] * count, numbers=range(count))
     backend = _HostSizing()
     with torch.no_grad(), META, _HostBytes() as memory:
         memory.ignore([*params, *grads, *(t for each in momenta for t in each.tensors.values())])

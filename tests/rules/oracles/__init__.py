@@ -56,7 +56,7 @@ from oracles.moments import (
     NorMuonSpeedrun,
 )
 from oracles.sampling import DropMuon
-from oracles.subspace import Aro, Cosmos
+from oracles.subspace import Aro, Cosmos, Soap
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -103,4 +103,5 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "drop_muon": DropMuon,
     "cosmos": Cosmos,
     "aro": Aro,
+    "soap": Soap,
 }

@@ -108,3 +108,54 @@ class Aro(Oracle):
         if self.f == "sinkhorn":
             return sinkhorn(x, rounds=5)
         return x.sign() if self.f == "sign" else x / x.norm(dim=1, keepdim=True).clamp_min(1e-300)
+
+
+@dataclass(kw_only=True, eq=False)
+class Soap(Oracle):
+    """SOAP (arXiv 2409.11321; nikhilvyas/SOAP), M EMA, t counted from the second gradient on:
+
+    V <- b V + (1 - b) (P^T G Q)^2; W <- W - eta sqrt(1 - b^t) / (1 - mu^t) P (P^T M Q / (sqrt(V) +
+    eps)) Q^T, then W <- (1 - eta lambda) W; L <- c L + (1 - c) G G^T and R alike; each `every`
+    steps P <- qr(L P), columns and V's rows in the order of diag(P^T L P), and Q alike. The first
+    gradient gives L, R and their eigenvectors P, Q; officially that step does not decay, either.
+    number: is added to t where it is to be a multiple of `every`, officially 0.
+    """
+
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    nesterov: bool = False
+    scale: str = "none"
+    b: float = 0.95
+    c: float = 0.95
+    eps: float = 1e-8
+    every: int = 10
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.factors = [torch.zeros(m, m, dtype=torch.float64) for m in self.weight.shape]
+        self.bases: list[Tensor] = []
+        self.v = torch.zeros_like(self.weight)
+
+    def step(self, grad: Tensor) -> None:
+        grad, t = grad.double(), self.steps
+        self.steps += 1
+        if t:
+            p, q = self.bases
+            self.v = self.b * self.v + (1 - self.b) * (p.T @ grad @ q).square()
+            rotated = p.T @ self.accumulate(grad) @ q / (self.v.sqrt() + self.eps)
+            correction = math.sqrt(1 - self.b**t) / (1 - self.momentum**t)
+            self.weight = self.weight - self.lr * correction * p @ rotated @ q.T
+        self.weight = (1 - self.lr * self.weight_decay) * self.weight
+        for axis, square in enumerate((grad @ grad.T, grad.T @ grad)):
+            self.factors[axis] = self.c * self.factors[axis] + (1 - self.c) * square
+        if not t:
+            self.bases = [torch.linalg.eigh(factor)[1].flip(1) for factor in self.factors]
+        elif (t + self.number) % self.every == 0:
+            self.bases = [self.turned(axis) for axis in (0, 1)]
+
+    def turned(self, axis: int) -> Tensor:
+        along = self.factors[axis] @ self.bases[axis]
+        order = (self.bases[axis] * along).sum(dim=0).argsort(descending=True)
+        self.v = self.v.index_select(axis, order)
+        return torch.linalg.qr(along[:, order])[0]

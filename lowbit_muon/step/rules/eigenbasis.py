@@ -1,0 +1,149 @@
+"""Adam in the eigenbases of Shampoo's factors: SOAP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.state.stored import Kept, RuleState
+from lowbit_muon.step.rules.coded import (
+    keep_basis,
+    keep_factor,
+    read_basis,
+    read_factor,
+    square_state,
+)
+from lowbit_muon.step.rules.direction import DirectionMap
+from lowbit_muon.step.rules.gradient import GradientTransform
+from lowbit_muon.step.rules.moments import averaged, moment_state
+from lowbit_muon.step.rules.stage import Matrices, check_bits, expect
+
+# Name of a side's factor and basis -> its dimension of [b, rows, columns].
+_SIDES = {"rows": 1, "columns": 2}
+
+
+@dataclass(frozen=True)
+class SkipFirst(GradientTransform):
+    """Zeros in the place of the first gradient, which is there for `EigenbasisAdam`'s bases."""
+
+    kind: ClassVar[str] = "skip_first"
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        return {"begun": Kept((1, 1), torch.uint8)}
+
+    def apply(
+        self, grads: Tensor, state: dict[str, Tensor], beta: float, momentum: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `GradientTransform.apply`."""
+        begun = state["begun"]
+        state["begun"] = torch.ones_like(begun)
+        return grads * begun, None
+
+
+@dataclass(frozen=True)
+class EigenbasisAdam(DirectionMap):
+    """O = P ((P^T M Q) / (sqrt(V) + eps)) Q^T sqrt(1 - beta^t) / (1 - momentum^t).
+
+    With V <- beta V + (1 - beta) (P^T G Q)^2, and P, Q the eigenvectors of L <- basis_beta L +
+    (1 - basis_beta) G G^T and R, of G^T G: SOAP (arXiv 2409.11321; nikhilvyas/SOAP). The first
+    gradient gives them, by a decomposition that a GPU's host waits for, and moves nothing
+    (`SkipFirst`, so that t is one step less); every `every` steps, after the step, they are brought
+    nearer by one QR decomposition of L P and R Q with columns in the order of their eigenvalues.
+    Parameters do so in different steps: the step and the parameter's number add up to a multiple.
+
+    largest: sides that are longer are not rotated. bits: 8 for V, L, R, P and Q in codes
+    (`step.rules.moments`, `step.rules.coded`), or 32.
+    """
+
+    kind: ClassVar[str] = "eigenbasis_adam"
+    needs_size: ClassVar[bool] = True
+    reads_state: ClassVar[tuple[str, ...]] = ("begun",)
+    beta: float = 0.95
+    basis_beta: float = 0.95
+    eps: float = 1e-8
+    every: int = 10
+    largest: int = 10000
+    bits: int = 8
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        for name in ("every", "largest"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and value >= 1
+            expect(good, f"eigenbasis_adam: {name}", "a whole number >= 1", value)
+        for name in ("beta", "basis_beta"):
+            value = getattr(self, name)
+            expect(value < 1, f"eigenbasis_adam: {name}", "a number in [0, 1)", value)
+        check_bits(self.kind, self.bits)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        kept = moment_state("rotated_moment", shape, self.bits)
+        for side in self._sides(shape):
+            m = shape[_SIDES[side] - 1]
+            kept |= square_state(f"{side}_factor", m, self.bits)
+            kept |= square_state(f"{side}_basis", m, self.bits)
+        return kept
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `DirectionMap.apply`."""
+        sides = self._sides(matrices.shape)
+        bases = {side: read_basis(matrices, f"{side}_basis", self.bits) for side in sides}
+        grads, t = matrices.grads.float(), (matrices.steps - 1).clamp_min(1)
+        squares = _rotated(grads, bases).square_()
+        v = averaged(matrices, "rotated_moment", squares, self.beta, self.bits)
+        rotated = _rotated(x.mul_(matrices.size), bases).div_(v.sqrt().add_(self.eps))
+        update = _rotated(rotated, {side: basis.mT for side, basis in bases.items()})
+        correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
+        self._turn(grads, bases, matrices)
+        return update.mul_(correction)
+
+    def _sides(self, shape: tuple[int, int]) -> list[str]:
+        return [side for side, axis in _SIDES.items() if shape[axis - 1] <= self.largest]
+
+    def _turn(self, grads: Tensor, bases: dict[str, Tensor], matrices: Matrices) -> None:
+        """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
+        steps = matrices.step_numbers()
+        first = [index for index, step in enumerate(steps) if step == 1]
+        due = [
+            index
+            for index, (step, number) in enumerate(zip(steps, matrices.numbers, strict=True))
+            if step > 1 and (step - 1 + number) % self.every == 0
+        ]
+        for side, basis in bases.items():
+            square = grads @ grads.mT if side == "rows" else grads.mT @ grads
+            before = read_factor(matrices, f"{side}_factor", self.bits)
+            factor = torch.lerp(square, before, self.basis_beta)
+            keep_factor(matrices, f"{side}_factor", factor, self.bits)
+            if not (first or due):
+                continue
+            basis = basis.clone()
+            for index in first:
+                basis[index] = torch.linalg.eigh(factor[index]).eigenvectors.flip(1)
+            for index in due:
+                along = factor[index] @ basis[index]
+                order = (basis[index] * along).sum(dim=0).argsort(descending=True)
+                basis[index] = torch.linalg.qr(along[:, order]).Q
+                _reorder(matrices, index, order, _SIDES[side])
+            keep_basis(matrices, f"{side}_basis", basis, self.bits)
+
+
+def _rotated(x: Tensor, bases: dict[str, Tensor]) -> Tensor:
+    """P^T X Q, of the bases that there are."""
+    if "rows" in bases:
+        x = bases["rows"].mT @ x
+    return x @ bases["columns"] if "columns" in bases else x * 1.0
+
+
+def _reorder(matrices: Matrices, index: int, order: Tensor, axis: int) -> None:
+    """Bring the second moments of one matrix into the order of its basis's new columns."""
+    for name in ("rotated_moment", "rotated_moment_row_scales", "rotated_moment_column_scales"):
+        kept = matrices.state.get(name)
+        if kept is not None and kept.shape[axis] == len(order):
+            new = kept.clone()
+            new[index] = kept[index].index_select(axis - 1, order)
+            matrices.state[name] = new
