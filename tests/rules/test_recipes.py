@@ -24,6 +24,7 @@ from lowbit_muon.step.rules.direction import (
     Polar,
     Sinkhorn,
 )
+from lowbit_muon.step.rules.eigenbasis import MomentumBasisAdam
 from lowbit_muon.step.rules.precondition import Equilibrate
 from lowbit_muon.step.rules.recipes import pion
 from lowbit_muon.step.rules.rotation import Rotated
@@ -177,6 +178,22 @@ def test_soap_does_what_its_equations_say(shape: tuple[int, int], number: int) -
                 values = [(q.mT @ factor @ q).diagonal() for q in (basis, theirs_)]
                 torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5 * float(factor.norm()))
             oracle.bases = found
+    assert_close(param.detach().double(), oracle.weight)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=str)
+def test_conda_with_more_than_one_basis(shape: tuple[int, int], number: int) -> None:
+    """The fourth parameter has its next decompositions three steps earlier."""
+    params = [nn.Parameter(torch.zeros(2, 2)) for _ in range(number)]
+    param = nn.Parameter(0.1 * torch.ones(shape))
+    rule = replace(RULES["conda"], direction=MomentumBasisAdam(every=8, bits=32))
+    optimizer = Muon([*params, param], lr=LR, rule=rule, state_format="fp32", weight_decay=0.1)
+    oracle = ORACLES["conda"](param, lr=LR, number=number, every=8, weight_decay=0.1)
+    for grad in gradients(shape):
+        param.grad = grad.clone()
+        optimizer.step()
+        oracle.step(grad)
     assert_close(param.detach().double(), oracle.weight)
 
 

@@ -1,4 +1,4 @@
-"""Adam in the eigenbases of Shampoo's factors: SOAP."""
+"""Adam in the eigenbases of Shampoo's factors (SOAP), or of the momentum (Conda)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.coded import (
     keep_basis,
@@ -130,6 +131,68 @@ class EigenbasisAdam(DirectionMap):
                 basis[index] = torch.linalg.qr(along[:, order]).Q
                 _reorder(matrices, index, order, _SIDES[side])
             keep_basis(matrices, f"{side}_basis", basis, self.bits)
+
+
+@dataclass(frozen=True)
+class MomentumBasisAdam(DirectionMap):
+    """O = scale P ((P^T M) / (sqrt(V) + eps)) sqrt(1 - beta^t) / (1 - momentum^t): Conda.
+
+    With V <- beta V + (1 - beta) (P^T G)^2, and P [m, m] the left singular vectors of M, of M and G
+    with the short side m first (a square matrix's columns), from the first step and then every `every` steps on
+    (jie040109/Conda; arXiv 2509.24218), for which a GPU's host waits. Parameters take turns: the
+    step and the parameter's number add up to a multiple.
+
+    bits: 8 for V and P in codes (`step.rules.moments`, `step.rules.coded`), or 32.
+    """
+
+    kind: ClassVar[str] = "momentum_basis_adam"
+    needs_size: ClassVar[bool] = True
+    beta: float = 0.99
+    eps: float = 1e-8
+    every: int = 2000
+    scale: float = 0.25
+    bits: int = 8
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        good = isinstance(self.every, int) and self.every >= 1
+        expect(good, "momentum_basis_adam: every", "a whole number >= 1", self.every)
+        expect(self.beta < 1, "momentum_basis_adam: beta", "a number in [0, 1)", self.beta)
+        check_bits(self.kind, self.bits)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        basis = square_state("momentum_basis", min(shape), self.bits)
+        return moment_state("rotated_moment", shape, self.bits) | basis
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `DirectionMap.apply`."""
+        rows, columns = matrices.shape
+        side = "rows" if rows < columns else "columns"
+        basis = read_basis(matrices, "momentum_basis", self.bits)
+        momentum, t = x.mul_(matrices.size), matrices.steps
+        due = [
+            index
+            for index, (step, number) in enumerate(
+                zip(matrices.step_numbers(), matrices.numbers, strict=True)
+            )
+            if step == 1 or (step + number) % self.every == 0
+        ]
+        for index in due:
+            basis[index] = _left_vectors(momentum[index] if side == "rows" else momentum[index].mT)
+        if due:
+            keep_basis(matrices, "momentum_basis", basis.clone(), self.bits)
+        squares = _rotated(matrices.grads.float(), {side: basis}).square_()
+        v = averaged(matrices, "rotated_moment", squares, self.beta, self.bits)
+        rotated = _rotated(momentum, {side: basis}).div_(v.sqrt().add_(self.eps))
+        correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
+        return _rotated(rotated, {side: basis.mT}).mul_(correction * self.scale)
+
+
+def _left_vectors(m: Tensor) -> Tensor:
+    """Left singular vectors of m [rows, columns], float32, the largest value's first."""
+    wide = m.to(accumulation_dtype(m.device))
+    return torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1).float()
 
 
 def _rotated(x: Tensor, bases: dict[str, Tensor]) -> Tensor:

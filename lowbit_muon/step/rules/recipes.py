@@ -16,7 +16,7 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
-from lowbit_muon.step.rules.eigenbasis import EigenbasisAdam, SkipFirst
+from lowbit_muon.step.rules.eigenbasis import EigenbasisAdam, MomentumBasisAdam, SkipFirst
 from lowbit_muon.step.rules.gains import AxisGains, RowGains
 from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
 from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
@@ -203,6 +203,13 @@ RULES: dict[str, UpdateRule] = {
             direction=Rotated(),
             scaling=(FixedNorm("rms"),),
             options=(_PLAIN, _UNSCALED),
+        ),
+        # jie040109/Conda (arXiv 2509.24218)
+        UpdateRule(
+            "conda",
+            direction=MomentumBasisAdam(),
+            step_size=BeforeDecay(),
+            options=(("momentum", 0.9), _PLAIN, _UNSCALED, _UNDECAYED),
         ),
         # nikhilvyas/SOAP (arXiv 2409.11321)
         UpdateRule(

@@ -56,7 +56,7 @@ from oracles.moments import (
     NorMuonSpeedrun,
 )
 from oracles.sampling import DropMuon
-from oracles.subspace import Aro, Cosmos, Soap
+from oracles.subspace import Aro, Conda, Cosmos, Soap
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -104,4 +104,5 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "cosmos": Cosmos,
     "aro": Aro,
     "soap": Soap,
+    "conda": Conda,
 }

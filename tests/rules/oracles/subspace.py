@@ -159,3 +159,41 @@ class Soap(Oracle):
         order = (self.bases[axis] * along).sum(dim=0).argsort(descending=True)
         self.v = self.v.index_select(axis, order)
         return torch.linalg.qr(along[:, order])[0]
+
+
+@dataclass(kw_only=True, eq=False)
+class Conda(Oracle):
+    """Conda (jie040109/Conda; arXiv 2509.24218): M EMA; in the first step and each `every`-th P the
+    left singular vectors of M (of M^T where it is tall or square); V <- b V + (1 - b) (P^T G)^2;
+    W <- W - eta sqrt(1 - b^t) / (1 - mu^t) 0.25 P (P^T M / (sqrt(V) + eps)), then
+    W <- (1 - eta lambda) W. number: is added to t where it is to be a multiple, officially 0.
+    """
+
+    lr: float = 6e-3
+    momentum: float = 0.9
+    nesterov: bool = False
+    scale: str = "none"
+    b: float = 0.99
+    eps: float = 1e-8
+    every: int = 2000
+    number: int = 0
+    factor: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tall = self.weight.shape[0] >= self.weight.shape[1]
+        self.p = torch.zeros(())
+        self.v = torch.zeros_like(self.weight.T if self.tall else self.weight)
+
+    def step(self, grad: Tensor) -> None:
+        self.steps += 1
+        t, grad = self.steps, grad.double()
+        m = self.accumulate(grad)
+        m, grad = (m.T, grad.T) if self.tall else (m, grad)
+        if t == 1 or (t + self.number) % self.every == 0:
+            self.p = torch.linalg.svd(m, full_matrices=False)[0]
+        self.v = self.b * self.v + (1 - self.b) * (self.p.T @ grad).square()
+        update = self.factor * self.p @ (self.p.T @ m / (self.v.sqrt() + self.eps))
+        update *= math.sqrt(1 - self.b**t) / (1 - self.momentum**t)
+        self.weight = self.weight - self.lr * (update.T if self.tall else update)
+        self.weight = (1 - self.lr * self.weight_decay) * self.weight
