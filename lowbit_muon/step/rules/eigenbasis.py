@@ -138,9 +138,9 @@ class MomentumBasisAdam(DirectionMap):
     """O = scale P ((P^T M) / (sqrt(V) + eps)) sqrt(1 - beta^t) / (1 - momentum^t): Conda.
 
     With V <- beta V + (1 - beta) (P^T G)^2, and P [m, m] the left singular vectors of M, of M and G
-    with the short side m first (a square matrix's columns), from the first step and then every `every` steps on
-    (jie040109/Conda; arXiv 2509.24218), for which a GPU's host waits. Parameters take turns: the
-    step and the parameter's number add up to a multiple.
+    with the short side m first (a square matrix's columns), from the first step and then every
+    `every` steps on (jie040109/Conda; arXiv 2509.24218), for which a GPU's host waits. Parameters
+    take turns: the step and the parameter's number add up to a multiple.
 
     bits: 8 for V and P in codes (`step.rules.moments`, `step.rules.coded`), or 32.
     """
