@@ -1,4 +1,4 @@
-"""Adam in the eigenbases of Shampoo's factors (SOAP), or of the momentum (Conda)."""
+"""Second moments in the eigenbases of Shampoo's factors (SOAP), or of the momentum (Conda)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lowbit_muon.step.rules.coded import (
 from lowbit_muon.step.rules.direction import DirectionMap
 from lowbit_muon.step.rules.gradient import GradientTransform
 from lowbit_muon.step.rules.moments import averaged, moment_state
+from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.stage import Matrices, check_bits, expect
 
 # Name of a side's factor and basis -> its dimension of [b, rows, columns].
@@ -46,15 +47,81 @@ class SkipFirst(GradientTransform):
 
 
 @dataclass(frozen=True)
+class _Eigenbases:
+    """P and Q, the eigenvectors of L <- beta L + (1 - beta) G G^T and of R, of G^T G.
+
+    The first gradient gives them, by a decomposition that a GPU's host waits for; in every
+    `every`-th step they are brought nearer by one QR decomposition of L P and R Q with columns in
+    the order of their eigenvalues. Parameters do so in different steps: the step and the
+    parameter's number add up to a multiple.
+    """
+
+    beta: float
+    every: int
+    largest: int
+    bits: int
+
+    def check(self, kind: str) -> None:
+        """Raise ValueError for a field that makes no sense."""
+        for name in ("every", "largest"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and value >= 1
+            expect(good, f"{kind}: {name}", "a whole number >= 1", value)
+        expect(self.beta < 1, f"{kind}: basis_beta", "a number in [0, 1)", self.beta)
+        check_bits(kind, self.bits)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """What is kept of factors, bases and second moments in them."""
+        kept = moment_state("rotated_moment", shape, self.bits)
+        for side in self._sides(shape):
+            m = shape[_SIDES[side] - 1]
+            kept |= square_state(f"{side}_factor", m, self.bits)
+            kept |= square_state(f"{side}_basis", m, self.bits)
+        return kept
+
+    def read(self, matrices: Matrices) -> dict[str, Tensor]:
+        """Side -> its basis; zeros before the first."""
+        sides = self._sides(matrices.shape)
+        return {side: read_basis(matrices, f"{side}_basis", self.bits) for side in sides}
+
+    def _sides(self, shape: tuple[int, int]) -> list[str]:
+        return [side for side, axis in _SIDES.items() if shape[axis - 1] <= self.largest]
+
+    def turn(self, bases: dict[str, Tensor], matrices: Matrices) -> None:
+        """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
+        steps, grads = matrices.step_numbers(), matrices.grads.float()
+        first = [index for index, step in enumerate(steps) if step == 1]
+        due = [
+            index
+            for index, (step, number) in enumerate(zip(steps, matrices.numbers, strict=True))
+            if step > 1 and (step - 1 + number) % self.every == 0
+        ]
+        for side, basis in bases.items():
+            square = grads @ grads.mT if side == "rows" else grads.mT @ grads
+            before = read_factor(matrices, f"{side}_factor", self.bits)
+            factor = torch.lerp(square, before, self.beta)
+            keep_factor(matrices, f"{side}_factor", factor, self.bits)
+            if not (first or due):
+                continue
+            basis = basis.clone()
+            for index in first:
+                basis[index] = torch.linalg.eigh(factor[index]).eigenvectors.flip(1)
+            for index in due:
+                along = factor[index] @ basis[index]
+                order = (basis[index] * along).sum(dim=0).argsort(descending=True)
+                basis[index] = torch.linalg.qr(along[:, order]).Q
+                _reorder(matrices, index, order, _SIDES[side])
+            keep_basis(matrices, f"{side}_basis", basis, self.bits)
+
+
+@dataclass(frozen=True)
 class EigenbasisAdam(DirectionMap):
-    """O = P ((P^T M Q) / (sqrt(V) + eps)) Q^T sqrt(1 - beta^t) / (1 - momentum^t).
+    """O = P ((P^T M Q) / (sqrt(V) + eps)) Q^T sqrt(1 - beta^t) / (1 - momentum^t): SOAP.
 
     With V <- beta V + (1 - beta) (P^T G Q)^2, and P, Q the eigenvectors of L <- basis_beta L +
-    (1 - basis_beta) G G^T and R, of G^T G: SOAP (arXiv 2409.11321; nikhilvyas/SOAP). The first
-    gradient gives them, by a decomposition that a GPU's host waits for, and moves nothing
-    (`SkipFirst`, so that t is one step less); every `every` steps, after the step, they are brought
-    nearer by one QR decomposition of L P and R Q with columns in the order of their eigenvalues.
-    Parameters do so in different steps: the step and the parameter's number add up to a multiple.
+    (1 - basis_beta) G G^T and of R, of G^T G (arXiv 2409.11321; nikhilvyas/SOAP), brought nearer
+    every `every` steps, after the step (`_Eigenbases`). The first gradient is for them alone, and
+    moves nothing (`SkipFirst`), so that t is one step less. A GPU's host waits in every step.
 
     largest: sides that are longer are not rotated. bits: 8 for V, L, R, P and Q in codes
     (`step.rules.moments`, `step.rules.coded`), or 32.
@@ -70,67 +137,72 @@ class EigenbasisAdam(DirectionMap):
     largest: int = 10000
     bits: int = 8
 
+    @property
+    def _bases(self) -> _Eigenbases:
+        return _Eigenbases(self.basis_beta, self.every, self.largest, self.bits)
+
     def check(self) -> None:
         """See `Stage.check`."""
-        for name in ("every", "largest"):
-            value = getattr(self, name)
-            good = isinstance(value, int) and value >= 1
-            expect(good, f"eigenbasis_adam: {name}", "a whole number >= 1", value)
-        for name in ("beta", "basis_beta"):
-            value = getattr(self, name)
-            expect(value < 1, f"eigenbasis_adam: {name}", "a number in [0, 1)", value)
-        check_bits(self.kind, self.bits)
+        self._bases.check(self.kind)
+        expect(self.beta < 1, "eigenbasis_adam: beta", "a number in [0, 1)", self.beta)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        kept = moment_state("rotated_moment", shape, self.bits)
-        for side in self._sides(shape):
-            m = shape[_SIDES[side] - 1]
-            kept |= square_state(f"{side}_factor", m, self.bits)
-            kept |= square_state(f"{side}_basis", m, self.bits)
-        return kept
+        return self._bases.state(shape)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
-        sides = self._sides(matrices.shape)
-        bases = {side: read_basis(matrices, f"{side}_basis", self.bits) for side in sides}
-        grads, t = matrices.grads.float(), (matrices.steps - 1).clamp_min(1)
-        squares = _rotated(grads, bases).square_()
+        bases, t = self._bases.read(matrices), (matrices.steps - 1).clamp_min(1)
+        squares = _rotated(matrices.grads.float(), bases).square_()
         v = averaged(matrices, "rotated_moment", squares, self.beta, self.bits)
-        rotated = _rotated(x.mul_(matrices.size), bases).div_(v.sqrt().add_(self.eps))
-        update = _rotated(rotated, {side: basis.mT for side, basis in bases.items()})
+        update = _rotated(x.mul_(matrices.size), bases).div_(v.sqrt().add_(self.eps))
+        update = _rotated_back(update, bases)
         correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
-        self._turn(grads, bases, matrices)
+        self._bases.turn(bases, matrices)
         return update.mul_(correction)
 
-    def _sides(self, shape: tuple[int, int]) -> list[str]:
-        return [side for side, axis in _SIDES.items() if shape[axis - 1] <= self.largest]
 
-    def _turn(self, grads: Tensor, bases: dict[str, Tensor], matrices: Matrices) -> None:
-        """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
-        steps = matrices.step_numbers()
-        first = [index for index, step in enumerate(steps) if step == 1]
-        due = [
-            index
-            for index, (step, number) in enumerate(zip(steps, matrices.numbers, strict=True))
-            if step > 1 and (step - 1 + number) % self.every == 0
-        ]
-        for side, basis in bases.items():
-            square = grads @ grads.mT if side == "rows" else grads.mT @ grads
-            before = read_factor(matrices, f"{side}_factor", self.bits)
-            factor = torch.lerp(square, before, self.basis_beta)
-            keep_factor(matrices, f"{side}_factor", factor, self.bits)
-            if not (first or due):
-                continue
-            basis = basis.clone()
-            for index in first:
-                basis[index] = torch.linalg.eigh(factor[index]).eigenvectors.flip(1)
-            for index in due:
-                along = factor[index] @ basis[index]
-                order = (basis[index] * along).sum(dim=0).argsort(descending=True)
-                basis[index] = torch.linalg.qr(along[:, order]).Q
-                _reorder(matrices, index, order, _SIDES[side])
-            keep_basis(matrices, f"{side}_basis", basis, self.bits)
+@dataclass(frozen=True)
+class EigenbasisMoment(Preconditioner):
+    """X <- P ((P^T X Q) / (sqrt(V) + eps)) Q^T, V <- beta V + (1 - beta) (P^T X Q)^2: SOAP-Muon.
+
+    With P and Q as of `EigenbasisAdam`; X stays as it is in the first step, whose gradient gives
+    them (KellerJordan/modded-nanogpt, records/track_3_optimization, 20260504_soap_mlp...). A GPU's
+    host waits in every step.
+
+    largest, bits: as of `EigenbasisAdam`.
+    """
+
+    kind: ClassVar[str] = "eigenbasis_moment"
+    needs_size: ClassVar[bool] = True
+    beta: float = 0.9
+    basis_beta: float = 0.9
+    eps: float = 1e-8
+    every: int = 10
+    largest: int = 10000
+    bits: int = 8
+
+    @property
+    def _bases(self) -> _Eigenbases:
+        return _Eigenbases(self.basis_beta, self.every, self.largest, self.bits)
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        self._bases.check(self.kind)
+        expect(self.beta < 1, "eigenbasis_moment: beta", "a number in [0, 1)", self.beta)
+
+    def state(self, shape: tuple[int, int]) -> RuleState:
+        """See `Stage.state`."""
+        return self._bases.state(shape)
+
+    def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
+        """See `Preconditioner.apply`."""
+        bases = self._bases.read(matrices)
+        rotated = _rotated(x * matrices.size, bases)
+        v = averaged(matrices, "rotated_moment", rotated.square(), self.beta, self.bits)
+        new = _rotated_back(rotated.div_(v.sqrt().add_(self.eps)), bases)
+        self._bases.turn(bases, matrices)
+        return torch.where(matrices.steps == 1, x, new)
 
 
 @dataclass(frozen=True)
@@ -186,7 +258,7 @@ class MomentumBasisAdam(DirectionMap):
         v = averaged(matrices, "rotated_moment", squares, self.beta, self.bits)
         rotated = _rotated(momentum, {side: basis}).div_(v.sqrt().add_(self.eps))
         correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
-        return _rotated(rotated, {side: basis.mT}).mul_(correction * self.scale)
+        return _rotated_back(rotated, {side: basis}).mul_(correction * self.scale)
 
 
 def _left_vectors(m: Tensor) -> Tensor:
@@ -200,6 +272,11 @@ def _rotated(x: Tensor, bases: dict[str, Tensor]) -> Tensor:
     if "rows" in bases:
         x = bases["rows"].mT @ x
     return x @ bases["columns"] if "columns" in bases else x * 1.0
+
+
+def _rotated_back(x: Tensor, bases: dict[str, Tensor]) -> Tensor:
+    """P X Q^T."""
+    return _rotated(x, {side: basis.mT for side, basis in bases.items()})
 
 
 def _reorder(matrices: Matrices, index: int, order: Tensor, axis: int) -> None:

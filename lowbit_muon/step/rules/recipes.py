@@ -16,7 +16,12 @@ from lowbit_muon.step.rules.direction import (
     Signs,
     SoftClip,
 )
-from lowbit_muon.step.rules.eigenbasis import EigenbasisAdam, MomentumBasisAdam, SkipFirst
+from lowbit_muon.step.rules.eigenbasis import (
+    EigenbasisAdam,
+    EigenbasisMoment,
+    MomentumBasisAdam,
+    SkipFirst,
+)
 from lowbit_muon.step.rules.gains import AxisGains, RowGains
 from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
 from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
@@ -203,6 +208,12 @@ RULES: dict[str, UpdateRule] = {
             direction=Rotated(),
             scaling=(FixedNorm("rms"),),
             options=(_PLAIN, _UNSCALED),
+        ),
+        # modded-nanogpt, records/track_3_optimization, without contra-Muon and NorMuon behind it
+        UpdateRule(
+            "soap_muon",
+            precondition=(EigenbasisMoment(),),
+            options=(("ns_coefficients", "converging"), ("ns_steps", 12)),
         ),
         # jie040109/Conda (arXiv 2509.24218)
         UpdateRule(

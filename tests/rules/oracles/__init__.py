@@ -56,7 +56,7 @@ from oracles.moments import (
     NorMuonSpeedrun,
 )
 from oracles.sampling import DropMuon
-from oracles.subspace import Aro, Conda, Cosmos, Soap
+from oracles.subspace import Aro, Conda, Cosmos, Soap, SoapMuon
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -104,5 +104,6 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "cosmos": Cosmos,
     "aro": Aro,
     "soap": Soap,
+    "soap_muon": SoapMuon,
     "conda": Conda,
 }

@@ -147,6 +147,9 @@ class Soap(Oracle):
             correction = math.sqrt(1 - self.b**t) / (1 - self.momentum**t)
             self.weight = self.weight - self.lr * correction * p @ rotated @ q.T
         self.weight = (1 - self.lr * self.weight_decay) * self.weight
+        self.turn(grad, t)
+
+    def turn(self, grad: Tensor, t: int) -> None:
         for axis, square in enumerate((grad @ grad.T, grad.T @ grad)):
             self.factors[axis] = self.c * self.factors[axis] + (1 - self.c) * square
         if not t:
@@ -159,6 +162,33 @@ class Soap(Oracle):
         order = (self.bases[axis] * along).sum(dim=0).argsort(descending=True)
         self.v = self.v.index_select(axis, order)
         return torch.linalg.qr(along[:, order])[0]
+
+
+@dataclass(kw_only=True, eq=False)
+class SoapMuon(Soap):
+    """SOAP-Muon of modded-nanogpt's track 3: u of Muon; but for the first step
+
+    V <- b V + (1 - b) (P^T u Q)^2, u <- P (P^T u Q / (sqrt(V) + eps)) Q^T; P and Q of SOAP.
+    """
+
+    lr: float = 0.02
+    weight_decay: float = 0.0
+    nesterov: bool = True
+    scale: str = "original"
+    b: float = 0.9
+    c: float = 0.9
+
+    step = Oracle.step
+
+    def direction(self, grad: Tensor) -> Tensor:
+        u = self.accumulate(grad)
+        if self.bases:
+            p, q = self.bases
+            rotated = p.T @ u @ q
+            self.v = self.b * self.v + (1 - self.b) * rotated.square()
+            u = p @ (rotated / (self.v.sqrt() + self.eps)) @ q.T
+        self.turn(grad, self.steps - 1)
+        return self.polar(u)
 
 
 @dataclass(kw_only=True, eq=False)
