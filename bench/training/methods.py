@@ -63,7 +63,11 @@ RULE_RATES = {
     "scion": (4e-4, 8e-4, 1.6e-3),
     "adago": (0.1, 0.2, 0.4),
     "polargrad": (0.1, 0.3, 1.0),
-    "drop_muon": _USUAL,
+    **dict.fromkeys(("drop_muon", "soap_muon"), _USUAL),
+    "aro": _MATCHED,
+    "cosmos": (1e-2, 2e-2, 4e-2),
+    "conda": (5e-3, 1e-2, 2e-2),
+    "soap": (1e-3, 3e-3, 1e-2),
     # Without a polar factor the large directions of a matrix move most: lower rates.
     **dict.fromkeys(("lion", "signum"), (1e-4, 3e-4, 1e-3)),
     **dict.fromkeys(("rmnp", "pion(2)"), (1e-3, 3e-3, 1e-2)),

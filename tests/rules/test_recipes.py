@@ -26,7 +26,7 @@ from lowbit_muon.step.rules.direction import (
 )
 from lowbit_muon.step.rules.eigenbasis import MomentumBasisAdam
 from lowbit_muon.step.rules.precondition import Equilibrate
-from lowbit_muon.step.rules.recipes import pion
+from lowbit_muon.step.rules.recipes import fismo, pion
 from lowbit_muon.step.rules.rotation import Rotated
 from lowbit_muon.step.rules.scaling import VectorMoment
 from lowbit_muon.step.rules.stage import Matrices, uniform
@@ -238,6 +238,21 @@ def test_pion_does_what_its_equations_say(k: int, shape: tuple[int, int]) -> Non
     grads = gradients(shape)
     found = ours(pion(k), weight, grads, weight_decay=WEIGHT_DECAY)
     assert_close(found, theirs("pion", weight, grads, weight_decay=WEIGHT_DECAY, k=k))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fismo_does_what_its_equations_say(shape: tuple[int, int]) -> None:
+    weight = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    grads = gradients(shape)
+    found = ours(with_exact_polar(wide(fismo(0.9, 0.1))), weight, grads, weight_decay=WEIGHT_DECAY)
+    assert_close(found, theirs("fismo", weight, grads, weight_decay=WEIGHT_DECAY))
+
+
+def test_fismo_has_no_numbers_of_its_own() -> None:
+    with pytest.raises(ValueError, match=r"decay: expected a number in \(0, 1\), got 0"):
+        fismo(0, 0.1)
+    with pytest.raises(ValueError, match="damping: expected a number > 0, got 0"):
+        fismo(0.9, 0)
 
 
 @pytest.mark.parametrize("axes", ["row", "column"])

@@ -33,14 +33,14 @@ from lowbit_muon.step.rules.gains import RowGains
 from lowbit_muon.step.rules.gradient import RowFeedback
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
 from lowbit_muon.step.rules.precondition import SelectedRows
-from lowbit_muon.step.rules.recipes import pion, resolve_rule
+from lowbit_muon.step.rules.recipes import fismo, pion, resolve_rule
 from lowbit_muon.step.rules.scaling import FixedNorm, Scaling, VectorMoment
 from lowbit_muon.step.rules.stage import Matrices, Stage
 from lowbit_muon.step.rules.step_size import Bounded
 
 # The first and the third are a batch.
 SHAPES = ((24, 40), (40, 24), (24, 40), (1, 7))
-ALL = {**RULES, "pion 2 of 5": pion(2)}
+ALL = {**RULES, "pion 2 of 5": pion(2), "fismo": fismo(0.9, 0.1)}
 
 
 def sizes_needed(rule: UpdateRule) -> bool:

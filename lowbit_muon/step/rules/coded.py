@@ -10,6 +10,8 @@ sqrt(S_ii S_jj), which no element of a positive matrix exceeds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -43,25 +45,23 @@ def keep_basis(matrices: Matrices, name: str, basis: Tensor, bits: int) -> None:
     matrices.state[f"{name}_scales"] = scales
 
 
-def read_factor(matrices: Matrices, name: str, bits: int) -> Tensor:
+def decoded_factor(state: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
     """A symmetric positive factor as it is kept, float32 [b, m, m]; zeros before the first."""
-    codes = matrices.state[name].float()
+    codes = state[name].float()
     if bits == 32:
         return codes
-    diagonal = matrices.state[f"{name}_scales"]
+    diagonal = state[f"{name}_scales"]
     roots = diagonal.sqrt() / _LARGEST_CODE**0.5
     factor = codes * roots * roots.mT
     factor.diagonal(dim1=1, dim2=2).copy_(diagonal.squeeze(1))
     return factor
 
 
-def keep_factor(matrices: Matrices, name: str, factor: Tensor, bits: int) -> None:
-    """Inverse of `read_factor`, but for rounding."""
+def encoded_factor(name: str, factor: Tensor, bits: int) -> dict[str, Tensor]:
+    """Inverse of `decoded_factor`, but for rounding: what is kept, by name."""
     if bits == 32:
-        matrices.state[name] = factor
-        return
+        return {name: factor}
     diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()
     roots = diagonal.clamp_min(TINY).sqrt() / _LARGEST_CODE**0.5
     codes = (factor / roots / roots.mT).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
-    matrices.state[name] = codes.to(torch.int8)
-    matrices.state[f"{name}_scales"] = diagonal
+    return {name: codes.to(torch.int8), f"{name}_scales": diagonal}

@@ -11,10 +11,10 @@ from torch import Tensor
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.coded import (
+    decoded_factor,
+    encoded_factor,
     keep_basis,
-    keep_factor,
     read_basis,
-    read_factor,
     square_state,
 )
 from lowbit_muon.step.rules.direction import DirectionMap
@@ -98,9 +98,9 @@ class _Eigenbases:
         ]
         for side, basis in bases.items():
             square = grads @ grads.mT if side == "rows" else grads.mT @ grads
-            before = read_factor(matrices, f"{side}_factor", self.bits)
+            before = decoded_factor(matrices.state, f"{side}_factor", self.bits)
             factor = torch.lerp(square, before, self.beta)
-            keep_factor(matrices, f"{side}_factor", factor, self.bits)
+            matrices.state |= encoded_factor(f"{side}_factor", factor, self.bits)
             if not (first or due):
                 continue
             basis = basis.clone()

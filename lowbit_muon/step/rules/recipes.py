@@ -22,6 +22,7 @@ from lowbit_muon.step.rules.eigenbasis import (
     MomentumBasisAdam,
     SkipFirst,
 )
+from lowbit_muon.step.rules.fisher import FisherUnwhitened, FisherWhitened
 from lowbit_muon.step.rules.gains import AxisGains, RowGains
 from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
 from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
@@ -318,6 +319,19 @@ def pion(k: int, steps: int = 5) -> UpdateRule:
     coefficients = ((1.875, -1.25, 0.375),) * k + ((0.0, 2.5, -1.5),) * (steps - k)
     options = (_PLAIN, ("ns_coefficients", coefficients), ("ns_steps", steps))
     return UpdateRule(f"pion {k} of {steps}", momentum=_SUM, options=options)
+
+
+def fismo(decay: float, damping: float) -> UpdateRule:
+    """FISMO: Muon in a geometry that follows the Fisher information (arXiv 2601.21750).
+
+    decay: of the factors' averages, in (0, 1). damping: a multiple of I, > 0. Neither is published.
+    """
+    return UpdateRule(
+        "fismo",
+        gradient=FisherWhitened(decay, damping),
+        scaling=(FisherUnwhitened(damping),),
+        options=(_PLAIN, _UNSCALED),
+    )
 
 
 def resolve_rule(value: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:

@@ -56,7 +56,7 @@ from oracles.moments import (
     NorMuonSpeedrun,
 )
 from oracles.sampling import DropMuon
-from oracles.subspace import Aro, Conda, Cosmos, Soap, SoapMuon
+from oracles.subspace import Aro, Conda, Cosmos, Fismo, Soap, SoapMuon
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -105,5 +105,6 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "aro": Aro,
     "soap": Soap,
     "soap_muon": SoapMuon,
+    "fismo": Fismo,
     "conda": Conda,
 }

@@ -227,3 +227,40 @@ class Conda(Oracle):
         update *= math.sqrt(1 - self.b**t) / (1 - self.momentum**t)
         self.weight = self.weight - self.lr * (update.T if self.tall else update)
         self.weight = (1 - self.lr * self.weight_decay) * self.weight
+
+
+@dataclass(kw_only=True, eq=False)
+class Fismo(Oracle):
+    """FISMO (arXiv 2601.21750), P_0 = I and Q_0 = I (not published, as gamma and mu):
+
+    P' = gamma P + (1 - gamma) (G Q^-1 G^T / n + mu tr(P) / m I), P <- m sym(P') / tr(P'), Q alike
+    by the new P; M EMA of P^-1/2 G Q^-1/2; O = P^-1/2 polar(M) Q^-1/2.
+    """
+
+    lr: float = 0.02
+    nesterov: bool = False
+    scale: str = "none"
+    gamma: float = 0.9
+    mu: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.p, self.q = (torch.eye(m, dtype=torch.float64) for m in self.weight.shape)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        m, n = grad.shape
+        self.p = self.next(self.p, grad @ torch.linalg.inv(self.q) @ grad.T / n)
+        self.q = self.next(self.q, grad.T @ torch.linalg.inv(self.p) @ grad / m)
+        left, right = inverse_root(self.p), inverse_root(self.q)
+        return left @ self.polar(self.accumulate(left @ grad @ right)) @ right
+
+    def next(self, before: Tensor, seen: Tensor) -> Tensor:
+        m = len(before)
+        seen = seen + self.mu * before.trace() / m * torch.eye(m, dtype=torch.float64)
+        new = self.gamma * before + (1 - self.gamma) * seen
+        return m * (new + new.T) / 2 / new.trace()
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(x)
+    return vectors / values.sqrt() @ vectors.T
