@@ -189,7 +189,7 @@ def test_the_guide_has_a_command_for_each() -> None:
 
 def test_examples_use_the_rates_that_were_found(example: ModuleType) -> None:
     name = example.__name__.rpartition(".")[2]
-    found = report.results("gallery")
+    found = results("gallery")
     rates = {method: found[f"{name} {method}"]["lr"] for method in common.METHODS}
     assert rates == example.RATES
     for method in common.METHODS:
@@ -202,7 +202,7 @@ def test_examples_use_the_rates_that_were_found(example: ModuleType) -> None:
 def test_a_full_run_learns_and_keeps_the_bytes_of_the_results(example: ModuleType) -> None:
     name = example.__name__.rpartition(".")[2]
     for method in common.METHODS:
-        found = report.results("gallery")[f"{name} {method}"]
+        found = results("gallery")[f"{name} {method}"]
         run = example.train(method, found["lr"], found["steps"], gallery.SEEDS[0])
         assert run.state_bytes == found["state_bytes"]
         assert run.final_loss < 0.9 * run.losses[0]  # far above what other CPUs' rounding changes
