@@ -17,7 +17,8 @@ from documentation import ROOT, commands
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bench import gallery, report
+from bench import gallery
+from bench.report.markdown import results
 from lowbit_muon import Muon
 from lowbit_muon.examples import common
 
