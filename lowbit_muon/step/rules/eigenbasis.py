@@ -47,31 +47,40 @@ class SkipFirst(GradientTransform):
 
 
 @dataclass(frozen=True)
-class _Eigenbases:
-    """P and Q, the eigenvectors of L <- beta L + (1 - beta) G G^T and of R, of G^T G.
+class _InEigenbases:
+    """A stage that keeps P and Q, eigenvectors of L <- basis_beta L + (1 - basis_beta) G G^T and of
+    R, of G^T G, and second moments in them.
 
-    The first gradient gives them, by a decomposition that a GPU's host waits for; in every
+    The first gradient gives P and Q, by a decomposition that a GPU's host waits for; in every
     `every`-th step they are brought nearer by one QR decomposition of L P and R Q with columns in
-    the order of their eigenvalues. Parameters do so in different steps: the step and the
-    parameter's number add up to a multiple.
+    the order of their eigenvalues (`_due`).
+
+    largest: sides that are longer are not rotated. bits: 8 for V, L, R, P and Q in codes
+    (`step.rules.moments`, `step.rules.coded`), or 32.
     """
 
-    beta: float
-    every: int
-    largest: int
-    bits: int
+    kind: ClassVar[str] = ""
+    needs_size: ClassVar[bool] = True
+    beta: float = 0.95
+    basis_beta: float = 0.95
+    eps: float = 1e-8
+    every: int = 10
+    largest: int = 10000
+    bits: int = 8
 
-    def check(self, kind: str) -> None:
-        """Raise ValueError for a field that makes no sense."""
+    def check(self) -> None:
+        """See `Stage.check`."""
         for name in ("every", "largest"):
             value = getattr(self, name)
             good = isinstance(value, int) and value >= 1
-            expect(good, f"{kind}: {name}", "a whole number >= 1", value)
-        expect(self.beta < 1, f"{kind}: basis_beta", "a number in [0, 1)", self.beta)
-        check_bits(kind, self.bits)
+            expect(good, f"{self.kind}: {name}", "a whole number >= 1", value)
+        for name in ("beta", "basis_beta"):
+            value = getattr(self, name)
+            expect(value < 1, f"{self.kind}: {name}", "a number in [0, 1)", value)
+        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
-        """What is kept of factors, bases and second moments in them."""
+        """See `Stage.state`."""
         kept = moment_state("rotated_moment", shape, self.bits)
         for side in self._sides(shape):
             m = shape[_SIDES[side] - 1]
@@ -79,27 +88,22 @@ class _Eigenbases:
             kept |= square_state(f"{side}_basis", m, self.bits)
         return kept
 
-    def read(self, matrices: Matrices) -> dict[str, Tensor]:
+    def _sides(self, shape: tuple[int, int]) -> list[str]:
+        return [side for side, axis in _SIDES.items() if shape[axis - 1] <= self.largest]
+
+    def _read(self, matrices: Matrices) -> dict[str, Tensor]:
         """Side -> its basis; zeros before the first."""
         sides = self._sides(matrices.shape)
         return {side: read_basis(matrices, f"{side}_basis", self.bits) for side in sides}
 
-    def _sides(self, shape: tuple[int, int]) -> list[str]:
-        return [side for side, axis in _SIDES.items() if shape[axis - 1] <= self.largest]
-
-    def turn(self, bases: dict[str, Tensor], matrices: Matrices) -> None:
+    def _turn(self, bases: dict[str, Tensor], matrices: Matrices) -> None:
         """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
-        steps, grads = matrices.step_numbers(), matrices.grads.float()
-        first = [index for index, step in enumerate(steps) if step == 1]
-        due = [
-            index
-            for index, (step, number) in enumerate(zip(steps, matrices.numbers, strict=True))
-            if step > 1 and (step - 1 + number) % self.every == 0
-        ]
+        grads = matrices.grads.float()
+        first, due = _due(matrices, self.every, since=1)
         for side, basis in bases.items():
             square = grads @ grads.mT if side == "rows" else grads.mT @ grads
             before = decoded_factor(matrices.state, f"{side}_factor", self.bits)
-            factor = torch.lerp(square, before, self.beta)
+            factor = torch.lerp(square, before, self.basis_beta)
             matrices.state |= encoded_factor(f"{side}_factor", factor, self.bits)
             if not (first or due):
                 continue
@@ -115,93 +119,49 @@ class _Eigenbases:
 
 
 @dataclass(frozen=True)
-class EigenbasisAdam(DirectionMap):
+class EigenbasisAdam(_InEigenbases, DirectionMap):
     """O = P ((P^T M Q) / (sqrt(V) + eps)) Q^T sqrt(1 - beta^t) / (1 - momentum^t): SOAP.
 
-    With V <- beta V + (1 - beta) (P^T G Q)^2, and P, Q the eigenvectors of L <- basis_beta L +
-    (1 - basis_beta) G G^T and of R, of G^T G (arXiv 2409.11321; nikhilvyas/SOAP), brought nearer
-    every `every` steps, after the step (`_Eigenbases`). The first gradient is for them alone, and
-    moves nothing (`SkipFirst`), so that t is one step less. A GPU's host waits in every step.
-
-    largest: sides that are longer are not rotated. bits: 8 for V, L, R, P and Q in codes
-    (`step.rules.moments`, `step.rules.coded`), or 32.
+    With V <- beta V + (1 - beta) (P^T G Q)^2 (arXiv 2409.11321; nikhilvyas/SOAP), and P and Q as of
+    `_InEigenbases`, brought nearer after the step. The first gradient is for them alone, and moves
+    nothing (`SkipFirst`), so that t is one step less. A GPU's host waits in every step.
     """
 
     kind: ClassVar[str] = "eigenbasis_adam"
-    needs_size: ClassVar[bool] = True
     reads_state: ClassVar[tuple[str, ...]] = ("begun",)
-    beta: float = 0.95
-    basis_beta: float = 0.95
-    eps: float = 1e-8
-    every: int = 10
-    largest: int = 10000
-    bits: int = 8
-
-    @property
-    def _bases(self) -> _Eigenbases:
-        return _Eigenbases(self.basis_beta, self.every, self.largest, self.bits)
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        self._bases.check(self.kind)
-        expect(self.beta < 1, "eigenbasis_adam: beta", "a number in [0, 1)", self.beta)
-
-    def state(self, shape: tuple[int, int]) -> RuleState:
-        """See `Stage.state`."""
-        return self._bases.state(shape)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
-        bases, t = self._bases.read(matrices), (matrices.steps - 1).clamp_min(1)
+        bases, t = self._read(matrices), (matrices.steps - 1).clamp_min(1)
         squares = _rotated(matrices.grads.float(), bases).square_()
         v = averaged(matrices, "rotated_moment", squares, self.beta, self.bits)
         update = _rotated(x.mul_(matrices.size), bases).div_(v.sqrt().add_(self.eps))
         update = _rotated_back(update, bases)
         correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
-        self._bases.turn(bases, matrices)
+        self._turn(bases, matrices)
         return update.mul_(correction)
 
 
 @dataclass(frozen=True)
-class EigenbasisMoment(Preconditioner):
+class EigenbasisMoment(_InEigenbases, Preconditioner):
     """X <- P ((P^T X Q) / (sqrt(V) + eps)) Q^T, V <- beta V + (1 - beta) (P^T X Q)^2: SOAP-Muon.
 
-    With P and Q as of `EigenbasisAdam`; X stays as it is in the first step, whose gradient gives
+    With P and Q as of `_InEigenbases`; X stays as it is in the first step, whose gradient gives
     them (KellerJordan/modded-nanogpt, records/track_3_optimization, 20260504_soap_mlp...). A GPU's
     host waits in every step.
-
-    largest, bits: as of `EigenbasisAdam`.
     """
 
     kind: ClassVar[str] = "eigenbasis_moment"
-    needs_size: ClassVar[bool] = True
     beta: float = 0.9
     basis_beta: float = 0.9
-    eps: float = 1e-8
-    every: int = 10
-    largest: int = 10000
-    bits: int = 8
-
-    @property
-    def _bases(self) -> _Eigenbases:
-        return _Eigenbases(self.basis_beta, self.every, self.largest, self.bits)
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        self._bases.check(self.kind)
-        expect(self.beta < 1, "eigenbasis_moment: beta", "a number in [0, 1)", self.beta)
-
-    def state(self, shape: tuple[int, int]) -> RuleState:
-        """See `Stage.state`."""
-        return self._bases.state(shape)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Preconditioner.apply`."""
-        bases = self._bases.read(matrices)
+        bases = self._read(matrices)
         rotated = _rotated(x * matrices.size, bases)
         v = averaged(matrices, "rotated_moment", rotated.square(), self.beta, self.bits)
         new = _rotated_back(rotated.div_(v.sqrt().add_(self.eps)), bases)
-        self._bases.turn(bases, matrices)
+        self._turn(bases, matrices)
         return torch.where(matrices.steps == 1, x, new)
 
 
@@ -211,8 +171,7 @@ class MomentumBasisAdam(DirectionMap):
 
     With V <- beta V + (1 - beta) (P^T G)^2, and P [m, m] the left singular vectors of M, of M and G
     with the short side m first (a square matrix's columns), from the first step and then every
-    `every` steps on (jie040109/Conda; arXiv 2509.24218), for which a GPU's host waits. Parameters
-    take turns: the step and the parameter's number add up to a multiple.
+    `every` steps on (jie040109/Conda; arXiv 2509.24218), for which a GPU's host waits.
 
     bits: 8 for V and P in codes (`step.rules.moments`, `step.rules.coded`), or 32.
     """
@@ -243,13 +202,8 @@ class MomentumBasisAdam(DirectionMap):
         side = "rows" if rows < columns else "columns"
         basis = read_basis(matrices, "momentum_basis", self.bits)
         momentum, t = x.mul_(matrices.size), matrices.steps
-        due = [
-            index
-            for index, (step, number) in enumerate(
-                zip(matrices.step_numbers(), matrices.numbers, strict=True)
-            )
-            if step == 1 or (step + number) % self.every == 0
-        ]
+        first, again = _due(matrices, self.every)
+        due = first + again
         for index in due:
             basis[index] = _left_vectors(momentum[index] if side == "rows" else momentum[index].mT)
         if due:
@@ -259,6 +213,22 @@ class MomentumBasisAdam(DirectionMap):
         rotated = _rotated(momentum, {side: basis}).div_(v.sqrt().add_(self.eps))
         correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
         return _rotated_back(rotated, {side: basis}).mul_(correction * self.scale)
+
+
+def _due(matrices: Matrices, every: int, since: int = 0) -> tuple[list[int], list[int]]:
+    """Of the matrices: whose first step it is, and whose turn, every `every` steps behind `since`.
+
+    Parameters take turns in different steps: the step and the parameter's number add up to a
+    multiple, so that no step has all decompositions.
+    """
+    steps = matrices.step_numbers()
+    first = [index for index, step in enumerate(steps) if step == 1]
+    due = [
+        index
+        for index, (step, number) in enumerate(zip(steps, matrices.numbers, strict=True))
+        if step > 1 and (step - since + number) % every == 0
+    ]
+    return first, due
 
 
 def _left_vectors(m: Tensor) -> Tensor:
