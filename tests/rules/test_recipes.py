@@ -201,6 +201,29 @@ def test_conda_with_more_than_one_basis(shape: tuple[int, int], number: int) -> 
     assert_close(param.detach().double(), oracle.weight)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=str)
+@pytest.mark.parametrize("name", ["soap", "conda"])
+def test_pytorch_optimizer_ends_beside_ours(name: str, shape: tuple[int, int]) -> None:
+    """Where it is installed ('.[peers]'). Seen are 5e-6 at most, where sums are float32's."""
+    peers = pytest.importorskip("pytorch_optimizer")
+    start = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    params = [nn.Parameter(start.clone()) for _ in range(2)]
+    told = {"scale": 0.25, "betas": (0.9, 0.99)} if name == "conda" else {}
+    made = peers.Conda if name == "conda" else peers.SOAP
+    theirs_ = made([params[0]], lr=LR, weight_decay=0.0, **told)
+    mine = Muon([params[1]], lr=LR, rule=wide(RULES[name]), state_format="fp32", weight_decay=0.0)
+    for step, grad in enumerate(gradients(shape)):
+        for param, optimizer in zip(params, (theirs_, mine), strict=True):
+            param.grad = grad.clone()
+            optimizer.step()
+        if name == "soap" and not step:  # where there are no directions any eigenvectors will do
+            state = mine.state[params[1]]
+            bases = [state[f"rule.{side}_basis"].clone() for side in ("rows", "columns")]
+            theirs_.state[params[0]]["Q"] = bases
+    found, expected = (param.detach().double() for param in reversed(params))
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
 # (by the long side R is not determined where the momentum has no directions)
 @pytest.mark.parametrize(
     ("side", "shape"),
