@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from bench.peer_formats import MUONQ_TORCH_MOMENTUM
-from lowbit_muon import PRESETS, RULES, MuonWithAuxAdam, StateFormat, muon_param_groups, quantize
+from lowbit_muon import (
+    PRESETS,
+    RULES,
+    MuonWithAuxAdam,
+    StateFormat,
+    UpdateRule,
+    muon_param_groups,
+    quantize,
+)
 from lowbit_muon.step.options import AuxAdam
 from lowbit_muon.step.rules.recipes import pion
 from lowbit_muon.tools.finetune.settings import ADAMW_METHODS
@@ -57,7 +65,8 @@ _USUAL, _MATCHED = (2e-2, 4e-2, 8e-2), (5e-3, 1e-2, 2e-2)
 RULE_RATES = {
     **dict.fromkeys(("muon", "normuon", "normuon_speedrun", "nanochat", "cautious_decay"), _USUAL),
     **dict.fromkeys(("cautious_muon", "muon_plus", "turbo_muon", "dion_muon"), _USUAL),
-    **dict.fromkeys(("moonlight", "muonclip", "muoneq", "adamuon"), _MATCHED),
+    **dict.fromkeys(("moonlight", "muonclip", "muoneq"), _MATCHED),
+    "adamuon": (1.25e-3, 2.5e-3, 5e-3),
     **dict.fromkeys(("namo", "namo_d"), (2e-2, 4e-2, 8e-2)),
     "muonh": (5e-2, 1e-1, 2e-1),
     "scion": (4e-4, 8e-4, 1.6e-3),
@@ -73,7 +82,34 @@ RULE_RATES = {
     **dict.fromkeys(("rmnp", "pion(2)"), (1e-3, 3e-3, 1e-2)),
     **dict.fromkeys(("auon", "spectra"), (1.0, 3.0, 10.0)),
 }
-TRAINED_RULES = {**RULES, "pion(2)": pion(2)}
+# Rules whose other states are kept in 8 bits, to be compared with float32.
+CODED_STATES = ("soap", "soap_muon", "conda", "cosmos", "aro")
+
+
+def _wide_states(rule: UpdateRule) -> UpdateRule:
+    """The rule with what it keeps beside the momentum in float32."""
+
+    def wide(stage: Any) -> Any:
+        return dataclasses.replace(stage, bits=32) if hasattr(stage, "bits") else stage
+
+    fields = {
+        name: tuple(map(wide, value)) if name in ("precondition", "scaling") else wide(value)
+        for name in ("gradient", "precondition", "direction", "scaling")
+        for value in [getattr(rule, name)]
+    }
+    return dataclasses.replace(rule, **fields)
+
+
+def wide_states(rule: str) -> str:
+    """Name of the method that trains a rule with all of its states in float32."""
+    return f"{rule}, float32 states"
+
+
+TRAINED_RULES = {
+    **RULES,
+    "pion(2)": pion(2),
+    **{wide_states(rule): _wide_states(RULES[rule]) for rule in CODED_STATES},
+}
 
 
 def _of_rules() -> Iterator[Method]:
@@ -81,6 +117,9 @@ def _of_rules() -> Iterator[Method]:
     for rule in RULE_RATES:
         yield Method(rule, BASELINE, tuned_as=rule, baseline=rule, rule=rule)
         yield Method(f"{rule}, spectral4", "spectral4", tuned_as=rule, baseline=rule, rule=rule)
+        if rule in CODED_STATES:
+            wide = wide_states(rule)
+            yield Method(wide, BASELINE, tuned_as=rule, baseline=wide, rule=wide)
 
 
 # Trained where they are asked for, too.
