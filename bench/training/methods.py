@@ -92,12 +92,13 @@ def _wide_states(rule: UpdateRule) -> UpdateRule:
     def wide(stage: Any) -> Any:
         return dataclasses.replace(stage, bits=32) if hasattr(stage, "bits") else stage
 
-    fields = {
-        name: tuple(map(wide, value)) if name in ("precondition", "scaling") else wide(value)
-        for name in ("gradient", "precondition", "direction", "scaling")
-        for value in [getattr(rule, name)]
-    }
-    return dataclasses.replace(rule, **fields)
+    return dataclasses.replace(
+        rule,
+        gradient=wide(rule.gradient),
+        precondition=tuple(map(wide, rule.precondition)),
+        direction=wide(rule.direction),
+        scaling=tuple(map(wide, rule.scaling)),
+    )
 
 
 def wide_states(rule: str) -> str:

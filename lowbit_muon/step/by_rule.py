@@ -20,7 +20,7 @@ from lowbit_muon.step.rule_weights import RuleWeights, as_parameters, read_weigh
 from lowbit_muon.step.rules.direction import DirectionMap, Polar
 from lowbit_muon.step.rules.gains import Factors, GainRates
 from lowbit_muon.step.rules.precondition import to_norm_one
-from lowbit_muon.step.rules.stage import TINY, Matrices, norm
+from lowbit_muon.step.rules.stage import AGE, TINY, Matrices, norm
 
 if TYPE_CHECKING:
     from lowbit_muon.step.update import Batch, StepOptions
@@ -80,7 +80,7 @@ def transformed(grads: Tensor, batch: Batch, stored: StoredBatch, options: StepO
     if rule.gains is not None:
         asynchronous = stored.backend.asynchronous
         lr = _learning_rate(options, grads.device, asynchronous)
-        rates = GainRates(lr, options.weight_decay, _steps(batch, asynchronous))
+        rates = GainRates(lr, options.weight_decay, stored[RULE_PREFIX + AGE] + 1)
         new, factors = rule.gains.split(torch.stack(read_weights(batch)), parameters, state, rates)
         return Taken(as_parameters(new, rows, columns), state, factors=factors)
     assert rule.gradient is not None
@@ -125,7 +125,10 @@ def _matrices(
     """What the stages see."""
     rows, columns = batch.weights[0].shape
     asynchronous = given.x.backend.asynchronous
-    names, taken = options.rule.state((rows, columns)), given.taken
+    taken = given.taken
+    state = {name: stored[RULE_PREFIX + name] for name in options.rule.state((rows, columns))}
+    if AGE in state:
+        state[AGE] = state[AGE] + 1
 
     def read_grads() -> Tensor:
         of_gains = taken is not None and taken.factors is not None
@@ -142,7 +145,7 @@ def _matrices(
         _learning_rate(options, accepted.device, asynchronous),
         options.weight_decay,
         options.momentum,
-        {name: stored[RULE_PREFIX + name] for name in names} | (taken.state if taken else {}),
+        state | (taken.state if taken else {}),
         rate=taken.rate if taken else None,
         numbers=batch.numbers,
     )

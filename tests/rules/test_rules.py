@@ -416,6 +416,27 @@ def test_a_momentum_goes_over_to_another_rule() -> None:
     assert all(torch.equal(same.state[p][moment], average.state[p][moment]) for p in params)
 
 
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.needs("age")])
+def test_what_starts_anew_in_mid_run_counts_its_own_steps(rule: str) -> None:
+    """Averages that start at zero are corrected by how many steps they have taken: the first steps
+    behind a change of the rule are of the size of others, or of a new optimizer's first."""
+    moved = {}
+    for before, steps in ((rule, 30), ("muon", 30), (rule, 0)):
+        params = parameters()
+        optimizer = Muon(params, rule=before, lr=1e-6, state_format="fp32")
+        train(optimizer, params, range(30 - steps, 30))
+        went_on = Muon(params, rule=rule, state_format="fp32")
+        went_on.load_state_dict(optimizer.state_dict())
+        went_on.param_groups[0] |= {"lr": 0.02, "weight_decay": 0.0}
+        start = [param.detach().clone() for param in params]
+        train(went_on, params, range(30, 32))  # (SOAP takes the first one for its bases)
+        moved[before, steps] = [
+            float((param.detach() - old).norm()) for param, old in zip(params, start, strict=True)
+        ]
+    for usual, changed, first in zip(*moved.values(), strict=True):
+        assert usual / 3 < changed < 3 * max(usual, first)
+
+
 def test_options_of_a_rule_stay_where_another_rule_is_loaded() -> None:
     params = parameters()
     plain = Muon(params, momentum=0.9)

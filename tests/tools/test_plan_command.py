@@ -115,8 +115,9 @@ def test_a_rule_adds_what_it_keeps_and_its_update(
     assert "our formats with rule muon, in GiB" in shown
     assert "our formats with rule namo_d, in GiB" in shown
     before, after = ({plan["optimizer"]: plan for plan in r["plans"]} for r in (plain, ours))
-    # A float32 for each column: of four projections of 64, two of 64 and one of 96, in two layers.
-    kept = 4 * 2 * (6 * 64 + 96)
+    # A float32 for each column, and one for how many steps it has been kept: of four projections of
+    # 64, two of 64 and one of 96, in two layers.
+    kept = 4 * 2 * (6 * 64 + 96 + 7)
     assert (plain["rule_state"], ours["rule_state"]) == (0, kept)
     for name in PRESETS.keys() - {"muonq4"}:
         assert after[name]["state"] - before[name]["state"] == kept

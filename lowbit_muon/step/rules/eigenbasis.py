@@ -53,7 +53,7 @@ class _InEigenbases:
 
     The first gradient gives P and Q, by a decomposition that a GPU's host waits for; in every
     `every`-th step they are brought nearer by one QR decomposition of L P and R Q with columns in
-    the order of their eigenvalues (`_due`).
+    the order of their eigenvalues (`Matrices.due`).
 
     largest: sides that are longer are not rotated. bits: 8 for V, L, R, P and Q in codes
     (`step.rules.moments`, `step.rules.coded`), or 32.
@@ -61,6 +61,7 @@ class _InEigenbases:
 
     kind: ClassVar[str] = ""
     needs_size: ClassVar[bool] = True
+    needs_age: ClassVar[bool] = True
     beta: float = 0.95
     basis_beta: float = 0.95
     eps: float = 1e-8
@@ -99,7 +100,7 @@ class _InEigenbases:
     def _turn(self, bases: dict[str, Tensor], matrices: Matrices) -> None:
         """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
         grads = matrices.grads.float()
-        first, due = _due(matrices, self.every, since=1)
+        first, due = matrices.due(self.every, since=1)
         for side, basis in bases.items():
             square = grads @ grads.mT if side == "rows" else grads.mT @ grads
             before = decoded_factor(matrices.state, f"{side}_factor", self.bits)
@@ -122,9 +123,9 @@ class _InEigenbases:
 class EigenbasisAdam(_InEigenbases, DirectionMap):
     """O = P ((P^T M Q) / (sqrt(V) + eps)) Q^T sqrt(1 - beta^t) / (1 - momentum^t): SOAP.
 
-    With V <- beta V + (1 - beta) (P^T G Q)^2 (arXiv 2409.11321; nikhilvyas/SOAP), and P and Q as of
-    `_InEigenbases`, brought nearer after the step. The first gradient is for them alone, and moves
-    nothing (`SkipFirst`), so that t is one step less. A GPU's host waits in every step.
+    See `_adam` (arXiv 2409.11321; nikhilvyas/SOAP). P and Q are those of `_InEigenbases`, brought
+    nearer after the step. The first gradient is for them alone, and moves nothing (`SkipFirst`), so
+    that t is one step less. A GPU's host waits in every step.
     """
 
     kind: ClassVar[str] = "eigenbasis_adam"
@@ -132,14 +133,10 @@ class EigenbasisAdam(_InEigenbases, DirectionMap):
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
-        bases, t = self._read(matrices), (matrices.steps - 1).clamp_min(1)
-        squares = _rotated(matrices.grads.float(), bases).square_()
-        v = averaged(matrices, "rotated_moment", squares, self.beta, self.bits)
-        update = _rotated(x.mul_(matrices.size), bases).div_(v.sqrt().add_(self.eps))
-        update = _rotated_back(update, bases)
-        correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
+        bases = self._read(matrices)
+        update = _adam(self, x.mul_(matrices.size), bases, matrices, late=1)
         self._turn(bases, matrices)
-        return update.mul_(correction)
+        return update
 
 
 @dataclass(frozen=True)
@@ -162,14 +159,14 @@ class EigenbasisMoment(_InEigenbases, Preconditioner):
         v = averaged(matrices, "rotated_moment", rotated.square(), self.beta, self.bits)
         new = _rotated_back(rotated.div_(v.sqrt().add_(self.eps)), bases)
         self._turn(bases, matrices)
-        return torch.where(matrices.steps == 1, x, new)
+        return torch.where(matrices.age == 1, x, new)
 
 
 @dataclass(frozen=True)
 class MomentumBasisAdam(DirectionMap):
     """O = scale P ((P^T M) / (sqrt(V) + eps)) sqrt(1 - beta^t) / (1 - momentum^t): Conda.
 
-    With V <- beta V + (1 - beta) (P^T G)^2, and P [m, m] the left singular vectors of M, of M and G
+    See `_adam`; P [m, m] are the left singular vectors of M, of M and G
     with the short side m first (a square matrix's columns), from the first step and then every
     `every` steps on (jie040109/Conda; arXiv 2509.24218), for which a GPU's host waits.
 
@@ -178,6 +175,7 @@ class MomentumBasisAdam(DirectionMap):
 
     kind: ClassVar[str] = "momentum_basis_adam"
     needs_size: ClassVar[bool] = True
+    needs_age: ClassVar[bool] = True
     beta: float = 0.99
     eps: float = 1e-8
     every: int = 2000
@@ -201,34 +199,37 @@ class MomentumBasisAdam(DirectionMap):
         rows, columns = matrices.shape
         side = "rows" if rows < columns else "columns"
         basis = read_basis(matrices, "momentum_basis", self.bits)
-        momentum, t = x.mul_(matrices.size), matrices.steps
-        first, again = _due(matrices, self.every)
-        due = first + again
-        for index in due:
-            basis[index] = _left_vectors(momentum[index] if side == "rows" else momentum[index].mT)
-        if due:
-            keep_basis(matrices, "momentum_basis", basis.clone(), self.bits)
-        squares = _rotated(matrices.grads.float(), {side: basis}).square_()
-        v = averaged(matrices, "rotated_moment", squares, self.beta, self.bits)
-        rotated = _rotated(momentum, {side: basis}).div_(v.sqrt().add_(self.eps))
-        correction = (1 - torch.pow(self.beta, t)).sqrt_() / (1 - torch.pow(matrices.beta, t))
-        return _rotated_back(rotated, {side: basis}).mul_(correction * self.scale)
+        momentum = x.mul_(matrices.size)
+        first, again = matrices.due(self.every)
+        if first or again:
+            basis = basis.clone()
+            for index in first + again:
+                short = momentum[index] if side == "rows" else momentum[index].mT
+                basis[index] = _left_vectors(short)
+            keep_basis(matrices, "momentum_basis", basis, self.bits)
+        return _adam(self, momentum, {side: basis}, matrices).mul_(self.scale)
 
 
-def _due(matrices: Matrices, every: int, since: int = 0) -> tuple[list[int], list[int]]:
-    """Of the matrices: whose first step it is, and whose turn, every `every` steps behind `since`.
+def _adam(
+    stage: EigenbasisAdam | MomentumBasisAdam,
+    momentum: Tensor,
+    bases: dict[str, Tensor],
+    matrices: Matrices,
+    late: int = 0,
+) -> Tensor:
+    """P ((P^T M Q) / (sqrt(V) + eps)) Q^T sqrt(1 - beta^s) / (1 - momentum^t) with the bases given.
 
-    Parameters take turns in different steps: the step and the parameter's number add up to a
-    multiple, so that no step has all decompositions.
+    V <- beta V + (1 - beta) (P^T G Q)^2 began s steps ago, `late` behind the state's first, and M t
+    ago, as many behind the parameter's. If another rule made M, the gradient that V begins with may
+    be nearly zero where M is not: V begins with the larger of the two.
     """
-    steps = matrices.step_numbers()
-    first = [index for index, step in enumerate(steps) if step == 1]
-    due = [
-        index
-        for index, (step, number) in enumerate(zip(steps, matrices.numbers, strict=True))
-        if step > 1 and (step - since + number) % every == 0
-    ]
-    return first, due
+    s, t = ((steps - late).clamp_min(1) for steps in (matrices.age, matrices.steps))
+    rotated = _rotated(momentum, bases) / (1 - torch.pow(matrices.beta, t))
+    squares = _rotated(matrices.grads.float(), bases).square_()
+    squares = torch.where(s == 1, torch.maximum(squares, rotated.square()), squares)
+    v = averaged(matrices, "rotated_moment", squares, stage.beta, stage.bits)
+    rotated.div_(v.sqrt().add_(stage.eps)).mul_((1 - torch.pow(stage.beta, s)).sqrt_())
+    return _rotated_back(rotated, bases)
 
 
 def _left_vectors(m: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Factors(NamedTuple):
 
 
 class GainRates(NamedTuple):
-    """Options of the group, and how many steps each parameter has taken, with this one: [b, 1, 1].
+    """Options of the group, and how many steps the gains have taken, with this one: [b, 1, 1].
 
     lr may be a tensor on the device.
     """
@@ -56,6 +56,7 @@ class Gains(Stage):
     """
 
     needs_weights: ClassVar[bool] = True
+    needs_age: ClassVar[bool] = True
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

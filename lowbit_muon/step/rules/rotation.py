@@ -36,6 +36,7 @@ class Rotated(DirectionMap):
     """
 
     kind: ClassVar[str] = "rotated"
+    needs_age: ClassVar[bool] = True
     map: str = "sinkhorn"
     axis: str = "short"
     bits: int = 8
@@ -56,7 +57,7 @@ class Rotated(DirectionMap):
         m = x if by_row else x.mT
         before = read_basis(matrices, "rotation", self.bits)
         identity = torch.eye(before.shape[1], device=before.device)
-        before = torch.where(matrices.steps == 1, identity, before)
+        before = torch.where(matrices.age == 1, identity, before)
         rotation = torch.linalg.qr(m @ self._mapped(before, m, matrices).mT).Q
         keep_basis(matrices, "rotation", rotation, self.bits)
         update = rotation @ self._mapped(rotation, m, matrices)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_muon.state.stored import RuleState
+from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.constraint import Constraint
 from lowbit_muon.step.rules.direction import Direction, Polar
 from lowbit_muon.step.rules.gains import Gains
@@ -18,7 +18,7 @@ from lowbit_muon.step.rules.momentum import Momentum
 from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.sampling import Sampling
 from lowbit_muon.step.rules.scaling import Scaling
-from lowbit_muon.step.rules.stage import Stage, expect
+from lowbit_muon.step.rules.stage import AGE, Stage, expect
 from lowbit_muon.step.rules.step_size import StepSize
 from lowbit_muon.step.rules.weight_decay import OfGains, WeightDecay
 
@@ -140,7 +140,8 @@ class UpdateRule:
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """What its stages keep of a matrix [rows, columns], by name."""
-        return {n: kept for stage in self.stages() for n, kept in stage.state(shape).items()}
+        kept = {n: kept for stage in self.stages() for n, kept in stage.state(shape).items()}
+        return kept | ({AGE: Kept((1, 1))} if self.needs("age") else {})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: the name, and what differs from the defaults."""

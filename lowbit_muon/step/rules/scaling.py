@@ -147,6 +147,7 @@ class SignalToNoise(Scaling):
 
     kind: ClassVar[str] = "signal_to_noise"
     needs_size: ClassVar[bool] = True
+    needs_age: ClassVar[bool] = True
     beta: float = 0.99
     eps: float = 1e-8
 
@@ -175,6 +176,7 @@ class ColumnSignalToNoise(Scaling):
     kind: ClassVar[str] = "column_signal_to_noise"
     needs_size: ClassVar[bool] = True
     needs_momentum: ClassVar[bool] = True
+    needs_age: ClassVar[bool] = True
     beta: float = 0.99
     clamp: float = 0.75
     eps: float = 1e-8
@@ -205,9 +207,8 @@ class ColumnSignalToNoise(Scaling):
 
 def _corrections(stage: SignalToNoise | ColumnSignalToNoise, matrices: Matrices) -> Tensor:
     """sqrt(1 - beta^t) / (1 - momentum^t), [b, 1, 1]."""
-    steps = matrices.steps
-    second = (1 - torch.pow(stage.beta, steps)).sqrt_()
-    return second / (1 - torch.pow(matrices.beta, steps)).add_(1e-12)
+    second = (1 - torch.pow(stage.beta, matrices.age)).sqrt_()
+    return second / (1 - torch.pow(matrices.beta, matrices.steps)).add_(1e-12)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ StageT = TypeVar("StageT", bound="Stage")
 
 # Below the square of anything that a matrix of norm one has, and a float32.
 TINY = 1e-30
+# Name of the count that is kept for stages which ask for it (`Stage.needs_age`).
+AGE = "age"
 AXES = ("row", "column", "long", "short")
 BITS = (8, 32)
 
@@ -35,6 +37,7 @@ class Stage:
         needs_momentum: it looks at what the direction map is given (`Matrices.momentum`).
         needs_weights: it looks at the weights as a whole, not element by element.
         needs_rate: the step it leads to is not proportional to the learning rate.
+        needs_age: it looks at how many steps the rule's state has taken (`Matrices.age`).
         reads_state: names of what another stage of the rule has to keep for it.
     """
 
@@ -43,6 +46,7 @@ class Stage:
     needs_momentum: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
     needs_rate: ClassVar[bool] = False
+    needs_age: ClassVar[bool] = False
     reads_state: ClassVar[tuple[str, ...]] = ()
     _kinds: ClassVar[dict[tuple[type, str], type[Stage]]] = {}
 
@@ -145,11 +149,31 @@ class Matrices:
         """Gradients [b, rows, columns], any float dtype, zeros where they are refused."""
         return self.read_grads()
 
-    def step_numbers(self) -> list[int]:
-        """`steps` as whole numbers, for which a GPU's host waits; twos of what has no values."""
-        if self.steps.is_meta:
-            return [2] * len(self.steps)
-        return [int(step) for step in self.steps.view(-1)]
+    @property
+    def age(self) -> Tensor:
+        """How many steps the rule's state has taken, with this one, float32 [b, 1, 1].
+
+        Less than `steps` where an optimizer with another rule took the first of them.
+        """
+        return self.state[AGE]
+
+    def due(self, every: int, since: int = 0) -> tuple[list[int], list[int]]:
+        """Of the matrices: whose first step it is, and whose turn, every `every` steps behind
+        `since`. A GPU's host waits for it.
+
+        Parameters take turns in different steps: their age and number add up to a multiple, so that
+        no step has all decompositions.
+        """
+        if self.age.is_meta:
+            return [], []
+        ages = [int(age) for age in self.age.view(-1)]
+        first = [index for index, age in enumerate(ages) if age == 1]
+        again = [
+            index
+            for index, (age, number) in enumerate(zip(ages, self.numbers, strict=True))
+            if age > 1 and (age - since + number) % every == 0
+        ]
+        return first, again
 
     def multiply_rate(self, factor: Tensor) -> None:
         """Multiply the learning rate, for this step alone."""

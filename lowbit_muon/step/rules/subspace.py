@@ -37,6 +37,7 @@ class LeadingAdam(Preconditioner):
 
     kind: ClassVar[str] = "leading_adam"
     needs_size: ClassVar[bool] = True
+    needs_age: ClassVar[bool] = True
     rank: int = 64
     beta: float = 0.999
     eps: float = 1e-8
@@ -66,10 +67,12 @@ class LeadingAdam(Preconditioner):
         look_ahead = 1 + beta * (1 - torch.pow(beta, steps)) / (1 - beta)
         u = x.mul_(matrices.size / look_ahead)
         basis, projected = self._turned(matrices)
-        squares = projected.square_()
-        v = averaged(matrices, "leading_moment", squares, self.beta, self.bits)
-        correction = (1 - torch.pow(self.beta, steps)).sqrt_()
         inside, least = u @ basis, norm(u) * _ROUNDING
+        squares = projected.square_()
+        # (of another rule's momentum, this gradient may have nothing in some of these directions)
+        squares = torch.where(matrices.age == 1, torch.maximum(squares, inside.square()), squares)
+        v = averaged(matrices, "leading_moment", squares, self.beta, self.bits)
+        correction = (1 - torch.pow(self.beta, matrices.age)).sqrt_()
         rest = u.sub_(inside @ basis.mT)
         # (both are of rounding's size in directions that no gradient had)
         inside.mul_(torch.linalg.vector_norm(inside, dim=1, keepdim=True) > least)
@@ -81,7 +84,7 @@ class LeadingAdam(Preconditioner):
         """P' and G P' of this step; P' and S are kept."""
         state, grads = matrices.state, matrices.grads.float()
         old, squares = state["leading"].float(), state["leading_squares"]
-        first = matrices.steps == 1
+        first = matrices.age == 1
         old = torch.where(first, uniform(torch.zeros_like(matrices.steps), *old.shape[1:]), old)
         along = grads.mT @ (grads @ old)
         basis = torch.linalg.qr(torch.lerp(along, old @ squares, self.beta)).Q
