@@ -16,7 +16,6 @@ from lowbit_muon import (
     RULES,
     MuonWithAuxAdam,
     StateFormat,
-    UpdateRule,
     muon_param_groups,
     quantize,
 )
@@ -72,7 +71,7 @@ RULE_RATES = {
     "scion": (4e-4, 8e-4, 1.6e-3),
     "adago": (0.1, 0.2, 0.4),
     "polargrad": (0.1, 0.3, 1.0),
-    **dict.fromkeys(("drop_muon", "soap_muon"), _USUAL),
+    **dict.fromkeys(("drop_muon", "soap_muon", "mousse"), _USUAL),
     "aro": _MATCHED,
     "cosmos": (1e-2, 2e-2, 4e-2),
     "conda": (5e-3, 1e-2, 2e-2),
@@ -83,22 +82,7 @@ RULE_RATES = {
     **dict.fromkeys(("auon", "spectra"), (1.0, 3.0, 10.0)),
 }
 # Rules whose other states are kept in 8 bits, to be compared with float32.
-CODED_STATES = ("soap", "soap_muon", "conda", "cosmos", "aro")
-
-
-def _wide_states(rule: UpdateRule) -> UpdateRule:
-    """The rule with what it keeps beside the momentum in float32."""
-
-    def wide(stage: Any) -> Any:
-        return dataclasses.replace(stage, bits=32) if hasattr(stage, "bits") else stage
-
-    return dataclasses.replace(
-        rule,
-        gradient=wide(rule.gradient),
-        precondition=tuple(map(wide, rule.precondition)),
-        direction=wide(rule.direction),
-        scaling=tuple(map(wide, rule.scaling)),
-    )
+CODED_STATES = ("soap", "soap_muon", "conda", "cosmos", "aro", "mousse")
 
 
 def wide_states(rule: str) -> str:
@@ -109,7 +93,7 @@ def wide_states(rule: str) -> str:
 TRAINED_RULES = {
     **RULES,
     "pion(2)": pion(2),
-    **{wide_states(rule): _wide_states(RULES[rule]) for rule in CODED_STATES},
+    **{wide_states(rule): RULES[rule].with_state_bits(32) for rule in CODED_STATES},
 }
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from device_reference import DeviceReference
 from torch import Tensor, nn
-from wide import has_codes, wide
 
 from lowbit_muon import (
     PRESETS,
@@ -100,7 +99,7 @@ def options_of(rule: str, state_format: str) -> dict[str, Any]:
 @pytest.mark.parametrize("rule", ALL)
 def test_a_batch_steps_as_each_matrix_alone(rule: str) -> None:
     params, alone = parameters(), parameters()
-    options = options_of(rule, "fp32") | {"rule": wide(ALL[rule])}
+    options = options_of(rule, "fp32") | {"rule": ALL[rule].with_state_bits(32)}
     together = Muon(params, **options)
     optimizers = [Muon([param], **options) for param in alone]
     for step in range(3):
@@ -129,7 +128,7 @@ def test_panels_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("rule", ALL)
 def test_a_device_steps_as_the_host(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = options_of(rule, "fp32") | {"rule": wide(ALL[rule])}
+    options = options_of(rule, "fp32") | {"rule": ALL[rule].with_state_bits(32)}
     host = parameters()
     train(Muon(host, **options), host, range(3))
     monkeypatch.setattr(muon_module, "get_backend", lambda *_: DeviceReference())
@@ -142,7 +141,9 @@ def test_a_device_steps_as_the_host(rule: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
-@pytest.mark.parametrize("rule", [rule for rule in ALL if has_codes(ALL[rule])])
+@pytest.mark.parametrize(
+    "rule", [rule for rule in ALL if ALL[rule].with_state_bits(32) != ALL[rule]]
+)
 def test_eight_bits_end_beside_float32(
     rule: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +153,7 @@ def test_eight_bits_end_beside_float32(
     start = torch.randn(24, 48, generator=generator)
     grads = [torch.randn(24, 48, generator=generator) for _ in range(4)]
     ends = []
-    for each in (ALL[rule], wide(ALL[rule])):
+    for each in (ALL[rule], ALL[rule].with_state_bits(32)):
         param = nn.Parameter(start.clone())
         optimizer = Muon([param], rule=each, state_format="fp32", lr=0.01, weight_decay=0.0)
         for grad in grads:
@@ -168,8 +169,10 @@ def test_eight_bits_end_beside_float32(
     # SOAP's bases are wrong by 0.9 %, which on two sides puts an error of 1.3 % of its usual size
     # on each rotated element. Adam's first step is the elements' signs, of which as many change as
     # are smaller than that: 1.3 % sqrt(2 / pi) = 1 %, or 2 sqrt(0.01) = 20 % of such a step, and
-    # of what SOAP-Muon's polar factor takes.
-    assert 0 < error <= (0.2 if rule.startswith("soap") else 0.023) * moved
+    # of what SOAP-Muon's polar factor takes. Mousse's, by 1.3 % of X in front of its polar factor:
+    # 9 % if all went that way, and 1.3 % behind it.
+    rotated = rule in ("soap", "soap_muon", "mousse")
+    assert 0 < error <= (0.2 if rotated else 0.023) * moved
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])

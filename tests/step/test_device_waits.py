@@ -57,8 +57,8 @@ def test_a_step_never_waits_for_the_device(
 
 # Decompositions whose host waits, as their docstrings say.
 DECOMPOSING = {
-    "eigenbasis_adam", "eigenbasis_moment", "exact_polar", "low_rank_polar", "momentum_basis_adam",
-    "polar_factor", "soft_clip",
+    "eigenbasis_adam", "eigenbasis_moment", "exact_polar", "kronecker_whitened", "low_rank_polar",
+    "momentum_basis_adam", "polar_factor", "soft_clip",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from lowbit_muon.step.rules.eigenbasis import (
 from lowbit_muon.step.rules.fisher import FisherUnwhitened, FisherWhitened
 from lowbit_muon.step.rules.gains import AxisGains, RowGains
 from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
+from lowbit_muon.step.rules.kronecker import KroneckerUnwhitened, KroneckerWhitened
 from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
 from lowbit_muon.step.rules.precondition import (
     Agreeing,
@@ -202,6 +203,14 @@ RULES: dict[str, UpdateRule] = {
             precondition=(LeadingAdam(),),
             scaling=(FixedNorm("rms", rms=1.0), WithLeading(), FixedNorm("rms", rms=0.1)),
             options=(("momentum", 0.9), _UNSCALED, _UNDECAYED),
+        ),
+        # Anti-Entrophic/Mousse (arXiv 2603.09697)
+        UpdateRule(
+            "mousse",
+            momentum=_SUM,
+            precondition=(KroneckerWhitened(),),
+            scaling=(KroneckerUnwhitened(),),
+            options=(_PLAIN, _SPECTRAL, ("weight_decay", 0.01)),
         ),
         # arXiv 2602.09006, with Sinkhorn's function; weights' sides by their length, not their role
         UpdateRule(

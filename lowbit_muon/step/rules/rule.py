@@ -143,6 +143,20 @@ class UpdateRule:
         kept = {n: kept for stage in self.stages() for n, kept in stage.state(shape).items()}
         return kept | ({AGE: Kept((1, 1))} if self.needs("age") else {})
 
+    def with_state_bits(self, bits: int) -> UpdateRule:
+        """The rule with what it keeps beside the momentum in 8 bits, or in 32, of each element.
+
+        Of stages that leave the choice, which have 8 by default; others stay. Raises ValueError for
+        other numbers.
+        """
+        changed: dict[str, Any] = {
+            name: tuple(_in_bits(stage, bits) for stage in getattr(self, name))
+            if several
+            else _in_bits(getattr(self, name), bits)
+            for name, (_, several) in _STAGES.items()
+        }
+        return dataclasses.replace(self, **changed)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: the name, and what differs from the defaults."""
         values: dict[str, Any] = {"name": self.name}
@@ -179,6 +193,10 @@ class UpdateRule:
         expect(isinstance(options, Mapping), "rule: options", "a mapping", options)
         made["options"] = tuple((name, _hashable(value)) for name, value in options.items())
         return cls(**made)
+
+
+def _in_bits(stage: Any, bits: int) -> Any:
+    return dataclasses.replace(stage, bits=bits) if hasattr(stage, "bits") else stage
 
 
 def _hashable(value: Any) -> Any:

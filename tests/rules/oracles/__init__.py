@@ -56,7 +56,7 @@ from oracles.moments import (
     NorMuonSpeedrun,
 )
 from oracles.sampling import DropMuon
-from oracles.subspace import Aro, Conda, Cosmos, Fismo, Soap, SoapMuon
+from oracles.subspace import Aro, Conda, Cosmos, Fismo, Mousse, Soap, SoapMuon
 
 ORACLES: dict[str, Callable[..., Oracle]] = {
     "muon": Muon,
@@ -103,6 +103,7 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "drop_muon": DropMuon,
     "cosmos": Cosmos,
     "aro": Aro,
+    "mousse": Mousse,
     "soap": Soap,
     "soap_muon": SoapMuon,
     "fismo": Fismo,

@@ -264,3 +264,43 @@ class Fismo(Oracle):
 def inverse_root(x: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(x)
     return vectors / values.sqrt() @ vectors.T
+
+
+@dataclass(kw_only=True, eq=False)
+class Mousse(Oracle):
+    """Mousse (arXiv 2603.09697; Anti-Entrophic/Mousse): M sum; L <- b L + (1 - b) G G^T and R of
+    G^T G; in the first step and each `every`-th, of m L / tr(L) = Q D Q^T, S_L = Q (D + eps)^-alpha
+    Q^T, S_R alike; O = polar(S_L M S_R), W <- (1 - eta lambda) W - eta sqrt(m/n) ||O|| S_L O S_R /
+    ||S_L O S_R||. number: is added to t where it is to be a multiple of `every`. Officially eps is
+    1e-10 and on top of the least eigenvalue in float32.
+    """
+
+    lr: float = 0.01
+    weight_decay: float = 0.01
+    form: str = "sum"
+    nesterov: bool = False
+    scale: str = "spectral_unclamped"
+    b: float = 0.95
+    alpha: float = 0.125
+    eps: float = 1e-6
+    every: int = 10
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.factors = [torch.zeros(m, m, dtype=torch.float64) for m in self.weight.shape]
+        self.roots: list[Tensor] = []
+
+    def direction(self, grad: Tensor) -> Tensor:
+        for axis, square in enumerate((grad @ grad.T, grad.T @ grad)):
+            self.factors[axis] = self.b * self.factors[axis] + (1 - self.b) * square
+        if self.steps == 1 or (self.steps + self.number) % self.every == 0:
+            self.roots = [self.root(factor) for factor in self.factors]
+        left, right = self.roots
+        o = self.polar(left @ self.accumulate(grad) @ right)
+        new = left @ o @ right
+        return o.norm() * new / max(float(new.norm()), 1e-300)
+
+    def root(self, factor: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(len(factor) * factor / factor.trace().clamp_min(1e-300))
+        return vectors @ torch.diag((values.clamp_min(0) + self.eps) ** -self.alpha) @ vectors.T
