@@ -19,6 +19,7 @@ from .optimizers.family import (
 )
 from .optimizers.foreign_groups import from_groups
 from .optimizers.gradient_release import GradientRelease, attach_gradient_release
+from .optimizers.layer_inputs import LayerInputs, attach_layer_inputs
 from .optimizers.muon import Muon
 from .optimizers.muon_adamw import MuonWithAuxAdam
 from .optimizers.param_groups import muon_param_groups
@@ -46,6 +47,7 @@ __all__ = [
     "ExchangeError",
     "GradientRelease",
     "HeadRows",
+    "LayerInputs",
     "Lion",
     "Muon",
     "MuonFactory",
@@ -63,6 +65,7 @@ __all__ = [
     "UpdateRule",
     "__version__",
     "attach_gradient_release",
+    "attach_layer_inputs",
     "attach_qk_clip",
     "clip_grad_spectral_",
     "find_projections",

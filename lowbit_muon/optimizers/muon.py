@@ -83,6 +83,8 @@ from lowbit_muon.step.update import StepOptions, check_ns_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from lowbit_muon.optimizers.layer_inputs import LayerInputs
+
 
 def _any_dtensor(params: Sequence[Tensor]) -> bool:
     return any(type(param) is not nn.Parameter and is_dtensor(param) for param in params)
@@ -167,6 +169,8 @@ class Muon(Optimizer):
 
     # A group's options where neither it, nor the constructor, nor its rule has values for them.
     _usual: ClassVar[dict[str, Any]] = GROUP_DEFAULTS
+    # What `attach_layer_inputs` has attached; copies of the optimizer have none.
+    layer_inputs: LayerInputs | None = None
 
     def __init__(
         self,
@@ -253,7 +257,7 @@ class Muon(Optimizer):
                 loss = closure()
         with plain_modes():
             if closure is None and not any(self.state.values()) and self._only_makes_states():
-                self._prepare_states()
+                self.prepare_states()
                 return None
             for group in self.param_groups:
                 self._check_parameters(group, range(len(group["params"])))
@@ -373,7 +377,7 @@ class Muon(Optimizer):
         # A copy: frameworks that replace parameters ask for a state dict before they do.
         self.state = defaultdict(dict, own)
         try:
-            self._prepare_states()
+            self.prepare_states()
             return self._complete_state_dict()
         finally:
             self.state = own
@@ -461,6 +465,11 @@ class Muon(Optimizer):
         For hooks that run in the backward pass (`attach_gradient_release`).
         """
         group = self.param_groups[group_index]
+        if self.layer_inputs is not None:
+            raise ValueError(
+                "rule: expected one that does not look at what layers read, since that is taken "
+                "when step() is called, got a step of one parameter"
+            )
         self._check_parameters(group, [index])
         if group["nonfinite"] == "raise":
             self._check_finite(group, [index])
@@ -545,8 +554,8 @@ class Muon(Optimizer):
         return bool(zeros) and all(map(bool, zeros))
 
     @plain_modes()
-    def _prepare_states(self) -> None:
-        """Make the states that are missing."""
+    def prepare_states(self) -> None:
+        """Make the states that are missing, as the first steps would."""
         for group in self.param_groups:
             for part in self._shared(group):
                 self._prepare_shared(group, part)
@@ -575,6 +584,13 @@ class Muon(Optimizer):
         if group["ns_dtype"] not in ("auto", "float32"):
             for device in {local_part(param).device for param in group["params"]}:
                 check_ns_dtype(group, get_backend(group["backend"], device))
+        if self.layer_inputs is None and "rule" in group:
+            rule = StepOptions.from_group(group).rule
+            if rule.needs("inputs"):
+                raise ValueError(
+                    f"rule: '{rule.name}' looks at what layers read, expected "
+                    "attach_layer_inputs(model, optimizer) before the first step"
+                )
         for index in indices:
             param = group["params"][index]
             if param.grad is not None:

@@ -27,10 +27,10 @@ from lowbit_muon.optimizers.qk_attention import (
     unwatch,
     watch,
 )
+from lowbit_muon.optimizers.step_hooks import check_process_group
 from lowbit_muon.state.placement import (
     FSDP1_ADVICE,
     in_parts,
-    is_dtensor,
     is_of_fsdp1,
     local_part,
     local_shard,
@@ -438,17 +438,8 @@ def _check_processes(
 ) -> None:
     scaled = [scaled for layer in layers for scaled in layer.scaled]
     shared = isinstance(optimizer, Muon) and optimizer.is_shared()
-    distributed = shared or type(model).__name__ == "DistributedDataParallel"
-    if process_group is None and (distributed or any(is_dtensor(one.param) for one in scaled)):
-        raise ValueError(
-            "process_group: expected the processes that train the model together, since all have "
-            "to clip alike, got None; torch.distributed.group.WORLD is all of them"
-        )
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            f"process_group: expected one of torch.distributed or None, "
-            f"got {type(process_group).__name__}"
-        )
+    params = [one.param for one in scaled]
+    check_process_group(model, optimizer, params, process_group, "all have to clip alike")
     options = {param: group for group in optimizer.param_groups for param in group["params"]}
     for one in scaled:
         compensated = options.get(one.param, {}).get("compensation", False)

@@ -1,9 +1,15 @@
-"""Hooks before a step that want its gradients, with a closure or without."""
+"""What is attached to an optimizer's steps: hooks that want gradients, and their processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowbit_muon.state.placement import is_dtensor
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -28,3 +34,28 @@ def when_gradients_are_there(
         return loss
 
     return args[:1], {**kwargs, "closure": closure_and_action}
+
+
+def check_process_group(
+    model: nn.Module,
+    optimizer: Optimizer,
+    params: Iterable[Tensor],
+    process_group: object,
+    reason: str,
+) -> None:
+    """Raise for a missing process group where processes train together, or one of another type.
+
+    params: what is looked at; parts of such on several processes need a group, too.
+    """
+    shared = getattr(optimizer, "is_shared", lambda: False)()
+    distributed = shared or type(model).__name__ == "DistributedDataParallel"
+    if process_group is None and (distributed or any(map(is_dtensor, params))):
+        raise ValueError(
+            "process_group: expected the processes that train the model together, since "
+            f"{reason}, got None; torch.distributed.group.WORLD is all of them"
+        )
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected one of torch.distributed or None, "
+            f"got {type(process_group).__name__}"
+        )

@@ -17,7 +17,7 @@ SCALE_FREE = [
     "scion_col", "lion", "signum", "muoneq", "muon_plus", "muonh", "pion", "cautious_muon", "muon2",
     "dion2", "nordion2", "soft_cap", "hard_cap", "spectral_hammer", "spectral_ball",
     "spectral_decay", "muon_ball", "spectral_sphere", "muown", "angular_muown", "md_rows",
-    "md_columns", "md_decoupling", "drop_muon", "cosmos", "aro", "conda", "mousse",
+    "md_columns", "md_decoupling", "drop_muon", "cosmos", "aro", "conda", "mousse", "newton_muon",
 ]  # fmt: skip
 # Weights are brought somewhere, whatever the gradient.
 CONSTRAINED = [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.state.stored import Kept, RuleState
-from lowbit_muon.step.rules.stage import TINY, Matrices
+from lowbit_muon.step.rules.stage import TINY
 
 _LARGEST_CODE = 127
 
@@ -28,21 +28,21 @@ def square_state(name: str, m: int, bits: int) -> RuleState:
     return {name: Kept((m, m), torch.int8), f"{name}_scales": Kept((1, m))}
 
 
-def read_basis(matrices: Matrices, name: str, bits: int) -> Tensor:
+def read_basis(state: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
     """A basis as it is kept, float32 [b, m, m]; zeros before the first."""
-    codes = matrices.state[name].float()
-    return codes if bits == 32 else codes * matrices.state[f"{name}_scales"]
+    codes = state[name].float()
+    return codes if bits == 32 else codes * state[f"{name}_scales"]
 
 
-def keep_basis(matrices: Matrices, name: str, basis: Tensor, bits: int) -> None:
+def keep_basis(state: dict[str, Tensor], name: str, basis: Tensor, bits: int) -> None:
     """Inverse of `read_basis`, but for rounding."""
     if bits == 32:
-        matrices.state[name] = basis
+        state[name] = basis
         return
     largest = torch.linalg.vector_norm(basis, ord=torch.inf, dim=1, keepdim=True)
     scales = largest / _LARGEST_CODE
-    matrices.state[name] = (basis / scales.clamp_min(TINY)).round_().to(torch.int8)
-    matrices.state[f"{name}_scales"] = scales
+    state[name] = (basis / scales.clamp_min(TINY)).round_().to(torch.int8)
+    state[f"{name}_scales"] = scales
 
 
 def decoded_factor(state: Mapping[str, Tensor], name: str, bits: int) -> Tensor:

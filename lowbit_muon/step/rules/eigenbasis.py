@@ -95,7 +95,7 @@ class _InEigenbases:
     def _read(self, matrices: Matrices) -> dict[str, Tensor]:
         """Side -> its basis; zeros before the first."""
         sides = self._sides(matrices.shape)
-        return {side: read_basis(matrices, f"{side}_basis", self.bits) for side in sides}
+        return {side: read_basis(matrices.state, f"{side}_basis", self.bits) for side in sides}
 
     def _turn(self, bases: dict[str, Tensor], matrices: Matrices) -> None:
         """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
@@ -116,7 +116,7 @@ class _InEigenbases:
                 order = (basis[index] * along).sum(dim=0).argsort(descending=True)
                 basis[index] = torch.linalg.qr(along[:, order]).Q
                 _reorder(matrices, index, order, _SIDES[side])
-            keep_basis(matrices, f"{side}_basis", basis, self.bits)
+            keep_basis(matrices.state, f"{side}_basis", basis, self.bits)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class MomentumBasisAdam(DirectionMap):
         """See `DirectionMap.apply`."""
         rows, columns = matrices.shape
         side = "rows" if rows < columns else "columns"
-        basis = read_basis(matrices, "momentum_basis", self.bits)
+        basis = read_basis(matrices.state, "momentum_basis", self.bits)
         momentum = x.mul_(matrices.size)
         first, again = matrices.due(self.every)
         if first or again:
@@ -206,7 +206,7 @@ class MomentumBasisAdam(DirectionMap):
             for index in first + again:
                 short = momentum[index] if side == "rows" else momentum[index].mT
                 basis[index] = _left_vectors(short)
-            keep_basis(matrices, "momentum_basis", basis, self.bits)
+            keep_basis(matrices.state, "momentum_basis", basis, self.bits)
         return _adam(self, momentum, {side: basis}, matrices).mul_(self.scale)
 
 

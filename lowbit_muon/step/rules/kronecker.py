@@ -72,7 +72,7 @@ class KroneckerWhitened(Preconditioner):
         first, again = matrices.due(self.every)
         grads = matrices.grads.float()
         for side, turned in zip(_SIDES, (grads, grads.mT), strict=True):
-            basis = read_basis(matrices, f"{side}_basis", self.bits)
+            basis = read_basis(matrices.state, f"{side}_basis", self.bits)
             if first:
                 basis = basis.clone()
                 basis[first] = torch.eye(basis.shape[1], device=basis.device)
@@ -98,9 +98,9 @@ class KroneckerWhitened(Preconditioner):
         powers[due] = (values.clamp_min(0.0) + self.eps).pow(-self.exponent).unsqueeze(1).float()
         new = basis.clone()
         new[due] = vectors.float()
-        keep_basis(matrices, f"{side}_basis", new, self.bits)
+        keep_basis(matrices.state, f"{side}_basis", new, self.bits)
         matrices.state[f"{side}_powers"] = powers
-        kept = read_basis(matrices, f"{side}_basis", self.bits)[due].to(wide)
+        kept = read_basis(matrices.state, f"{side}_basis", self.bits)[due].to(wide)
         factor = factor.clone()
         factor[due] = (kept.mT @ plain @ kept).float()
         return factor
@@ -131,4 +131,4 @@ class KroneckerUnwhitened(Scaling):
 
 def _read(side: str, bits: int, matrices: Matrices) -> tuple[Tensor, Tensor]:
     """(basis [b, m, m], powers [b, 1, m]) of a side."""
-    return read_basis(matrices, f"{side}_basis", bits), matrices.state[f"{side}_powers"]
+    return read_basis(matrices.state, f"{side}_basis", bits), matrices.state[f"{side}_powers"]

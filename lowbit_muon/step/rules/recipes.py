@@ -25,6 +25,7 @@ from lowbit_muon.step.rules.eigenbasis import (
 from lowbit_muon.step.rules.fisher import FisherUnwhitened, FisherWhitened
 from lowbit_muon.step.rules.gains import AxisGains, RowGains
 from lowbit_muon.step.rules.gradient import PolarFactor, RowFeedback, VarianceReduction
+from lowbit_muon.step.rules.inputs import InputWhitened
 from lowbit_muon.step.rules.kronecker import KroneckerUnwhitened, KroneckerWhitened
 from lowbit_muon.step.rules.momentum import FeedbackMomentum, SumMomentum, TwoDecays
 from lowbit_muon.step.rules.precondition import (
@@ -328,6 +329,15 @@ def pion(k: int, steps: int = 5) -> UpdateRule:
     coefficients = ((1.875, -1.25, 0.375),) * k + ((0.0, 2.5, -1.5),) * (steps - k)
     options = (_PLAIN, ("ns_coefficients", coefficients), ("ns_steps", steps))
     return UpdateRule(f"pion {k} of {steps}", momentum=_SUM, options=options)
+
+
+def newton_muon(every: int = 32) -> UpdateRule:
+    """Newton-Muon: gradients are whitened by the second moment of what their layer reads.
+
+    arXiv 2604.01472; zhehangdu/Newton-Muon. To be used with `attach_layer_inputs`, which collects
+    that in every `every`-th step.
+    """
+    return UpdateRule("newton_muon", gradient=InputWhitened(every=every))
 
 
 def fismo(decay: float, damping: float) -> UpdateRule:

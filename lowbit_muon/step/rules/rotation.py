@@ -55,11 +55,11 @@ class Rotated(DirectionMap):
         """See `DirectionMap.apply`."""
         by_row = dimension(self.axis, matrices.shape) == 1
         m = x if by_row else x.mT
-        before = read_basis(matrices, "rotation", self.bits)
+        before = read_basis(matrices.state, "rotation", self.bits)
         identity = torch.eye(before.shape[1], device=before.device)
         before = torch.where(matrices.age == 1, identity, before)
         rotation = torch.linalg.qr(m @ self._mapped(before, m, matrices).mT).Q
-        keep_basis(matrices, "rotation", rotation, self.bits)
+        keep_basis(matrices.state, "rotation", rotation, self.bits)
         update = rotation @ self._mapped(rotation, m, matrices)
         return update if by_row else update.mT
 

@@ -37,6 +37,7 @@ class Stage:
         needs_momentum: it looks at what the direction map is given (`Matrices.momentum`).
         needs_weights: it looks at the weights as a whole, not element by element.
         needs_rate: the step it leads to is not proportional to the learning rate.
+        needs_inputs: it looks at what layers read (`optimizers.layer_inputs`).
         needs_age: it looks at how many steps the rule's state has taken (`Matrices.age`).
         reads_state: names of what another stage of the rule has to keep for it.
     """
@@ -46,6 +47,7 @@ class Stage:
     needs_momentum: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
     needs_rate: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
     needs_age: ClassVar[bool] = False
     reads_state: ClassVar[tuple[str, ...]] = ()
     _kinds: ClassVar[dict[tuple[type, str], type[Stage]]] = {}

@@ -43,7 +43,7 @@ from oracles.directions import (
     TurboMuon,
 )
 from oracles.gains import GAINS
-from oracles.gradients import Dion2, MarsM, NorDion2
+from oracles.gradients import Dion2, MarsM, NewtonMuon, NorDion2
 from oracles.moments import (
     AdaGO,
     AdaMuon,
@@ -90,6 +90,7 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "cautious_muon": CautiousMuon,
     "muon2": Muon2,
     "mars_m": MarsM,
+    "newton_muon": NewtonMuon,
     "dion2": Dion2,
     "nordion2": NorDion2,
     "soft_cap": SoftCap,

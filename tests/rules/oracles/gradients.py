@@ -33,6 +33,33 @@ class MarsM(Oracle):
 
 
 @dataclass(kw_only=True, eq=False)
+class NewtonMuon(Oracle):
+    """Newton-Muon (arXiv 2604.01472; zhehangdu/Newton-Muon): G (K + (ridge tr(K) / n + eps) I)^-1
+    into Muon's M, with K <- b K + (1 - b) X^T X / (rows of X), 0.001 I at first, in each step that
+    `read` has given inputs X before."""
+
+    b: float = 0.95
+    ridge: float = 0.2
+    initial: float = 1e-3
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = self.weight.shape[1]
+        self.k = self.initial * torch.eye(n, dtype=torch.float64)
+
+    def read(self, x: Tensor) -> None:
+        x = x.double()
+        self.k = self.b * self.k + (1 - self.b) * x.T @ x / len(x)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        n = len(self.k)
+        ridge = self.ridge * self.k.trace() / n + self.eps
+        inverse = torch.linalg.inv(self.k + ridge * torch.eye(n, dtype=torch.float64))
+        return super().direction(grad @ inverse)
+
+
+@dataclass(kw_only=True, eq=False)
 class Dion2(Oracle):
     """Dion2 (arXiv 2512.16928, dion/dion2.py): M <- M + G; of the rows, or columns of a tall
     matrix, the share `fraction` of the largest L1 norms moves by polar(M_selected), s = sqrt(m/n);
