@@ -10,21 +10,20 @@ from torch import Tensor
 
 from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.state.stored import Kept, RuleState
-from lowbit_muon.step.rules.coded import (
-    decoded_factor,
-    encoded_factor,
-    keep_basis,
-    read_basis,
-    square_state,
-)
+from lowbit_muon.step.rules.coded import keep_basis, read_basis, square_state
 from lowbit_muon.step.rules.direction import DirectionMap
+from lowbit_muon.step.rules.factors import (
+    SIDES,
+    factors_state,
+    read_bases,
+    rotated,
+    rotated_back,
+    take_gradients,
+)
 from lowbit_muon.step.rules.gradient import GradientTransform
 from lowbit_muon.step.rules.moments import averaged, moment_state
 from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.stage import Matrices, check_bits, expect
-
-# Name of a side's factor and basis -> its dimension of [b, rows, columns].
-_SIDES = {"rows": 1, "columns": 2}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class _InEigenbases:
     the order of their eigenvalues (`Matrices.due`).
 
     largest: sides that are longer are not rotated. bits: 8 for V, L, R, P and Q in codes
-    (`step.rules.moments`, `step.rules.coded`), or 32.
+    (`step.rules.moments`, `step.rules.factors`), or 32.
     """
 
     kind: ClassVar[str] = ""
@@ -82,41 +81,29 @@ class _InEigenbases:
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        kept = moment_state("rotated_moment", shape, self.bits)
-        for side in self._sides(shape):
-            m = shape[_SIDES[side] - 1]
-            kept |= square_state(f"{side}_factor", m, self.bits)
-            kept |= square_state(f"{side}_basis", m, self.bits)
-        return kept
+        moment = moment_state("rotated_moment", shape, self.bits)
+        return moment | factors_state(shape, self._sides(shape), self.bits)
 
     def _sides(self, shape: tuple[int, int]) -> list[str]:
-        return [side for side, axis in _SIDES.items() if shape[axis - 1] <= self.largest]
+        return [side for side, axis in SIDES.items() if shape[axis - 1] <= self.largest]
 
     def _read(self, matrices: Matrices) -> dict[str, Tensor]:
         """Side -> its basis; zeros before the first."""
-        sides = self._sides(matrices.shape)
-        return {side: read_basis(matrices.state, f"{side}_basis", self.bits) for side in sides}
+        return read_bases(matrices, self._sides(matrices.shape), self.bits)
 
     def _turn(self, bases: dict[str, Tensor], matrices: Matrices) -> None:
         """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
-        grads = matrices.grads.float()
-        first, due = matrices.due(self.every, since=1)
-        for side, basis in bases.items():
-            square = grads @ grads.mT if side == "rows" else grads.mT @ grads
-            before = decoded_factor(matrices.state, f"{side}_factor", self.bits)
-            factor = torch.lerp(square, before, self.basis_beta)
-            matrices.state |= encoded_factor(f"{side}_factor", factor, self.bits)
-            if not (first or due):
-                continue
-            basis = basis.clone()
-            for index in first:
-                basis[index] = torch.linalg.eigh(factor[index]).eigenvectors.flip(1)
-            for index in due:
-                along = factor[index] @ basis[index]
-                order = (basis[index] * along).sum(dim=0).argsort(descending=True)
-                basis[index] = torch.linalg.qr(along[:, order]).Q
-                _reorder(matrices, index, order, _SIDES[side])
-            keep_basis(matrices.state, f"{side}_basis", basis, self.bits)
+        first, again = matrices.due(self.every, since=1)
+
+        def turned(index: int, side: str, factor: Tensor, basis: Tensor) -> Tensor:
+            if index in first:
+                return torch.linalg.eigh(factor).eigenvectors.flip(1)
+            along = factor @ basis
+            order = (basis * along).sum(dim=0).argsort(descending=True)
+            _reorder(matrices, index, order, SIDES[side])
+            return torch.linalg.qr(along[:, order]).Q
+
+        take_gradients(matrices, bases, self.basis_beta, self.bits, first + again, turned)
 
 
 @dataclass(frozen=True)
@@ -155,9 +142,9 @@ class EigenbasisMoment(_InEigenbases, Preconditioner):
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Preconditioner.apply`."""
         bases = self._read(matrices)
-        rotated = _rotated(x * matrices.size, bases)
-        v = averaged(matrices, "rotated_moment", rotated.square(), self.beta, self.bits)
-        new = _rotated_back(rotated.div_(v.sqrt().add_(self.eps)), bases)
+        inside = rotated(x * matrices.size, bases)
+        v = averaged(matrices, "rotated_moment", inside.square(), self.beta, self.bits)
+        new = rotated_back(inside.div_(v.sqrt().add_(self.eps)), bases)
         self._turn(bases, matrices)
         return torch.where(matrices.age == 1, x, new)
 
@@ -224,30 +211,18 @@ def _adam(
     be nearly zero where M is not: V begins with the larger of the two.
     """
     s, t = ((steps - late).clamp_min(1) for steps in (matrices.age, matrices.steps))
-    rotated = _rotated(momentum, bases) / (1 - torch.pow(matrices.beta, t))
-    squares = _rotated(matrices.grads.float(), bases).square_()
-    squares = torch.where(s == 1, torch.maximum(squares, rotated.square()), squares)
+    inside = rotated(momentum, bases) / (1 - torch.pow(matrices.beta, t))
+    squares = rotated(matrices.grads.float(), bases).square_()
+    squares = torch.where(s == 1, torch.maximum(squares, inside.square()), squares)
     v = averaged(matrices, "rotated_moment", squares, stage.beta, stage.bits)
-    rotated.div_(v.sqrt().add_(stage.eps)).mul_((1 - torch.pow(stage.beta, s)).sqrt_())
-    return _rotated_back(rotated, bases)
+    inside.div_(v.sqrt().add_(stage.eps)).mul_((1 - torch.pow(stage.beta, s)).sqrt_())
+    return rotated_back(inside, bases)
 
 
 def _left_vectors(m: Tensor) -> Tensor:
     """Left singular vectors of m [rows, columns], float32, the largest value's first."""
     wide = m.to(accumulation_dtype(m.device))
     return torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1).float()
-
-
-def _rotated(x: Tensor, bases: dict[str, Tensor]) -> Tensor:
-    """P^T X Q, of the bases that there are."""
-    if "rows" in bases:
-        x = bases["rows"].mT @ x
-    return x @ bases["columns"] if "columns" in bases else x * 1.0
-
-
-def _rotated_back(x: Tensor, bases: dict[str, Tensor]) -> Tensor:
-    """P X Q^T."""
-    return _rotated(x, {side: basis.mT for side, basis in bases.items()})
 
 
 def _reorder(matrices: Matrices, index: int, order: Tensor, axis: int) -> None:

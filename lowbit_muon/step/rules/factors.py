@@ -1,0 +1,107 @@
+"""Shampoo's factors L of G G^T and R of G^T G, each kept in a basis where it is nearly diagonal.
+
+Kept are P, [m, m], and P^T L P. The elements of that are codes relative to its diagonal
+(`step.rules.coded`), so that small eigenvalues of L are known as well as large ones, to some
+percent; in codes of L itself they would drown in the rounding of the large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lowbit_muon.backends.tensors import accumulation_dtype
+from lowbit_muon.state.stored import RuleState
+from lowbit_muon.step.rules.coded import (
+    decoded_factor,
+    encoded_factor,
+    keep_basis,
+    read_basis,
+    square_state,
+)
+from lowbit_muon.step.rules.stage import Matrices
+
+# Name of a side -> its dimension of [b, rows, columns].
+SIDES = {"rows": 1, "columns": 2}
+# Of (index of a matrix, side, its factor [m, m], its basis before): the new basis [m, m].
+Find = Callable[[int, str, Tensor, Tensor], Tensor]
+
+
+def factors_state(shape: tuple[int, int], sides: Iterable[str], bits: int) -> RuleState:
+    """What is kept of a matrix [rows, columns]."""
+    kept: RuleState = {}
+    for side in sides:
+        m = shape[SIDES[side] - 1]
+        kept |= square_state(f"{side}_factor", m, bits) | square_state(f"{side}_basis", m, bits)
+    return kept
+
+
+def read_bases(matrices: Matrices, sides: Iterable[str], bits: int) -> dict[str, Tensor]:
+    """Side -> its bases, float32 [b, m, m]; zeros before the first."""
+    return {side: read_basis(matrices.state, f"{side}_basis", bits) for side in sides}
+
+
+def take_gradients(
+    matrices: Matrices,
+    bases: Mapping[str, Tensor],
+    beta: float,
+    bits: int,
+    due: list[int],
+    find: Find,
+) -> None:
+    """L <- beta L + (1 - beta) G G^T, R alike, then new bases for the matrices that are due.
+
+    All that are in their first step have to be.
+    """
+    bases = {side: _or_identity(basis, matrices) for side, basis in bases.items()}
+    turned = rotated(matrices.grads.float(), bases)
+    for side, basis in bases.items():
+        square = turned @ turned.mT if side == "rows" else turned.mT @ turned
+        before = decoded_factor(matrices.state, f"{side}_factor", bits)
+        factor = torch.lerp(square, before, beta)
+        if due:
+            factor = _rebased(matrices, side, factor, basis, bits, due, find)
+        matrices.state |= encoded_factor(f"{side}_factor", factor, bits)
+
+
+def _or_identity(basis: Tensor, matrices: Matrices) -> Tensor:
+    return torch.where(matrices.age == 1, torch.eye(basis.shape[1], device=basis.device), basis)
+
+
+def _rebased(
+    matrices: Matrices,
+    side: str,
+    factor: Tensor,
+    basis: Tensor,
+    bits: int,
+    due: list[int],
+    find: Find,
+) -> Tensor:
+    """The factors in the new bases, which are kept, where they are due."""
+    wide = accumulation_dtype(factor.device)
+    new, plain = basis.clone(), {}
+    for index in due:
+        back = torch.linalg.inv(basis[index].to(wide))  # (codes make no orthogonal matrix)
+        plain[index] = back.mT @ factor[index].to(wide) @ back
+        new[index] = find(index, side, plain[index], basis[index].to(wide)).float()
+    keep_basis(matrices.state, f"{side}_basis", new, bits)
+    kept = read_basis(matrices.state, f"{side}_basis", bits)
+    factor = factor.clone()
+    for index in due:
+        turn = kept[index].to(wide)
+        factor[index] = (turn.mT @ plain[index] @ turn).float()
+    return factor
+
+
+def rotated(x: Tensor, bases: Mapping[str, Tensor]) -> Tensor:
+    """P^T X Q, of the bases that there are; a new tensor."""
+    if "rows" in bases:
+        x = bases["rows"].mT @ x
+    return x @ bases["columns"] if "columns" in bases else x * 1.0
+
+
+def rotated_back(x: Tensor, bases: Mapping[str, Tensor]) -> Tensor:
+    """P X Q^T."""
+    return rotated(x, {side: basis.mT for side, basis in bases.items()})
