@@ -97,6 +97,8 @@ bench: venv
 	$(BIN)/python -m bench.step --shape 1024 4096 --repeats 7 --json $(RESULTS)/step_1024x4096.json
 	$(BIN)/python -m bench.step --shape 1024 4096 --repeats 5 --no-peers --json $(RESULTS)/step_rules.json \
 		--rules $$($(BIN)/python -c 'from lowbit_muon import RULES; print(*sorted(set(RULES) - {"muon", "spectral_sphere"}))')
+	$(BIN)/python -m bench.preconditioned --json $(RESULTS)/preconditioned.json
+	$(BIN)/python -m bench.rule_states --json $(RESULTS)/rule_states.json
 	# Where there is AMX; as on a CPU without units for bfloat16, and on one with AVX2 alone.
 	! grep -q amx_bf16 /proc/cpuinfo || $(BIN)/python -m bench.step --layers 2 --no-peers \
 		--json $(RESULTS)/step_amx.json

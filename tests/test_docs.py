@@ -91,7 +91,8 @@ def test_measurements_are_those_of_the_results() -> None:
 
     texts = [guide.read_text(encoding="utf-8") for guide in GUIDES]
     named = {
-        "bf16_weights", "gallery", "memory_limits", "paper", "rules", "scaling", "training_rules",
+        "bf16_weights", "gallery", "memory_limits", "paper", "preconditioned", "rule_states",
+        "rules", "scaling", "training_rules",
     }  # fmt: skip
     assert set().union(*map(report.blocks, texts)) == named
     for text in texts:

@@ -14,6 +14,7 @@ from bench.gpu.roofline import markdown as paper
 from bench.report.fidelity import fidelity, fidelity_training, predictor_values, predictors
 from bench.report.kernels import codec, isas, lut_gemm, machine, orthogonalize
 from bench.report.markdown import RESULTS, ROOT
+from bench.report.preconditioned import preconditioned, rule_states
 from bench.report.scaling import rules_on_paper, scaling, scaling_more
 from bench.report.steps import bf16_weights, memory_limits, rules, step
 from bench.report.training import gallery, training, training_rules, training_shifts
@@ -32,7 +33,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         made.__name__: made
         for made in (
             fidelity, fidelity_training, predictors, predictor_values,
-            step, rules, memory_limits, bf16_weights,
+            step, rules, memory_limits, bf16_weights, preconditioned, rule_states,
             training, training_shifts, training_rules, gallery,
             codec, lut_gemm, isas, orthogonalize, machine,
             scaling, scaling_more, rules_on_paper, versions,

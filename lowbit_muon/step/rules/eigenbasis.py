@@ -98,10 +98,9 @@ class _InEigenbases:
         def turned(index: int, side: str, factor: Tensor, basis: Tensor) -> Tensor:
             if index in first:
                 return torch.linalg.eigh(factor).eigenvectors.flip(1)
-            along = factor @ basis
-            order = (basis * along).sum(dim=0).argsort(descending=True)
+            order = factor.diagonal().argsort(descending=True)
             _reorder(matrices, index, order, SIDES[side])
-            return torch.linalg.qr(along[:, order]).Q
+            return torch.linalg.qr(basis @ factor[:, order]).Q
 
         take_gradients(matrices, bases, self.basis_beta, self.bits, first + again, turned)
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.factors import (
     SIDES,
@@ -65,11 +66,12 @@ class KroneckerWhitened(Preconditioner):
                 name = f"{side}_powers"
                 matrices.state[name] = matrices.state[name].clone()
 
-        def decomposed(index: int, side: str, factor: Tensor, _: Tensor) -> Tensor:
-            values, vectors = torch.linalg.eigh(factor / factor.diagonal().mean().clamp_min(TINY))
+        def decomposed(index: int, side: str, factor: Tensor, basis: Tensor) -> Tensor:
+            wide = factor.to(accumulation_dtype(factor.device))
+            values, vectors = torch.linalg.eigh(wide / wide.diagonal().mean().clamp_min(TINY))
             powers = (values.clamp_min(0.0) + self.eps).pow(-self.exponent)
             matrices.state[f"{side}_powers"][index, 0] = powers.float()
-            return vectors
+            return torch.linalg.qr(basis @ vectors.float()).Q
 
         bases = read_bases(matrices, SIDES, self.bits)
         take_gradients(matrices, bases, self.beta, self.bits, first + again, decomposed)
