@@ -67,7 +67,7 @@ RULE_RATES = {
     **dict.fromkeys(("moonlight", "muonclip", "muoneq"), _MATCHED),
     "adamuon": (1.25e-3, 2.5e-3, 5e-3),
     **dict.fromkeys(("namo", "namo_d"), (2e-2, 4e-2, 8e-2)),
-    "muonh": (5e-2, 1e-1, 2e-1),
+    "muonh": (1.25e-2, 2.5e-2, 5e-2),
     "scion": (4e-4, 8e-4, 1.6e-3),
     "adago": (0.1, 0.2, 0.4),
     "polargrad": (0.1, 0.3, 1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,7 +67,10 @@ def best_rates(runs: Runs) -> dict[tuple[str, str], float]:
     for run in runs.values():
         if run["seed"] == 0 and run["method"] in GRIDS:
             found.setdefault((label(run), run["method"]), {})[run["lr"]] = final_loss(run)
-    return {key: min(losses, key=losses.__getitem__) for key, losses in found.items()}
+    return {
+        key: min(losses, key=lambda lr: (math.isnan(losses[lr]), losses[lr]))
+        for key, losses in found.items()
+    }
 
 
 def rows(runs: Runs, model: str) -> list[Row]:
@@ -104,7 +108,9 @@ def rows(runs: Runs, model: str) -> list[Row]:
 
 
 def standard_deviation(by_seed: Mapping[int, float]) -> float | None:
-    """Over seeds; None for fewer than two."""
+    """Over seeds; None for fewer than two, nan where one has diverged."""
+    if any(map(math.isnan, by_seed.values())):
+        return math.nan
     return statistics.stdev(by_seed.values()) if len(by_seed) > 1 else None
 
 

@@ -276,6 +276,22 @@ def test_mousse_s_small_eigenvalues_survive_eight_bits() -> None:
     torch.testing.assert_close(coded, full, rtol=0.125 * 2 * error, atol=0)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 24])
+@pytest.mark.parametrize("rule", ["mousse", "soap", "soap_muon"])
+def test_factors_in_eight_bits_stay_finite(rule: str, rank: int) -> None:
+    """Gradients of few directions and of any size, whose small eigenvalues are rounding."""
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.zeros(24, 40))
+    optimizer = Muon([param], rule=rule, lr=0.02)
+    for _ in range(60):
+        size = 10 ** torch.randn((), generator=generator)
+        left, right = (torch.randn(s, generator=generator) for s in ((24, rank), (rank, 40)))
+        param.grad = size * left @ right
+        optimizer.step()
+        tensors = [v for v in optimizer.state[param].values() if isinstance(v, Tensor)]
+        assert all(bool(tensor.isfinite().all()) for tensor in (param, *tensors))
+
+
 # (by the long side R is not determined where the momentum has no directions)
 @pytest.mark.parametrize(
     ("side", "shape"),

@@ -58,10 +58,13 @@ def decoded_factor(state: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
 
 
 def encoded_factor(name: str, factor: Tensor, bits: int) -> dict[str, Tensor]:
-    """Inverse of `decoded_factor`, but for rounding: what is kept, by name."""
+    """Inverse of `decoded_factor`, but for rounding: what is kept, by name.
+
+    What codes have made of a factor may have less than nothing on its diagonal in another basis.
+    """
     if bits == 32:
         return {name: factor}
-    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()
+    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(1).clamp_min(0.0)
     roots = diagonal.clamp_min(TINY).sqrt() / _LARGEST_CODE**0.5
     codes = (factor / roots / roots.mT).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
     return {name: codes.to(torch.int8), f"{name}_scales": diagonal}

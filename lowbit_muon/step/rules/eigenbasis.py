@@ -91,18 +91,21 @@ class _InEigenbases:
         """Side -> its basis; zeros before the first."""
         return read_bases(matrices, self._sides(matrices.shape), self.bits)
 
-    def _turn(self, bases: dict[str, Tensor], matrices: Matrices) -> None:
-        """Take the gradient into the factors, and bring the bases nearer where it is their turn."""
-        first, again = matrices.due(self.every, since=1)
+    def _turn(self, bases: dict[str, Tensor], turned: Tensor, matrices: Matrices) -> None:
+        """Take the gradient into the factors, and bring the bases nearer where it is their turn.
 
-        def turned(index: int, side: str, factor: Tensor, basis: Tensor) -> Tensor:
-            if index in first:
+        turned: the gradient in these bases.
+        """
+        due = matrices.due(self.every, since=1)
+
+        def nearer(index: int, side: str, factor: Tensor, basis: Tensor) -> Tensor:
+            if index in due[0]:
                 return torch.linalg.eigh(factor).eigenvectors.flip(1)
             order = factor.diagonal().argsort(descending=True)
             _reorder(matrices, index, order, SIDES[side])
             return torch.linalg.qr(basis @ factor[:, order]).Q
 
-        take_gradients(matrices, bases, self.basis_beta, self.bits, first + again, turned)
+        take_gradients(matrices, bases, turned, self.basis_beta, self.bits, due, nearer)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,9 @@ class EigenbasisAdam(_InEigenbases, DirectionMap):
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
         bases = self._read(matrices)
-        update = _adam(self, x.mul_(matrices.size), bases, matrices, late=1)
-        self._turn(bases, matrices)
+        turned = rotated(matrices.grads.float(), bases)
+        update = _adam(self, x.mul_(matrices.size), turned, bases, matrices, late=1)
+        self._turn(bases, turned, matrices)
         return update
 
 
@@ -144,7 +148,7 @@ class EigenbasisMoment(_InEigenbases, Preconditioner):
         inside = rotated(x * matrices.size, bases)
         v = averaged(matrices, "rotated_moment", inside.square(), self.beta, self.bits)
         new = rotated_back(inside.div_(v.sqrt().add_(self.eps)), bases)
-        self._turn(bases, matrices)
+        self._turn(bases, rotated(matrices.grads.float(), bases), matrices)
         return torch.where(matrices.age == 1, x, new)
 
 
@@ -193,25 +197,27 @@ class MomentumBasisAdam(DirectionMap):
                 short = momentum[index] if side == "rows" else momentum[index].mT
                 basis[index] = _left_vectors(short)
             keep_basis(matrices.state, "momentum_basis", basis, self.bits)
-        return _adam(self, momentum, {side: basis}, matrices).mul_(self.scale)
+        turned = rotated(matrices.grads.float(), {side: basis})
+        return _adam(self, momentum, turned, {side: basis}, matrices).mul_(self.scale)
 
 
 def _adam(
     stage: EigenbasisAdam | MomentumBasisAdam,
     momentum: Tensor,
+    turned: Tensor,
     bases: dict[str, Tensor],
     matrices: Matrices,
     late: int = 0,
 ) -> Tensor:
     """P ((P^T M Q) / (sqrt(V) + eps)) Q^T sqrt(1 - beta^s) / (1 - momentum^t) with the bases given.
 
-    V <- beta V + (1 - beta) (P^T G Q)^2 began s steps ago, `late` behind the state's first, and M t
-    ago, as many behind the parameter's. If another rule made M, the gradient that V begins with may
-    be nearly zero where M is not: V begins with the larger of the two.
+    turned: P^T G Q. V <- beta V + (1 - beta) (P^T G Q)^2 began s steps ago, `late` behind the
+    state's first, and M t ago, as many behind the parameter's. If another rule made M, the gradient
+    that V begins with may be nearly zero where M is not: V begins with the larger of the two.
     """
     s, t = ((steps - late).clamp_min(1) for steps in (matrices.age, matrices.steps))
     inside = rotated(momentum, bases) / (1 - torch.pow(matrices.beta, t))
-    squares = rotated(matrices.grads.float(), bases).square_()
+    squares = turned.square()
     squares = torch.where(s == 1, torch.maximum(squares, inside.square()), squares)
     v = averaged(matrices, "rotated_moment", squares, stage.beta, stage.bits)
     inside.div_(v.sqrt().add_(stage.eps)).mul_((1 - torch.pow(stage.beta, s)).sqrt_())

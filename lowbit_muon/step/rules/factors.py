@@ -44,29 +44,32 @@ def read_bases(matrices: Matrices, sides: Iterable[str], bits: int) -> dict[str,
 
 def take_gradients(
     matrices: Matrices,
-    bases: Mapping[str, Tensor],
+    bases: dict[str, Tensor],
+    turned: Tensor,
     beta: float,
     bits: int,
-    due: list[int],
+    due: tuple[list[int], list[int]],
     find: Find,
 ) -> None:
     """L <- beta L + (1 - beta) G G^T, R alike, then new bases for the matrices that are due.
 
-    All that are in their first step have to be.
+    bases: as they were read; turned: gradients in them. due: whose first step it is, and whose turn
+    (`Matrices.due`).
     """
-    bases = {side: _or_identity(basis, matrices) for side, basis in bases.items()}
-    turned = rotated(matrices.grads.float(), bases)
+    first = due[0]
+    if first:
+        turned = turned.clone()
+        turned[first] = matrices.grads[first].float()
+        bases = {side: basis.clone() for side, basis in bases.items()}
+        for basis in bases.values():
+            basis[first] = torch.eye(basis.shape[1], device=basis.device)
     for side, basis in bases.items():
         square = turned @ turned.mT if side == "rows" else turned.mT @ turned
         before = decoded_factor(matrices.state, f"{side}_factor", bits)
         factor = torch.lerp(square, before, beta)
-        if due:
-            factor = _rebased(matrices, side, factor, basis, bits, due, find)
+        if any(due):
+            factor = _rebased(matrices, side, factor, basis, bits, first + due[1], find)
         matrices.state |= encoded_factor(f"{side}_factor", factor, bits)
-
-
-def _or_identity(basis: Tensor, matrices: Matrices) -> Tensor:
-    return torch.where(matrices.age == 1, torch.eye(basis.shape[1], device=basis.device), basis)
 
 
 def _rebased(

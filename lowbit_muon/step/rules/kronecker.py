@@ -60,8 +60,8 @@ class KroneckerWhitened(Preconditioner):
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Preconditioner.apply`."""
-        first, again = matrices.due(self.every)
-        if first or again:
+        due = matrices.due(self.every)
+        if any(due):
             for side in SIDES:
                 name = f"{side}_powers"
                 matrices.state[name] = matrices.state[name].clone()
@@ -74,7 +74,8 @@ class KroneckerWhitened(Preconditioner):
             return torch.linalg.qr(basis @ vectors.float()).Q
 
         bases = read_bases(matrices, SIDES, self.bits)
-        take_gradients(matrices, bases, self.beta, self.bits, first + again, decomposed)
+        turned = rotated(matrices.grads.float(), bases)
+        take_gradients(matrices, bases, turned, self.beta, self.bits, due, decomposed)
         return _scaled(rotated(x, read_bases(matrices, SIDES, self.bits)), matrices)
 
 
