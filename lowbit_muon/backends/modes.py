@@ -90,12 +90,12 @@ def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
     imports the compiler, and Triton with it, so it waits for the first call.
     """
 
-    @functools.lru_cache(maxsize=1)
-    def disabled() -> Callable[..., Any]:
-        return torch.compiler.disable(method)
+    disabled: list[Callable[..., Any]] = []  # (of an lru_cache the compiler would warn)
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled()(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method))
+        return disabled[0](*args, **kwargs)
 
     return call

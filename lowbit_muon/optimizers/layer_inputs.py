@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,8 @@ class LayerInputs:
             assert layer.products is not None
             moment = layer.products / layer.count
             if bool(moment.isfinite().all()):  # (what is not has no usable gradient, either)
-                self._keep(layer, moment)
-                layer.begun = True
+                # (with an automatic format there is no state before the first gradient)
+                layer.begun = self._keep(layer, moment) or self._process_group is not None
 
     def _share(self, layer: _Layer, group: ProcessGroup) -> None:
         """The sums of all processes."""
@@ -132,11 +133,13 @@ class LayerInputs:
         dist.all_reduce(count, group=group)
         layer.count = int(count)
 
-    def _keep(self, layer: _Layer, moment: Tensor) -> None:
-        """In the state of the matrices that this process keeps."""
-        for prefix, state in self._states(layer):
+    def _keep(self, layer: _Layer, moment: Tensor) -> bool:
+        """In the state of the matrices that this process keeps; whether there are any."""
+        states = self._states(layer)
+        for prefix, state in states:
             for name, value in layer.stage.taken(state, moment).items():
                 self._optimizer.state[layer.param][prefix + name].copy_(value)
+        return bool(states)
 
     def _states(self, layer: _Layer) -> list[tuple[str, dict[str, Tensor]]]:
         """(prefix of its keys, what the stage keeps) of each matrix that this process keeps."""
@@ -150,6 +153,15 @@ class LayerInputs:
 
     def _after_step(self, *_: object) -> None:
         self._steps += 1
+        silent = [layer.name for layer in self._layers if not layer.begun]
+        if silent and self._steps == 2:  # the first may have been one that only makes states
+            warnings.warn(
+                f"layer inputs: {silent[0]} ({len(silent)} of {len(self._layers)} layers) has read "
+                "nothing in two steps, and its gradients are taken as they are. Layers are heard "
+                "where they are called, in training mode: the output projection of "
+                "nn.MultiheadAttention is not",
+                stacklevel=2,
+            )
         for layer in self._layers:
             layer.products, layer.count = None, 0
 

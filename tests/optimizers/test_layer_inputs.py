@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -198,6 +199,51 @@ def test_without_inputs_no_step_is_taken() -> None:
     with pytest.raises(ValueError, match="expected attach_layer_inputs"):
         copy.deepcopy(optimizer).step()
     assert not torch.equal(before["0.weight"], model[0].weight)
+
+
+def test_automatic_formats_begin_with_the_second_step() -> None:
+    model = make_model()
+    optimizer = make(model, state_format="auto")
+    attach_layer_inputs(model, optimizer)
+    for number in range(2):
+        step(model, optimizer, number)
+    assert all(optimizer.state[p]["rule.inputs_values"].any() for p in matrices(model))
+
+
+def test_autocast_and_compiled_models_are_heard() -> None:
+    ends = []
+    for compiled in (False, True):
+        model = make_model()
+        optimizer = make(model)
+        attach_layer_inputs(model, optimizer)
+        called = torch.compile(model, backend="eager") if compiled else model
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own, about graph breaks
+            called(batch(0)).float().square().mean().backward()
+        optimizer.step()
+        ends.append([optimizer.state[p]["rule.inputs_values"] for p in matrices(model)])
+    for ours, theirs in zip(*ends, strict=True):
+        assert torch.equal(ours, theirs)
+    mean = batch(0).flatten(0, 1).square().sum(dim=1).mean() / 12
+    torch.testing.assert_close(ends[0][0].mean(), 0.05 * mean + 0.95e-3)  # float32's, not rounded
+
+
+def test_a_layer_that_is_never_called_is_named() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(12, 7), nn.Linear(12, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + nn.functional.linear(x, self.two.weight)
+
+    model = Beside()
+    optimizer = make(model)
+    attach_layer_inputs(model, optimizer)
+    step(model, optimizer, 0)
+    with pytest.warns(UserWarning, match=r"1 \(1 of 2 layers\) has read nothing in two steps"):
+        step(model, optimizer, 1)
+    step(model, optimizer, 2)
 
 
 def test_what_cannot_be_attached_is_refused() -> None:
