@@ -2,8 +2,8 @@
 
 Kept are P, [m, m], and P^T L P. The elements of that are codes relative to its diagonal
 (`step.rules.coded`), so that small eigenvalues of L are known as well as large ones, to some
-percent; in codes of L itself they would drown in the rounding of the large ones. Gradients are
-taken as P^T G Q, of which P^T G G^T P is made: bases in codes are orthogonal to 1 %, and so is that.
+percent; in codes of L itself they would drown in the rounding of the large ones. P^T G G^T P is
+made of P^T G Q: bases in codes are orthogonal to 1 %, and so exact is that.
 """
 
 from __future__ import annotations
