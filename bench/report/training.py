@@ -80,12 +80,19 @@ def training_rules() -> str:
     lines = []
     for rule in RULE_RATES:
         cells_of = []
-        for rows in models.values():
+        for model, rows in models.items():
             full, coded = rows.get(rule), rows.get(f"{rule}, spectral4")
             if full is None or coded is None or len(coded.gaps) < 2:
                 cells_of += [""] * 3
             else:
-                cells_of += [f"{full.lr:g}", f"{full.loss:.4f} ± {full.spread:.4f}", gap(coded)]
+                tried = [
+                    run["lr"]
+                    for run in runs.values()
+                    if (label(run), run["method"], run["seed"]) == (model, rule, 0)
+                ]
+                end = " (end)" if full.lr in (min(tried), max(tried)) else ""
+                loss = f"{full.loss:.4f} ± {full.spread:.4f}"
+                cells_of += [f"{full.lr:g}{end}", loss, gap(coded)]
         if any(cells_of):
             lines.append([f"`{rule}`", *cells_of])
     figures = ("lr", "`fp32`", "`spectral4` minus `fp32`")
