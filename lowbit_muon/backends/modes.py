@@ -90,7 +90,7 @@ def outside_compiled_regions(method: Callable[..., Any]) -> Callable[..., Any]:
     imports the compiler, and Triton with it, so it waits for the first call.
     """
 
-    disabled: list[Callable[..., Any]] = []  # (of an lru_cache the compiler would warn)
+    disabled: list[Callable[..., Any]] = []  # (the compiler warns about lru_cache)
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -150,16 +150,20 @@ def _average_factor(group: Group) -> float:
 def _rule_state(
     param: Tensor, group: Group, views: Sequence[MatrixView], state: Mapping[str, Any]
 ) -> State:
-    """What a group's rule keeps beside the momentum: of a state where that has it, else zeros."""
+    """What a group's rule keeps beside the momentum: of a state that has all of it, else zeros.
+
+    A part would not do: averages and the count of their steps belong together.
+    """
     rule, found = resolve_rule(group["rule"]), {}
     for view in views:
-        for name, kept in rule.state(view.shape).items():
-            key = view.prefix + RULE_PREFIX + name
-            value = state.get(key)
-            if isinstance(value, Tensor) and (tuple(value.shape), value.dtype) == kept:
-                found[key] = value
-            else:
-                found[key] = torch.zeros(kept.shape, dtype=kept.dtype, device=param.device)
+        layout = {view.prefix + RULE_PREFIX + n: k for n, k in rule.state(view.shape).items()}
+        values = {key: value for key in layout if isinstance(value := state.get(key), Tensor)}
+        fits = len(values) == len(layout) and all(
+            (tuple(value.shape), value.dtype) == layout[key] for key, value in values.items()
+        )
+        for key, kept in layout.items():
+            zeros = torch.zeros(kept.shape, dtype=kept.dtype, device=param.device)
+            found[key] = values[key] if fits else zeros
     return found
 
 

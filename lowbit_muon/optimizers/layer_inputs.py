@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 from lowbit_muon.backends.modes import outside_compiled_regions, plain_modes
 from lowbit_muon.optimizers.muon import Muon
-from lowbit_muon.optimizers.step_hooks import (
-    Arguments,
-    check_process_group,
-    when_gradients_are_there,
-)
+from lowbit_muon.optimizers.step_hooks import check_process_group
 from lowbit_muon.state.parameter import MatrixView, matrix_views, parameter_names
 from lowbit_muon.state.placement import local_part, shape_only
 from lowbit_muon.state.stored import RULE_PREFIX
@@ -42,6 +38,7 @@ class _Layer:
     begun: bool = False
     products: Tensor | None = None  # float32 [columns, columns], the sum of x x^T
     count: int = 0
+    missed: int = 0  # steps with a gradient that were due and found nothing
 
     def see(self, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
@@ -50,6 +47,22 @@ class _Layer:
         else:
             self.products.addmm_(rows.mT, rows)
         self.count += len(rows)
+
+
+class _Hook:
+    """Hears one layer. A copy, as of a copied model, hears nothing."""
+
+    def __init__(self, inputs: LayerInputs | None = None, layer: _Layer | None = None) -> None:
+        self._inputs = None if inputs is None else weakref.ref(inputs)
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        inputs = None if self._inputs is None else self._inputs()
+        if inputs is not None and self._layer is not None:
+            inputs.see(self._layer, module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
 
 
 class LayerInputs:
@@ -62,19 +75,13 @@ class LayerInputs:
         self._layers = layers
         self._process_group = process_group
         self._steps = 0
+        self._resume()
         self._handles = [
-            layer.module.register_forward_pre_hook(
-                functools.partial(self._see, layer), with_kwargs=True
-            )
+            layer.module.register_forward_pre_hook(_Hook(self, layer), with_kwargs=True)
             for layer in layers
         ]
-        self._handles += [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(self._resume),
-        ]
+        self._handles.append(optimizer.register_load_state_dict_post_hook(self._resume))
         optimizer.layer_inputs = self
-        self._resume()
 
     @property
     def layers(self) -> list[str]:
@@ -82,45 +89,46 @@ class LayerInputs:
         return [layer.name for layer in self._layers]
 
     def detach(self) -> None:
-        """Take everything away again; the optimizer refuses to step by such a rule without."""
+        """Take everything away again; the optimizer refuses to step by such a rule without it."""
         for handle in self._handles:
             handle.remove()
         if self._optimizer.layer_inputs is self:
             self._optimizer.layer_inputs = None
 
+    def covers(self, param: Tensor) -> bool:
+        """Whether this is the weight of one of the layers."""
+        return any(layer.param is param for layer in self._layers)
+
     @outside_compiled_regions
-    def _see(
+    def see(
         self, layer: _Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
+        """For the layer's hook: add up what it reads, if the next step takes it."""
         if module.training and torch.is_grad_enabled() and self._is_due(layer):
             with torch.no_grad(), plain_modes():
                 layer.see(args[0] if args else kwargs["input"])
 
     def _is_due(self, layer: _Layer) -> bool:
         """Whether the next step takes a layer's inputs: those of the first step, then in turns."""
-        return not layer.begun or (self._steps + layer.number) % layer.stage.every == 0
+        due = not layer.begun or (self._steps + layer.number) % layer.stage.every == 0
+        return due and layer.param.requires_grad
 
-    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found: Arguments | None = when_gradients_are_there(args, kwargs, self._take)
-        return found
-
-    @torch.no_grad()
-    @plain_modes()
-    def _take(self) -> None:
+    def take(self) -> None:
+        """For the optimizer's step, when nothing more can be refused: take what was read."""
         due = [layer for layer in self._layers if self._is_due(layer)]
         if self._process_group is not None:
             for layer in due:
                 self._share(layer, self._process_group)
-        seen = [layer for layer in due if layer.count]
-        if not seen:
-            return
-        self._optimizer.prepare_states()
-        for layer in seen:
-            assert layer.products is not None
-            moment = layer.products / layer.count
-            if bool(moment.isfinite().all()):  # (what is not has no usable gradient, either)
-                # (with an automatic format there is no state before the first gradient)
-                layer.begun = self._keep(layer, moment) or self._process_group is not None
+        if any(layer.count for layer in due):
+            self._optimizer.prepare_states()
+        kept = [self._keep(layer) for layer in due]
+        for layer, value in zip(due, self._agreed(kept), strict=True):
+            layer.begun |= value
+        self._warn_of_silent_layers(due)
+        # as parameters count their steps
+        self._steps += any(layer.param.grad is not None for layer in self._layers)
+        for layer in self._layers:
+            layer.products, layer.count = None, 0
 
     def _share(self, layer: _Layer, group: ProcessGroup) -> None:
         """The sums of all processes."""
@@ -133,8 +141,27 @@ class LayerInputs:
         dist.all_reduce(count, group=group)
         layer.count = int(count)
 
-    def _keep(self, layer: _Layer, moment: Tensor) -> bool:
-        """In the state of the matrices that this process keeps; whether there are any."""
+    def _agreed(self, values: list[bool]) -> list[bool]:
+        """Whether it is so on any process."""
+        if self._process_group is None:
+            return values
+        device = local_part(self._layers[0].param).device
+        shared = torch.tensor(values, dtype=torch.int32, device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._process_group)
+        return [bool(value) for value in shared.tolist()]
+
+    def _keep(self, layer: _Layer) -> bool:
+        """In the state of the matrices that this process keeps; whether there are any.
+
+        With an automatic format there is none before the first gradient. What is not finite has no
+        usable gradient, either.
+        """
+        if not layer.count:
+            return False
+        assert layer.products is not None
+        moment = layer.products / layer.count
+        if not bool(moment.isfinite().all()):
+            return False
         states = self._states(layer)
         for prefix, state in states:
             for name, value in layer.stage.taken(state, moment).items():
@@ -151,31 +178,27 @@ class LayerInputs:
                 found.append((prefix, kept))
         return found
 
-    def _after_step(self, *_: object) -> None:
-        self._steps += 1
-        silent = [layer.name for layer in self._layers if not layer.begun]
-        if silent and self._steps == 2:  # the first may have been one that only makes states
+    def _warn_of_silent_layers(self, due: list[_Layer]) -> None:
+        for layer in due:
+            layer.missed += not layer.count and layer.param.grad is not None
+        silent = [layer.name for layer in due if layer.missed == 2 and not layer.count]
+        if silent:
             warnings.warn(
                 f"layer inputs: {silent[0]} ({len(silent)} of {len(self._layers)} layers) has read "
-                "nothing in two steps, and its gradients are taken as they are. Layers are heard "
-                "where they are called, in training mode: the output projection of "
-                "nn.MultiheadAttention is not",
-                stacklevel=2,
+                "nothing in two steps, and its gradients are taken as they are. Inputs are "
+                "collected only where the layer itself is called, in training mode: the output "
+                "projection of nn.MultiheadAttention is not",
+                stacklevel=3,
             )
-        for layer in self._layers:
-            layer.products, layer.count = None, 0
 
     def _resume(self, *_: object) -> None:
         """Go on where the optimizer's state is."""
         states = [self._optimizer.state.get(layer.param, {}) for layer in self._layers]
         counts = [int(state.get("step", 0)) + int(state.get("skipped", 0)) for state in states]
         self._steps = max(counts)
-        begun = torch.tensor([self._has_begun(layer) for layer in self._layers], dtype=torch.int32)
-        if self._process_group is not None:
-            begun = begun.to(local_part(self._layers[0].param).device)
-            dist.all_reduce(begun, op=dist.ReduceOp.MAX, group=self._process_group)
-        for layer, value in zip(self._layers, begun.tolist(), strict=True):
-            layer.begun = bool(value)
+        begun = self._agreed([self._has_begun(layer) for layer in self._layers])
+        for layer, value in zip(self._layers, begun, strict=True):
+            layer.begun = value
 
     def _has_begun(self, layer: _Layer) -> bool:
         return any(bool(kept["inputs_values"].any()) for _, kept in self._states(layer))
@@ -194,8 +217,8 @@ def attach_layer_inputs(
 
     In every `every`-th step of the rule, and in the first, the product x^T x of what a layer has
     read since the last step is added up in its forward pass, in training mode and where gradients
-    are enabled, with gradient accumulation over all its batches; each layer has such steps of its
-    own. In other steps nothing is done. What comes of it is state of the optimizer: saved, loaded
+    are enabled, with gradient accumulation over all its batches; each layer on its own schedule.
+    In other steps nothing is done. What comes of it is state of the optimizer: saved, loaded
     and, where processes share parameters, kept by each matrix's owner. Compile a model after
     attaching; its graph breaks at these layers.
 

@@ -269,6 +269,9 @@ class Muon(Optimizer):
                     self._check_finite(group, self._unshared(group, shared))
                 for part in shared:
                     part.check_gradients_finite(group)
+            if self.layer_inputs is not None:
+                self._finish_copies()
+                self.layer_inputs.take()
             first = 0
             for group in self.param_groups:
                 shared = self._shared(group)
@@ -584,12 +587,14 @@ class Muon(Optimizer):
         if group["ns_dtype"] not in ("auto", "float32"):
             for device in {local_part(param).device for param in group["params"]}:
                 check_ns_dtype(group, get_backend(group["backend"], device))
-        if self.layer_inputs is None and "rule" in group:
-            rule = StepOptions.from_group(group).rule
-            if rule.needs("inputs"):
+        rule = StepOptions.from_group(group).rule if "rule" in group else None
+        if rule is not None and rule.needs("inputs"):
+            inputs, params = self.layer_inputs, group["params"]
+            if inputs is None or not all(map(inputs.covers, params)):
                 raise ValueError(
                     f"rule: '{rule.name}' looks at what layers read, expected "
-                    "attach_layer_inputs(model, optimizer) before the first step"
+                    "attach_layer_inputs(model, optimizer) before the first step, for all "
+                    "parameters of such a rule"
                 )
         for index in indices:
             param = group["params"][index]

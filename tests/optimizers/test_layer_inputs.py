@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from lowbit_muon import (
     LayerInputs,
     Muon,
     MuonWithAuxAdam,
+    NonFiniteGradientError,
     UpdateRule,
     attach_gradient_release,
     attach_layer_inputs,
@@ -189,6 +191,7 @@ def test_without_inputs_no_step_is_taken() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="rule: 'newton_muon' looks at what layers read"):
         optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     inputs = attach_layer_inputs(model, optimizer)
     with pytest.raises(ValueError, match="without layer inputs; detach"):
         attach_layer_inputs(model, optimizer)
@@ -199,6 +202,58 @@ def test_without_inputs_no_step_is_taken() -> None:
     with pytest.raises(ValueError, match="expected attach_layer_inputs"):
         copy.deepcopy(optimizer).step()
     assert not torch.equal(before["0.weight"], model[0].weight)
+
+
+def test_copies_of_a_model_are_not_heard() -> None:
+    model = make_model()
+    optimizer = make(model)
+    attach_layer_inputs(model, optimizer)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    size = len(pickle.dumps(make_model()))
+    assert len(pickle.dumps(model)) < size + 1000  # without the optimizer
+    averaged.train()
+    averaged(10 * batch(1))
+    step(model, optimizer, 0)
+    mean = batch(0).flatten(0, 1).square().sum(dim=1).mean() / 12
+    values = optimizer.state[matrices(model)[0]]["rule.inputs_values"]
+    torch.testing.assert_close(values.mean(), 0.05 * mean + 0.95e-3)
+
+
+def test_a_refused_step_takes_nothing() -> None:
+    model = make_model()
+    optimizer = make(model, nonfinite="raise")
+    attach_layer_inputs(model, optimizer)
+    model(batch(0)).square().mean().backward()
+    gradient = matrices(model)[1].grad
+    assert gradient is not None
+    gradient.fill_(math.nan)
+    with pytest.raises(NonFiniteGradientError):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_steps_without_gradients_are_no_turns() -> None:
+    """As parameters count their steps, so that a resumed run has its turns where this one has."""
+    model = make_model()
+    optimizer = make(model)
+    inputs = attach_layer_inputs(model, optimizer)
+    step(model, optimizer, 0)
+    optimizer.zero_grad()
+    optimizer.step()
+    step(model, optimizer, 1)
+    again = make(model)
+    resumed = attach_layer_inputs(model, again)
+    again.load_state_dict(optimizer.state_dict())
+    assert resumed._steps == inputs._steps == 2
+
+
+def test_parameters_that_came_later_are_refused() -> None:
+    model, other = make_model(), nn.Linear(3, 4)
+    optimizer = make(model)
+    attach_layer_inputs(model, optimizer)
+    optimizer.add_param_group({"params": [other.weight]})
+    with pytest.raises(ValueError, match="for all parameters of such a rule"):
+        step(model, optimizer, 0)
 
 
 def test_automatic_formats_begin_with_the_second_step() -> None:

@@ -440,6 +440,35 @@ def test_what_starts_anew_in_mid_run_counts_its_own_steps(rule: str) -> None:
         assert usual / 3 < changed < 3 * max(usual, first)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (RULES["soap"], RULES["conda"]),
+        (RULES["namo"], RULES["soap"]),
+        (RULES["namo"], RULES["namo_d"]),
+        (RULES["soap"], RULES["soap"].with_state_bits(32)),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_what_a_rule_keeps_goes_over_as_a_whole_or_starts_anew(
+    old: UpdateRule, new: UpdateRule
+) -> None:
+    params = parameters()
+    before = Muon(params, rule=old, state_format="fp32")
+    train(before, params, range(4))
+    after = Muon(params, rule=new, state_format="fp32")
+    after.load_state_dict(before.state_dict())
+    for param in params:
+        kept = {k: v for k, v in after.state[param].items() if k.startswith(RULE_PREFIX)}
+        assert f"{RULE_PREFIX}age" in kept
+        assert not any(value.any() for value in kept.values())
+
+
+def test_bits_of_states_are_8_or_32() -> None:
+    with pytest.raises(ValueError, match=r"normuon: bits: expected one of \(8, 32\), got 4"):
+        RULES["normuon"].with_state_bits(4)
+
+
 def test_options_of_a_rule_stay_where_another_rule_is_loaded() -> None:
     params = parameters()
     plain = Muon(params, momentum=0.9)

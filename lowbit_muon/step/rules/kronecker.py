@@ -25,7 +25,7 @@ from lowbit_muon.step.rules.stage import TINY, Matrices, check_bits, expect, nor
 
 @dataclass(frozen=True)
 class KroneckerWhitened(Preconditioner):
-    """X <- D^-a P^T X Q E^-a with rows L / tr(L) + eps I = P D P^T, and Q and E of R alike: Mousse.
+    """X <- D^-a P^T X Q E^-a, rows L / tr(L) + eps I = P D P^T, and Q and E of R alike: Mousse.
 
     L <- beta L + (1 - beta) G G^T, R of G^T G. They are decomposed every `every` steps, from the
     first on, in float64, and a GPU's host waits in every step; each parameter has its turn in steps
@@ -89,15 +89,11 @@ class KroneckerUnwhitened(Scaling):
 
     kind: ClassVar[str] = "kronecker_unwhitened"
     reads_state: ClassVar[tuple[str, ...]] = ("rows_powers", "columns_powers")
-    bits: int = 8
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        check_bits(self.kind, self.bits)
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
-        bases = read_bases(matrices, SIDES, self.bits)
+        bits = 8 if "rows_basis_scales" in matrices.state else 32
+        bases = read_bases(matrices, SIDES, bits)
         new = rotated_back(_scaled(update, matrices), bases)
         return new.mul_(norm(update) / norm(new).clamp_min_(TINY))
 

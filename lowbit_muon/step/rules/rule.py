@@ -18,7 +18,7 @@ from lowbit_muon.step.rules.momentum import Momentum
 from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.sampling import Sampling
 from lowbit_muon.step.rules.scaling import Scaling
-from lowbit_muon.step.rules.stage import AGE, Stage, expect
+from lowbit_muon.step.rules.stage import AGE, Stage, check_bits, expect
 from lowbit_muon.step.rules.step_size import StepSize
 from lowbit_muon.step.rules.weight_decay import OfGains, WeightDecay
 
@@ -79,6 +79,7 @@ class UpdateRule:
                 optional = field in _OPTIONAL and value is None
                 expect(optional or isinstance(value, kind), field, f"a {kind.__name__}", value)
         names = [name for stage in self.stages() for name in stage.state((1, 1))]
+        names += [AGE] if self.needs("age") else []
         expect(len(set(names)) == len(names), "stages", "states of different names", names)
         for stage in self.stages():
             missing = set(stage.reads_state) - set(names)
@@ -144,11 +145,12 @@ class UpdateRule:
         return kept | ({AGE: Kept((1, 1))} if self.needs("age") else {})
 
     def with_state_bits(self, bits: int) -> UpdateRule:
-        """The rule with what it keeps beside the momentum in 8 bits, or in 32, of each element.
+        """The rule, keeping 8 or 32 bits per element of its state beside the momentum.
 
-        Of stages that leave the choice, which have 8 by default; others stay. Raises ValueError for
-        other numbers.
+        Of stages that leave the choice, which have 8 by default; others stay. A checkpoint of other
+        bits loads with that state starting anew. Raises ValueError for other numbers.
         """
+        check_bits(self.name, bits)
         changed: dict[str, Any] = {
             name: tuple(_in_bits(stage, bits) for stage in getattr(self, name))
             if several

@@ -168,7 +168,7 @@ class Matrices:
         """
         if self.age.is_meta:
             return [], []
-        ages = [int(age) for age in self.age.view(-1)]
+        ages = [int(age) for age in self.age.view(-1).tolist()]
         first = [index for index, age in enumerate(ages) if age == 1]
         again = [
             index
