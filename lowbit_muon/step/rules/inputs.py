@@ -23,8 +23,9 @@ class InputWhitened(GradientTransform):
     """G <- G (K + (ridge tr(K) / columns + eps) I)^-1, with K of the mean of x x^T over inputs x.
 
     K, `initial` times I at first, becomes decay K + (1 - decay) mean(x x^T) in every `every`-th
-    step, each layer on its own schedule, and in the first, which is ours (arXiv 2604.01472, algorithm 1; zhehangdu/Newton-Muon,
-    whose numbers these are; there the inputs of an MLP's last matrix are whitened in four blocks).
+    step, each layer on its own schedule, and in the first, which is ours (arXiv 2604.01472,
+    algorithm 1; zhehangdu/Newton-Muon, whose numbers these are; there the inputs of an MLP's last
+    matrix are whitened in four blocks).
     `optimizers.layer_inputs` collects them, and a GPU's host waits when they are taken. Before the
     first, gradients are taken as they are.
 
