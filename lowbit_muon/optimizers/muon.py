@@ -588,7 +588,7 @@ class Muon(Optimizer):
             for device in {local_part(param).device for param in group["params"]}:
                 check_ns_dtype(group, get_backend(group["backend"], device))
         rule = StepOptions.from_group(group).rule if "rule" in group else None
-        if rule is not None and rule.needs("inputs"):
+        if rule is not None and rule.gradient is not None and rule.gradient.needs_inputs:
             inputs, params = self.layer_inputs, group["params"]
             if inputs is None or not all(map(inputs.covers, params)):
                 raise ValueError(
