@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_device_step import SHAPES, give_gradients, on_device, parameters
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +17,15 @@ from bench.gpu.roofline import Ledger, on_paper
 from lowbit_muon import PRESETS, RULES, AutoFormat, Muon
 
 __all__ = ["on_device"]  # a fixture
+
+
+class NoLists(TorchFunctionMode):
+    """Raises where a tensor would be read by the host as a whole, which no dispatch mode sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy):
+            raise AssertionError(f"{func.__name__} makes the host wait")
+        return func(*args, **(kwargs or {}))
 
 
 class NoWaiting(TorchDispatchMode):
@@ -26,6 +36,19 @@ class NoWaiting(TorchDispatchMode):
         "bincount", "repeat_interleave.Tensor", "_linalg_check_errors", "_linalg_eigh",
         "_linalg_svd",
     )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lists = NoLists()
+
+    def __enter__(self) -> NoWaiting:
+        self.lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self.lists.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
@@ -97,7 +120,11 @@ def test_an_automatic_format_waits_only_where_it_is_due(on_device: Callable[[], 
 
 
 def test_the_watch_sees_waiting() -> None:
-    for wait in (lambda: float(torch.ones(1)), lambda: torch.ones(2)[torch.ones(2) > 0]):
+    for wait in (
+        lambda: float(torch.ones(1)),
+        lambda: torch.ones(2)[torch.ones(2) > 0],
+        lambda: torch.ones(2).tolist(),
+    ):
         with NoWaiting(), pytest.raises(AssertionError, match="wait"):
             wait()
 
