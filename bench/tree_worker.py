@@ -29,7 +29,7 @@ from lowbit_muon import PRESETS, Muon, MuonWithAuxAdam
 
 TORCH_MUON = "torch.optim.Muon"
 # In training with spoiled gradients each parameter gets one of them in every third step. The last
-# is finite, but beyond what a momentum may grow to (a norm of 1e32).
+# is finite, but beyond what a momentum may grow to (a norm of 1e15).
 SPOILED = (float("nan"), float("inf"), 1e36)
 # Where the C++ products' workspace is counted, in the layouts that there have been.
 WORKSPACE_MODULES = ("lowbit_muon.backends.cpu.adapter", "lowbit_muon.backends.cpu")

@@ -56,7 +56,7 @@ from lowbit_muon.step.rules.recipes import resolve_rule
 from lowbit_muon.step.rules.rule import UpdateRule
 
 # Of a state of ours: a step keeps norms below LARGEST_NORM, and codes may decode to somewhat more.
-_LARGEST_OWN = 1e35
+_LARGEST_OWN = 1e3 * LARGEST_NORM
 _SLACK = 1.05  # for rounding, half precision in the encoder included
 
 

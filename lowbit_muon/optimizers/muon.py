@@ -139,7 +139,7 @@ class Muon(Optimizer):
             8 more bits. Not together with `stochastic_rounding`, which takes no memory. Makes no
             difference to float32 weights.
         nonfinite: what to do with a gradient that holds inf or nan, or is so large (a norm above
-            1e32) that the momentum might leave float32: "skip" leaves the parameter and its state
+            1e15) that squares of it might leave float32: "skip" leaves the parameter and its state
             as they are (counted in its state as "skipped", with one warning; on a GPU,
             where the host does not look, without), "raise" raises NonFiniteGradientError before any
             parameter changes.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lowbit_muon.backends.tensors import accumulation_dtype
 
-# A momentum of a larger norm is taken as if it were not finite: its scales, and sums of it in
-# products, would leave float32 (3.4e38) when they are rotated, clipped, companded or factorised.
-LARGEST_NORM = 1e32
+# A momentum of a larger norm is taken as if it were not finite. Its gradient is at most
+# 1 / (1 - momentum) as large, 1e19 if that is 0.9999, and rules keep squares of it: float32 ends at
+# 3.4e38.
+LARGEST_NORM = 1e15
 NORM_EPS = 1e-7  # MuonQ's guard when it divides by a norm (arXiv 2605.11396)
 
 

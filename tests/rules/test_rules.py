@@ -24,6 +24,7 @@ from lowbit_muon import (
     muon_param_groups,
 )
 from lowbit_muon.optimizers import muon as muon_module
+from lowbit_muon.state.gradients import LARGEST_NORM
 from lowbit_muon.state.rounding import restore
 from lowbit_muon.state.stored import RULE_PREFIX, Kept, RuleState
 from lowbit_muon.step import rule_weights
@@ -205,6 +206,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     raising = Muon(params, nonfinite="raise", **options_of(rule, "linear8"))
     with pytest.raises(NonFiniteGradientError):
         raising.step()
+
+
+@pytest.mark.filterwarnings("ignore:a gradient of a parameter")
+@pytest.mark.parametrize("momentum", [0.9, 0.9999])
+@pytest.mark.parametrize("rule", ALL)
+def test_the_largest_gradients_that_are_taken_stay_finite(rule: str, momentum: float) -> None:
+    """What no sum of squares in float32 could hold is skipped; an average takes 1 - momentum."""
+    params = parameters()
+    optimizer = Muon(params, momentum=momentum, **options_of(rule, "spectral4"))
+    for step in range(3):
+        give_gradients(params, step)
+        for param in params:
+            assert param.grad is not None
+            if step < 2:
+                size = 0.9 * LARGEST_NORM / (1 - momentum)
+                param.grad *= size / param.grad.norm().clamp_min(1e-9)
+        optimizer.step()
+    for key, value in values(optimizer).items():
+        assert not isinstance(value, Tensor) or bool(value.isfinite().all()), key
 
 
 @pytest.mark.parametrize("rule", ALL)

@@ -129,7 +129,7 @@ def test_non_finite_gradient_leaves_all_as_it_was(name: str) -> None:
 
 
 @pytest.mark.usefixtures("panels")
-@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("size", [1e-25, 1e13])
 @pytest.mark.parametrize("from_stored", ["exact", "stored"])
 def test_extreme_gradients_by_panels(size: float, from_stored: str) -> None:
     updates = []
