@@ -16,11 +16,12 @@ from lowbit_muon import (
     RULES,
     MuonWithAuxAdam,
     StateFormat,
+    attach_layer_inputs,
     muon_param_groups,
     quantize,
 )
 from lowbit_muon.step.options import AuxAdam
-from lowbit_muon.step.rules.recipes import pion
+from lowbit_muon.step.rules.recipes import resolve_rule
 from lowbit_muon.tools.finetune.settings import ADAMW_METHODS
 
 BASELINE = "fp32"
@@ -71,7 +72,7 @@ RULE_RATES = {
     "scion": (4e-4, 8e-4, 1.6e-3),
     "adago": (0.1, 0.2, 0.4),
     "polargrad": (0.1, 0.3, 1.0),
-    **dict.fromkeys(("drop_muon", "soap_muon", "mousse"), _USUAL),
+    **dict.fromkeys(("drop_muon", "soap_muon", "mousse", "newton_muon()"), _USUAL),
     "aro": _MATCHED,
     "cosmos": (1e-2, 2e-2, 4e-2),
     "conda": (5e-3, 1e-2, 2e-2),
@@ -92,7 +93,7 @@ def wide_states(rule: str) -> str:
 
 TRAINED_RULES = {
     **RULES,
-    "pion(2)": pion(2),
+    **{rule: resolve_rule(rule) for rule in ("pion(2)", "newton_muon()")},
     **{wide_states(rule): RULES[rule].with_state_bits(32) for rule in CODED_STATES},
 }
 
@@ -168,13 +169,16 @@ def make_optimizer(model: nn.Module, method: Method, lr: float, seed: int) -> Mu
         **own,
     )
     if method.state_format is not None:
-        return MuonWithAuxAdam(
+        optimizer = MuonWithAuxAdam(
             groups,
             rule=rule,
             state_format=method.state_format,
             aux_adam="adamw",
             seed=seed,
         )
+        if rule.needs("inputs"):
+            attach_layer_inputs(model, optimizer)
+        return optimizer
     return MuonWithAuxAdam(
         [_adamw_group(group, lr) for group in groups], aux_adam=cast(AuxAdam, method.name)
     )

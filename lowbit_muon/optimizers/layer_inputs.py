@@ -16,7 +16,7 @@ from lowbit_muon.backends.modes import outside_compiled_regions, plain_modes
 from lowbit_muon.optimizers.muon import Muon
 from lowbit_muon.optimizers.step_hooks import check_process_group
 from lowbit_muon.state.parameter import MatrixView, matrix_views, parameter_names
-from lowbit_muon.state.placement import local_part, shape_only
+from lowbit_muon.state.placement import is_dtensor, local_part, shape_only
 from lowbit_muon.state.stored import RULE_PREFIX
 from lowbit_muon.step.rules.inputs import InputWhitened
 from lowbit_muon.step.rules.recipes import resolve_rule
@@ -35,12 +35,16 @@ class _Layer:
     param: Tensor
     stage: InputWhitened
     views: list[MatrixView]
-    begun: bool = False
     products: Tensor | None = None  # float32 [columns, columns], the sum of x x^T
     count: int = 0
-    missed: int = 0  # steps with a gradient that were due and found nothing
+    is_silent: bool = False  # as has been said
 
     def see(self, x: Tensor) -> None:
+        if is_dtensor(x):
+            raise ValueError(
+                f"layer {self.name!r}: expected a plain tensor, since its rule looks at what it "
+                "reads, got a DTensor; with tensor parallelism give its weight another rule"
+            )
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if self.products is None:
             self.products = rows.mT @ rows
@@ -109,9 +113,9 @@ class LayerInputs:
                 layer.see(args[0] if args else kwargs["input"])
 
     def _is_due(self, layer: _Layer) -> bool:
-        """Whether the next step takes a layer's inputs: those of the first step, then in turns."""
-        due = not layer.begun or (self._steps + layer.number) % layer.stage.every == 0
-        return due and layer.param.requires_grad
+        """Whether the next step takes a layer's inputs."""
+        due = (self._steps + layer.number) % layer.stage.every == 0
+        return due and layer.param.requires_grad and bool(layer.stage.state(layer.views[0].shape))
 
     def take(self) -> None:
         """For the optimizer's step, when nothing more can be refused: take what was read."""
@@ -121,9 +125,8 @@ class LayerInputs:
                 self._share(layer, self._process_group)
         if any(layer.count for layer in due):
             self._optimizer.prepare_states()
-        kept = [self._keep(layer) for layer in due]
-        for layer, value in zip(due, self._agreed(kept), strict=True):
-            layer.begun |= value
+        for layer in due:
+            self._keep(layer)
         self._warn_of_silent_layers(due)
         # as parameters count their steps
         self._steps += any(layer.param.grad is not None for layer in self._layers)
@@ -141,32 +144,21 @@ class LayerInputs:
         dist.all_reduce(count, group=group)
         layer.count = int(count)
 
-    def _agreed(self, values: list[bool]) -> list[bool]:
-        """Whether it is so on any process."""
-        if self._process_group is None:
-            return values
-        device = local_part(self._layers[0].param).device
-        shared = torch.tensor(values, dtype=torch.int32, device=device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._process_group)
-        return [bool(value) for value in shared.tolist()]
-
-    def _keep(self, layer: _Layer) -> bool:
-        """In the state of the matrices that this process keeps; whether there are any.
+    def _keep(self, layer: _Layer) -> None:
+        """In the state of the matrices that this process keeps.
 
         With an automatic format there is none before the first gradient. What is not finite has no
         usable gradient, either.
         """
         if not layer.count:
-            return False
+            return
         assert layer.products is not None
         moment = layer.products / layer.count
         if not bool(moment.isfinite().all()):
-            return False
-        states = self._states(layer)
-        for prefix, state in states:
+            return
+        for prefix, state in self._states(layer):
             for name, value in layer.stage.taken(state, moment).items():
                 self._optimizer.state[layer.param][prefix + name].copy_(value)
-        return bool(states)
 
     def _states(self, layer: _Layer) -> list[tuple[str, dict[str, Tensor]]]:
         """(prefix of its keys, what the stage keeps) of each matrix that this process keeps."""
@@ -179,13 +171,15 @@ class LayerInputs:
         return found
 
     def _warn_of_silent_layers(self, due: list[_Layer]) -> None:
-        for layer in due:
-            layer.missed += not layer.count and layer.param.grad is not None
-        silent = [layer.name for layer in due if layer.missed == 2 and not layer.count]
+        silent = [layer for layer in due if not (layer.count or layer.is_silent)]
+        # (an expert without tokens has none, either)
+        silent = [layer for layer in silent if _has_gradient(layer.param)]
+        for layer in silent:
+            layer.is_silent = True
         if silent:
             warnings.warn(
-                f"layer inputs: {silent[0]} ({len(silent)} of {len(self._layers)} layers) has read "
-                "nothing in two steps, and its gradients are taken as they are. Inputs are "
+                f"layer inputs: {silent[0].name} has read nothing in its turn, and its gradients "
+                "are not whitened until it does. Inputs are "
                 "collected only where the layer itself is called, in training mode: the output "
                 "projection of nn.MultiheadAttention is not",
                 stacklevel=3,
@@ -196,12 +190,10 @@ class LayerInputs:
         states = [self._optimizer.state.get(layer.param, {}) for layer in self._layers]
         counts = [int(state.get("step", 0)) + int(state.get("skipped", 0)) for state in states]
         self._steps = max(counts)
-        begun = self._agreed([self._has_begun(layer) for layer in self._layers])
-        for layer, value in zip(self._layers, begun, strict=True):
-            layer.begun = value
 
-    def _has_begun(self, layer: _Layer) -> bool:
-        return any(bool(kept["inputs_values"].any()) for _, kept in self._states(layer))
+
+def _has_gradient(param: Tensor) -> bool:
+    return param.grad is not None and bool(local_part(param.grad).any())
 
 
 def attach_layer_inputs(
@@ -215,15 +207,16 @@ def attach_layer_inputs(
         attach_layer_inputs(model, optimizer)
         ...                          # train as ever
 
-    In every `every`-th step of the rule, and in the first, the product x^T x of what a layer has
-    read since the last step is added up in its forward pass, in training mode and where gradients
-    are enabled, with gradient accumulation over all its batches; each layer on its own schedule.
-    In other steps nothing is done. What comes of it is state of the optimizer: saved, loaded
-    and, where processes share parameters, kept by each matrix's owner. Compile a model after
-    attaching; its graph breaks at these layers.
+    In every `every`-th step of the rule the product x^T x of what a layer has read since the last
+    step is added up in its forward pass, in training mode and where gradients are enabled, with
+    gradient accumulation over all its batches. Layers take turns, the first of them in the first
+    step, so that few products are held at a time. In other steps nothing is done. What comes of it
+    is state of the optimizer: saved, loaded and, where processes share parameters, kept by each
+    matrix's owner. Compile a model after attaching; its graph breaks at these layers.
 
     Args:
-        model: owner of the layers, as the optimizer knows it (after `fully_shard`).
+        model: owner of the layers, as the optimizer knows it (after `fully_shard`), wrapped in
+            DistributedDataParallel if it will be.
         optimizer: a Muon or MuonWithAuxAdam. Copies of it, and what is loaded from a pickle, have
             to be attached anew.
         process_group: processes that train on different data with the same weights, or with parts

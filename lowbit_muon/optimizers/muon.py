@@ -112,10 +112,11 @@ class Muon(Optimizer):
             "match_rms_adamw": lr * 0.2 * sqrt(max(rows, columns)), Moonlight's and MuonQ's;
             "spectral_unclamped": lr * sqrt(rows/columns), Bernstein's (torch 2.14 and newer);
             "megatron": lr * sqrt(max(rows, columns)); "none": lr.
-        rule: what is done with the momentum: a name (`lowbit_muon.RULES`) or an `UpdateRule`. What
-            a rule says of momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn and
-            weight_decay (`UpdateRule.options`) goes where they are None and the group does not set
-            them; it shows what came of it.
+        rule: what is done with the momentum: a name (of `lowbit_muon.RULES`, or "pion(2)" and the
+            like, `step.rules.recipes.resolve_rule`) or an `UpdateRule`. What a rule says of
+            momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn and weight_decay
+            (`UpdateRule.options`) goes where they are None and the group does not set them; it
+            shows what came of it.
         state_format: how the momentum is stored: a preset name (`lowbit_muon.PRESETS`), a
             `StateFormat`, or "auto" or an `AutoFormat`, which choose for each parameter the fewest
             bits that keep the error of its update below a target, and look again every so often.

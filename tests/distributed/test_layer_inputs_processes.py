@@ -18,8 +18,8 @@ STEPS = 4
 
 
 def own_part(rank: int, step: int) -> torch.Tensor:
-    """Of both processes the same number of inputs."""
-    return batch(2 * step + rank)
+    """Of the second process twice as many inputs, which count as often."""
+    return batch(2 * step + rank)[: 1 + rank]
 
 
 def end(optimizer: Any, params: Any, weights: Any) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def alone() -> dict[str, Any]:
     attach_layer_inputs(model, optimizer)
     for step in range(STEPS):
         optimizer.zero_grad()
-        both = torch.cat([own_part(rank, step) for rank in range(2)])
-        model(both).square().mean().backward()
+        for rank in range(2):  # gradients are means over processes, not over inputs
+            (model(own_part(rank, step)).square().mean() / 2).backward()
         optimizer.step()
     return end(optimizer, matrices(model), matrices(model))
 
@@ -88,6 +88,27 @@ def test_processes_whiten_by_the_inputs_of_all(how: str, tmp_path: Path) -> None
     assert len(kept) == 2
     for found, theirs in zip(kept, expected["values"], strict=True):
         torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-6)
+
+
+def in_columns(rank: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    model = make_model()
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    attach_layer_inputs(model, make(model), process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="layer '0': expected a plain tensor"):
+        model(batch(0))
+    return {}
+
+
+def test_tensor_parallel_layers_are_refused(tmp_path: Path) -> None:
+    assert run(2, _ranked, tmp_path, "in_columns") == [{}, {}]
 
 
 def _ranked(how: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def step(model: nn.Module, optimizer: Muon, number: int) -> None:
 
 
 def test_a_step_is_newton_muon_s() -> None:
-    """Inputs of the first step, and of each third, the second layer's one step earlier."""
+    """Inputs of the first step and of each third, the second layer's one step earlier."""
     model = make_model()
     optimizer = make(model, rule=replace(rule(), direction=ExactPolar()), weight_decay=0.1)
     assert attach_layer_inputs(model, optimizer).layers == ["0", "1"]
@@ -79,7 +79,7 @@ def test_a_step_is_newton_muon_s() -> None:
         model(x).square().mean().backward()
         optimizer.step()
         for index, (oracle, read) in enumerate(zip(oracles, (x, hidden), strict=True)):
-            if number == 0 or (number + index) % EVERY == 0:
+            if (number + index) % EVERY == 0:
                 oracle.read(read.flatten(0, 1))
             grad = matrices(model)[index].grad
             assert grad is not None
@@ -162,7 +162,8 @@ def test_inputs_that_are_not_finite_never_reach_the_state() -> None:
         for key, value in state.items()
         if key.startswith("rule.")
     )
-    step(model, optimizer, 1)  # in whose place this one is the first
+    for number in range(1, 4):
+        step(model, optimizer, number)
     assert all(optimizer.state[p]["rule.inputs_values"].any() for p in matrices(model))
 
 
@@ -189,7 +190,7 @@ def test_without_inputs_no_step_is_taken() -> None:
     optimizer = make(model)
     model(batch(0)).square().mean().backward()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="rule: 'newton_muon' looks at what layers read"):
+    with pytest.raises(ValueError, match=r"rule: 'newton_muon\(3\)' looks at what layers read"):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     inputs = attach_layer_inputs(model, optimizer)
@@ -256,11 +257,11 @@ def test_parameters_that_came_later_are_refused() -> None:
         step(model, optimizer, 0)
 
 
-def test_automatic_formats_begin_with_the_second_step() -> None:
+def test_automatic_formats_begin_with_the_next_turn() -> None:
     model = make_model()
     optimizer = make(model, state_format="auto")
     attach_layer_inputs(model, optimizer)
-    for number in range(2):
+    for number in range(EVERY + 1):
         step(model, optimizer, number)
     assert all(optimizer.state[p]["rule.inputs_values"].any() for p in matrices(model))
 
@@ -276,7 +277,7 @@ def test_autocast_and_compiled_models_are_heard() -> None:
             warnings.simplefilter("ignore")  # of torch's own, about graph breaks
             called(batch(0)).float().square().mean().backward()
         optimizer.step()
-        ends.append([optimizer.state[p]["rule.inputs_values"] for p in matrices(model)])
+        ends.append([optimizer.state[matrices(model)[0]]["rule.inputs_values"]])
     for ours, theirs in zip(*ends, strict=True):
         assert torch.equal(ours, theirs)
     mean = batch(0).flatten(0, 1).square().sum(dim=1).mean() / 12
@@ -295,10 +296,28 @@ def test_a_layer_that_is_never_called_is_named() -> None:
     model = Beside()
     optimizer = make(model)
     attach_layer_inputs(model, optimizer)
+    for number in range(5):
+        if number == 2:
+            with pytest.warns(UserWarning, match=r"layer inputs: 1 has read nothing in its turn"):
+                step(model, optimizer, number)
+        else:  # in its next turn without a warning
+            step(model, optimizer, number)
+
+
+def test_wide_layers_are_not_whitened() -> None:
+    model, plain_model = make_model(), make_model()
+    optimizer = make(model, rule=replace(rule(), gradient=InputWhitened(EVERY, largest=12)))
+    attach_layer_inputs(model, optimizer)
     step(model, optimizer, 0)
-    with pytest.warns(UserWarning, match=r"1 \(1 of 2 layers\) has read nothing in two steps"):
-        step(model, optimizer, 1)
-    step(model, optimizer, 2)
+    step(plain_model, make(plain_model, rule="muon"), 0)
+    narrow, wide = matrices(model)
+    assert "rule.inputs_values" in optimizer.state[narrow]
+    assert not torch.equal(narrow, matrices(plain_model)[0])
+    assert not any(key.startswith("rule.") for key in optimizer.state[wide])
+    # Five steps of Newton-Schulz in float32, by another way to the same update.
+    torch.testing.assert_close(wide, matrices(plain_model)[1], rtol=0, atol=0.02 * 2**-20)
+    for number in range(1, EVERY):  # the turn that the wide one would have
+        step(model, optimizer, number)
 
 
 def test_what_cannot_be_attached_is_refused() -> None:
@@ -323,6 +342,7 @@ def test_what_cannot_be_attached_is_refused() -> None:
     ("options", "message"),
     [
         ({"every": 0}, "every: expected a whole number >= 1, got 0"),
+        ({"largest": 0}, "largest: expected a whole number >= 1, got 0"),
         ({"decay": 1.0}, r"decay: expected a number in \[0, 1\), got 1.0"),
         ({"ridge": 0.0}, "ridge: expected a number > 0, got 0.0"),
         ({"bits": 4}, "bits: expected one of"),

@@ -229,9 +229,11 @@ def test_pytorch_optimizer_ends_beside_ours(name: str, shape: tuple[int, int]) -
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize(("number", "largest"), [(0, 10000), (3, 10000), (0, 32)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mousse_does_what_its_equations_say(shape: tuple[int, int], number: int) -> None:
+def test_mousse_does_what_its_equations_say(
+    shape: tuple[int, int], number: int, largest: int
+) -> None:
     """The fourth parameter has its second decomposition three steps earlier.
 
     eps = 0.01: float32 knows an eigenvalue to 1e-7 of the largest, which may be 40 of the mean, or
@@ -240,10 +242,11 @@ def test_mousse_does_what_its_equations_say(shape: tuple[int, int], number: int)
     params = [nn.Parameter(torch.zeros(2, 2)) for _ in range(number)]
     param = nn.Parameter(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3)))
     rule = with_exact_polar(RULES["mousse"].with_state_bits(32))
-    whitened = replace(rule.precondition[0], eps=0.01)
+    whitened = replace(rule.precondition[0], eps=0.01, largest=largest)  # type: ignore[call-arg]
     rule = replace(rule, precondition=(whitened,))
     optimizer = Muon([*params, param], lr=LR, rule=rule, state_format="fp32", weight_decay=0.1)
-    oracle = ORACLES["mousse"](param, lr=LR, number=number, eps=0.01, weight_decay=0.1)
+    settings = {"number": number, "eps": 0.01, "largest": largest}
+    oracle = ORACLES["mousse"](param, lr=LR, weight_decay=0.1, **settings)
     for grad in gradients(shape):
         param.grad = grad.clone()
         optimizer.step()

@@ -33,14 +33,14 @@ from lowbit_muon.step.rules.gains import RowGains
 from lowbit_muon.step.rules.gradient import RowFeedback
 from lowbit_muon.step.rules.momentum import SumMomentum, TwoDecays
 from lowbit_muon.step.rules.precondition import SelectedRows
-from lowbit_muon.step.rules.recipes import fismo, pion, resolve_rule
+from lowbit_muon.step.rules.recipes import fismo, newton_muon, pion, resolve_rule
 from lowbit_muon.step.rules.scaling import FixedNorm, Scaling, VectorMoment
 from lowbit_muon.step.rules.stage import Matrices, Stage
 from lowbit_muon.step.rules.step_size import Bounded
 
 # The first and the third are a batch.
 SHAPES = ((24, 40), (40, 24), (24, 40), (1, 7))
-ALL = {**RULES, "pion 2 of 5": pion(2), "fismo": fismo(0.9, 0.1)}
+ALL = {**RULES, "pion(2, 5)": pion(2), "fismo(0.9, 0.1)": fismo(0.9, 0.1)}
 
 
 def sizes_needed(rule: UpdateRule) -> bool:
@@ -302,6 +302,29 @@ def test_rules_round_trip(name: str) -> None:
     assert UpdateRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
     assert pickle.loads(pickle.dumps(rule)) == rule
     assert hash(copy.deepcopy(rule)) == hash(rule)
+
+
+@pytest.mark.parametrize("rule", [*ALL.values(), newton_muon(), pion(2, 6)], ids=lambda r: r.name)
+def test_a_rule_s_name_means_it(rule: UpdateRule) -> None:
+    assert resolve_rule(rule.name) == rule
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nomuon", "expected one of .*or pion"),
+        ("pion", "expected one of"),
+        ("pion(2", "expected one of"),
+        ("muon()", "expected one of"),
+        ("pion(__import__('os'))", "expected one of"),
+        ("pion()", r"pion\(\) missing 1 required positional argument"),
+        ("pion(9)", "k: expected a whole number"),
+        ("newton_muon(every=0)", "every: expected a whole number"),
+    ],
+)
+def test_a_name_that_means_no_rule_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Muon(parameters(), rule=name)
 
 
 def test_a_group_shows_what_its_rule_says() -> None:
@@ -578,7 +601,7 @@ def test_stages_check_their_fields(make: Any, message: str) -> None:
 def test_muon_itself_forms_no_update() -> None:
     fused = {name for name, rule in ALL.items() if rule.is_fused}
     assert fused == {
-        *("muon", "moonlight", "dion_muon", "muonclip", "scion", "pion 2 of 5", "drop_muon")
+        *("muon", "moonlight", "dion_muon", "muonclip", "scion", "pion(2, 5)", "drop_muon")
     }
     assert not replace(RULES["muon"], direction=Rows()).is_fused
     assert replace(RULES["muon"], momentum=SumMomentum(), direction=Polar()).is_fused

@@ -132,13 +132,34 @@ def test_a_rule_adds_what_it_keeps_and_its_update(
     assert f"muonq4 is left out: {refused['muonq4']}" in " ".join(shown.split())
 
 
+def test_a_rule_with_numbers_and_layer_inputs(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ["--device-memory=1MiB", "--rule=newton_muon()", f"--json={path}"]
+    assert main(["plan", model, *arguments]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    # Eigenvectors in 8 bits, with a scale and an eigenvalue in float32 for each: of six projections
+    # that read 64 columns and one that reads 96, in two layers.
+    assert json.loads(path.read_text())["rule_state"] == 2 * sum(
+        columns**2 + 8 * columns for columns in (*[64] * 6, 96)
+    )
+    assert "They take turns of 32 steps" in shown
+    assert "attach_layer_inputs(model, optimizer)" in shown
+    assert "--gradient-release" not in shown
+    assert "'newton_muon(32)'" in shown
+    assert main(["plan", model, *arguments, "--gradient-release"]) == 2
+    assert "--gradient-release: expected a rule that does not look" in capsys.readouterr().err
+
+
 def test_an_unknown_rule_is_told_the_known_ones(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         main(["plan", model, "--device-memory=1GiB", "--rule=nomuon"])
     error = capsys.readouterr().err
-    assert "argument --rule: invalid choice: 'nomuon'" in error
+    assert "argument --rule: expected one of [" in error
+    assert "got 'nomuon'" in error
     for name in RULES:
         assert name in error
 

@@ -18,6 +18,7 @@ from lowbit_muon.step.rules.factors import (
     read_bases,
     rotated,
     rotated_back,
+    sides_within,
     take_gradients,
 )
 from lowbit_muon.step.rules.gradient import GradientTransform
@@ -82,14 +83,11 @@ class _InEigenbases:
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
         moment = moment_state("rotated_moment", shape, self.bits)
-        return moment | factors_state(shape, self._sides(shape), self.bits)
-
-    def _sides(self, shape: tuple[int, int]) -> list[str]:
-        return [side for side, axis in SIDES.items() if shape[axis - 1] <= self.largest]
+        return moment | factors_state(shape, sides_within(shape, self.largest), self.bits)
 
     def _read(self, matrices: Matrices) -> dict[str, Tensor]:
         """Side -> its basis; zeros before the first."""
-        return read_bases(matrices, self._sides(matrices.shape), self.bits)
+        return read_bases(matrices, sides_within(matrices.shape, self.largest), self.bits)
 
     def _turn(self, bases: dict[str, Tensor], turned: Tensor, matrices: Matrices) -> None:
         """Take the gradient into the factors, and bring the bases nearer where it is their turn.

@@ -29,6 +29,11 @@ SIDES = {"rows": 1, "columns": 2}
 Find = Callable[[int, str, Tensor, Tensor], Tensor]
 
 
+def sides_within(shape: tuple[int, int], largest: int) -> list[str]:
+    """The sides of a matrix [rows, columns] that are not longer."""
+    return [side for side, axis in SIDES.items() if shape[axis - 1] <= largest]
+
+
 def factors_state(shape: tuple[int, int], sides: Iterable[str], bits: int) -> RuleState:
     """What is kept of a matrix [rows, columns]."""
     kept: RuleState = {}

@@ -23,11 +23,12 @@ class InputWhitened(GradientTransform):
     """G <- G (K + (ridge tr(K) / columns + eps) I)^-1, with K of the mean of x x^T over inputs x.
 
     K, `initial` times I at first, becomes decay K + (1 - decay) mean(x x^T) in every `every`-th
-    step, each layer on its own schedule, and in the first, which is ours (arXiv 2604.01472,
-    algorithm 1; zhehangdu/Newton-Muon, whose numbers these are; there the inputs of an MLP's last
-    matrix are whitened in four blocks).
-    `optimizers.layer_inputs` collects them, and a GPU's host waits when they are taken. Before the
-    first, gradients are taken as they are.
+    step (arXiv 2604.01472, algorithm 1; zhehangdu/Newton-Muon, whose numbers these are; there all
+    layers have the same steps, and the inputs of an MLP's last matrix are whitened in four blocks).
+    Layers take turns, from the first step on, so that few products x x^T are held at a time.
+    `optimizers.layer_inputs` collects inputs, and a GPU's host waits when they are taken.
+
+    largest: layers that read more columns are not whitened.
 
     K is kept as its eigenvectors and, in float32, its eigenvalues. bits: of an eigenvector's
     element, 8 in codes (`step.rules.coded`), or 32. They are made orthogonal again before K takes
@@ -41,29 +42,37 @@ class InputWhitened(GradientTransform):
     ridge: float = 0.2
     initial: float = 1e-3
     eps: float = 1e-8
+    largest: int = 10000
     bits: int = 8
 
     def check(self) -> None:
         """See `Stage.check`."""
-        good = isinstance(self.every, int) and self.every >= 1
-        expect(good, "input_whitened: every", "a whole number >= 1", self.every)
+        for name in ("every", "largest"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and value >= 1
+            expect(good, f"{self.kind}: {name}", "a whole number >= 1", value)
         expect(self.decay < 1, "input_whitened: decay", "a number in [0, 1)", self.decay)
         expect(self.ridge > 0, "input_whitened: ridge", "a number > 0", self.ridge)
         check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
+        if shape[1] > self.largest:
+            return {}
         return square_state(_BASIS, shape[1], self.bits) | {_VALUES: Kept((1, shape[1]))}
 
     def apply(
         self, grads: Tensor, state: dict[str, Tensor], beta: float, momentum: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `GradientTransform.apply`."""
+        if _VALUES not in state:  # too large
+            return grads, None
         basis, values = read_basis(state, _BASIS, self.bits), state[_VALUES]
         mean = values.mean(dim=2, keepdim=True)
         grads = grads.float()
         whitened = (grads @ basis).div_(values + (self.ridge * mean + self.eps)) @ basis.mT
-        return torch.where(mean > 0, whitened, grads), None
+        at_first = grads / (self.initial * (1 + self.ridge) + self.eps)
+        return torch.where(mean > 0, whitened, at_first), None
 
     def taken(self, state: Mapping[str, Tensor], moment: Tensor) -> dict[str, Tensor]:
         """What is kept after K has taken a mean of x x^T, float32 [columns, columns].

@@ -16,6 +16,7 @@ from lowbit_muon.step.rules.factors import (
     read_bases,
     rotated,
     rotated_back,
+    sides_within,
     take_gradients,
 )
 from lowbit_muon.step.rules.precondition import Preconditioner
@@ -33,8 +34,8 @@ class KroneckerWhitened(Preconditioner):
     Anti-Entrophic/Mousse, whose numbers these are but for eps: there it is 1e-10 above the least
     eigenvalue, which is rounding, about 1e-7 of the largest, where no gradient had a direction).
 
-    exponent: a, the "curvature exponent". bits: of L, R, P and Q, 8 in codes (`step.rules.factors`)
-    or 32.
+    exponent: a, the "curvature exponent". largest: sides that are longer are left as they are.
+    bits: of L, R, P and Q, 8 in codes (`step.rules.factors`) or 32.
     """
 
     kind: ClassVar[str] = "kronecker_whitened"
@@ -43,40 +44,43 @@ class KroneckerWhitened(Preconditioner):
     exponent: float = 0.125
     eps: float = 1e-6
     every: int = 10
+    largest: int = 10000
     bits: int = 8
 
     def check(self) -> None:
         """See `Stage.check`."""
-        good = isinstance(self.every, int) and self.every >= 1
-        expect(good, "kronecker_whitened: every", "a whole number >= 1", self.every)
+        for name in ("every", "largest"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and value >= 1
+            expect(good, f"{self.kind}: {name}", "a whole number >= 1", value)
         expect(self.beta < 1, "kronecker_whitened: beta", "a number in [0, 1)", self.beta)
         expect(self.eps > 0, "kronecker_whitened: eps", "a number > 0", self.eps)
         check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
-        powers = {f"{side}_powers": Kept((1, m)) for side, m in zip(SIDES, shape, strict=True)}
-        return factors_state(shape, SIDES, self.bits) | powers
+        sides = sides_within(shape, self.largest)
+        powers = {_powers(side): Kept((1, shape[SIDES[side] - 1])) for side in sides}
+        return factors_state(shape, sides, self.bits) | powers
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Preconditioner.apply`."""
-        due = matrices.due(self.every)
+        due, sides = matrices.due(self.every), sides_within(matrices.shape, self.largest)
         if any(due):
-            for side in SIDES:
-                name = f"{side}_powers"
+            for name in map(_powers, sides):
                 matrices.state[name] = matrices.state[name].clone()
 
         def decomposed(index: int, side: str, factor: Tensor, basis: Tensor) -> Tensor:
             wide = factor.to(accumulation_dtype(factor.device))
             values, vectors = torch.linalg.eigh(wide / wide.diagonal().mean().clamp_min(TINY))
             powers = (values.clamp_min(0.0) + self.eps).pow(-self.exponent)
-            matrices.state[f"{side}_powers"][index, 0] = powers.float()
+            matrices.state[_powers(side)][index, 0] = powers.float()
             return torch.linalg.qr(basis @ vectors.float()).Q
 
-        bases = read_bases(matrices, SIDES, self.bits)
+        bases = read_bases(matrices, sides, self.bits)
         turned = rotated(matrices.grads.float(), bases)
         take_gradients(matrices, bases, turned, self.beta, self.bits, due, decomposed)
-        return _scaled(rotated(x, read_bases(matrices, SIDES, self.bits)), matrices)
+        return _scaled(rotated(x, read_bases(matrices, sides, self.bits)), matrices)
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,20 @@ class KroneckerUnwhitened(Scaling):
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""
-        bits = 8 if "rows_basis_scales" in matrices.state else 32
-        bases = read_bases(matrices, SIDES, bits)
+        sides = [side for side in SIDES if _powers(side) in matrices.state]
+        bits = 8 if any(f"{side}_basis_scales" in matrices.state for side in sides) else 32
+        bases = read_bases(matrices, sides, bits)
         new = rotated_back(_scaled(update, matrices), bases)
         return new.mul_(norm(update) / norm(new).clamp_min_(TINY))
 
 
 def _scaled(x: Tensor, matrices: Matrices) -> Tensor:
-    """D^-a X E^-a."""
-    return matrices.state["rows_powers"].mT * x * matrices.state["columns_powers"]
+    """D^-a X E^-a, of the sides that are whitened."""
+    if "rows_powers" in matrices.state:
+        x = matrices.state["rows_powers"].mT * x
+    return x * matrices.state["columns_powers"] if "columns_powers" in matrices.state else x
+
+
+def _powers(side: str) -> str:
+    """Name of the diagonal of D^-a or E^-a, [1, m], in the state."""
+    return f"{side}_powers"

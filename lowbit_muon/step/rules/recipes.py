@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowbit_muon.step.rules.constraint import FrobeniusSphere
@@ -328,7 +329,7 @@ def pion(k: int, steps: int = 5) -> UpdateRule:
         )
     coefficients = ((1.875, -1.25, 0.375),) * k + ((0.0, 2.5, -1.5),) * (steps - k)
     options = (_PLAIN, ("ns_coefficients", coefficients), ("ns_steps", steps))
-    return UpdateRule(f"pion {k} of {steps}", momentum=_SUM, options=options)
+    return UpdateRule(f"pion({k}, {steps})", momentum=_SUM, options=options)
 
 
 def newton_muon(every: int = 32) -> UpdateRule:
@@ -337,7 +338,7 @@ def newton_muon(every: int = 32) -> UpdateRule:
     arXiv 2604.01472; zhehangdu/Newton-Muon. To be used with `attach_layer_inputs`, which collects
     that in every `every`-th step.
     """
-    return UpdateRule("newton_muon", gradient=InputWhitened(every=every))
+    return UpdateRule(f"newton_muon({every})", gradient=InputWhitened(every=every))
 
 
 def fismo(decay: float, damping: float) -> UpdateRule:
@@ -346,15 +347,21 @@ def fismo(decay: float, damping: float) -> UpdateRule:
     decay: of the factors' averages, in (0, 1). damping: a multiple of I, > 0. Neither is published.
     """
     return UpdateRule(
-        "fismo",
+        f"fismo({decay}, {damping})",
         gradient=FisherWhitened(decay, damping),
         scaling=(FisherUnwhitened(damping),),
         options=(_PLAIN, _UNSCALED),
     )
 
 
+# Rules that have numbers of their own: "pion(2)" in the place of a name.
+_WITH_NUMBERS = {make.__name__: make for make in (pion, newton_muon, fismo)}
+
+
 def resolve_rule(value: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:
     """The rule meant by a name, given as it is, or as `UpdateRule.to_dict` made it.
+
+    A name is one in `RULES`, or one of this module's functions with its numbers: "pion(2)".
 
     Raises ValueError for an unknown name or a bad field and TypeError for anything else.
     """
@@ -364,9 +371,32 @@ def resolve_rule(value: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:
         return UpdateRule.from_dict(value)
     if not isinstance(value, str):
         raise TypeError(f"rule: expected a name or an UpdateRule, got {type(value).__name__}")
-    if value not in RULES:
-        raise ValueError(f"rule: expected one of {sorted(RULES)}, got {value!r}")
-    return RULES[value]
+    if value in RULES:
+        return RULES[value]
+    call = _call(value)
+    if call is None:
+        raise ValueError(
+            f"rule: expected one of {sorted(RULES)}, or pion(k), newton_muon() or "
+            f"fismo(decay, damping) with numbers, got {value!r}"
+        )
+    try:
+        return call()
+    except TypeError as error:  # of its arguments' number
+        raise ValueError(f"rule: {error}") from None
+
+
+def _call(text: str) -> Callable[[], UpdateRule] | None:
+    """What "pion(2)" means; None if it is no such call."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            return None
+        args = [ast.literal_eval(each) for each in call.args]
+        named = {each.arg: ast.literal_eval(each.value) for each in call.keywords if each.arg}
+    except (SyntaxError, ValueError):
+        return None
+    make = _WITH_NUMBERS.get(call.func.id)
+    return functools.partial(make, *args, **named) if make else None
 
 
 @functools.lru_cache(maxsize=256)

@@ -158,5 +158,7 @@ def script(setup: Setup, plan: Plan, *, converts: bool) -> Iterator[str]:
     given = [f'{name}="{value}"' for name, value in options.items()]
     given += [f"{name}=True" for name in ("offload", "compensation") if getattr(setup, name)]
     yield f"optimizer = MuonWithAuxAdam(model, {', '.join(given)})"
+    if setup.rule.needs("inputs"):
+        yield "attach_layer_inputs(model, optimizer)"
     if setup.gradient_release:
         yield "attach_gradient_release(model, optimizer)"

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit_muon.formats.presets import PRESETS
-from lowbit_muon.step.rules.recipes import RULES
+from lowbit_muon.step.rules.inputs import InputWhitened
+from lowbit_muon.step.rules.recipes import resolve_rule
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.tools.arguments import whole_number
 from lowbit_muon.tools.console import (
@@ -56,7 +57,7 @@ _PLAN_FIELDS = (
     "momentum_bits", "weights", "gradients", "state", "workspace", "total", "host",
 )  # fmt: skip
 _OPTIONS = (
-    "activations", "dtype", "device", "aux_adam", "rule", "gradient_release", "offload",
+    "activations", "dtype", "device", "aux_adam", "gradient_release", "offload",
     "compensation", "lora",
 )  # fmt: skip
 
@@ -74,6 +75,14 @@ def parse_size(text: str) -> int:
             f"or 8192MiB, got {text[:80]!r}"
         )
     return round(float(match[1]) * units[match[2].lower()])
+
+
+def parse_rule(text: str) -> UpdateRule:
+    """The rule of a name. Raises argparse.ArgumentTypeError."""
+    try:
+        return resolve_rule(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("rule: ")) from None
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], help: str) -> None:
@@ -106,10 +115,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], h
     )
     parser.add_argument(
         "--rule",
-        choices=tuple(RULES),
-        default=MUON.name,
+        type=parse_rule,
+        default=MUON,
         metavar="NAME",
-        help="update rule of our Muon, as in lowbit_muon.RULES (muon)",
+        help="update rule of our Muon, as in lowbit_muon.RULES, or newton_muon() (muon)",
     )
     parser.add_argument(
         "--activations", type=parse_size, default=0, metavar="SIZE", help="most of them (0)"
@@ -154,7 +163,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         f"takes {routing.muon_elements:,} of them in {sum(routing.muon.values()):,} tensors, "
         f"AdamW the other {routing.aux_elements:,}."
     )
-    table = plans_table(plans, memory, arguments.rule, wide=arguments.wide)
+    table = plans_table(plans, memory, setup.rule.name, wide=arguments.wide)
     show_table(console, table, wide=arguments.wide)
     show(verdict(plans, memory))
     fits = plans[0].total <= memory
@@ -182,12 +191,17 @@ def _setup(arguments: argparse.Namespace) -> Setup:
     if arguments.compensation and (arguments.dtype == "fp32" or arguments.lora is not None):
         got = "--lora, which trains fp32" if arguments.lora is not None else "--dtype fp32"
         raise UserError(f"--compensation: expected bf16 weights that are trained, got {got}")
+    if arguments.gradient_release and arguments.rule.needs("inputs"):
+        raise UserError(
+            "--gradient-release: expected a rule that does not look at what layers read, got "
+            f"{arguments.rule.name}"
+        )
     return Setup(
         DTYPES[arguments.dtype],
         arguments.device,
         arguments.aux_adam,
         arguments.activations,
-        RULES[arguments.rule],
+        arguments.rule,
         arguments.gradient_release,
         arguments.offload,
         arguments.compensation,
@@ -255,6 +269,13 @@ def _rule_notes(routing: Routing, rule: UpdateRule) -> Iterator[str]:
     kept = rule_state_bytes(routing, rule)
     if kept:
         yield f"state: {gibibytes(kept)} GiB of it are what {rule.name} keeps beside the momentum."
+    if isinstance(rule.gradient, InputWhitened):
+        size = sum(4 * shape[1] ** 2 * count for (shape, _), count in routing.muon.items())
+        yield (
+            f"Not counted: what layers read, x^T x in float32 from forward pass to step. They take "
+            f"turns of {rule.gradient.every} steps, in each about "
+            f"{gibibytes(size // rule.gradient.every)} GiB."
+        )
     for name, reason in _refusals(rule).items():
         yield f"{name} is left out: {reason}"
 
@@ -281,8 +302,9 @@ def _as_json(
         "aux_elements": routing.aux_elements,
         "device_memory": memory,
         **{name: getattr(arguments, name) for name in _OPTIONS},
-        "rule_state": rule_state_bytes(routing, RULES[arguments.rule]),
-        "refused": _refusals(RULES[arguments.rule]),
+        "rule": arguments.rule.name,
+        "rule_state": rule_state_bytes(routing, arguments.rule),
+        "refused": _refusals(arguments.rule),
         "plans": [
             {
                 "optimizer": plan.name,

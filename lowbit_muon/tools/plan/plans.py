@@ -274,6 +274,8 @@ def _changes(change: dict[str, Any], setup: Setup, routing: Routing) -> bool:
         return has_layers and (setup.lora is None or setup.lora > LORA_RANK)
     if "offload" in change and setup.device == "cpu":
         return False
+    if "gradient_release" in change and setup.rule.needs("inputs"):
+        return False
     return any(getattr(setup, name) != value for name, value in change.items())
 
 

@@ -130,6 +130,7 @@ class Soap(Oracle):
     eps: float = 1e-8
     every: int = 10
     number: int = 0
+    largest: int = 10000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -271,8 +272,9 @@ class Mousse(Oracle):
     """Mousse (arXiv 2603.09697; Anti-Entrophic/Mousse): M sum; L <- b L + (1 - b) G G^T and R of
     G^T G; in the first step and each `every`-th, of m L / tr(L) = Q D Q^T, S_L = Q (D + eps)^-alpha
     Q^T, S_R alike; O = polar(S_L M S_R), W <- (1 - eta lambda) W - eta sqrt(m/n) ||O|| S_L O S_R /
-    ||S_L O S_R||. number: is added to t where it is to be a multiple of `every`. Officially eps is
-    1e-10 and on top of the least eigenvalue in float32.
+    ||S_L O S_R||. number: is added to t where it is to be a multiple of `every`. Of more rows or
+    columns than `largest` S is I, as with SOAP. Officially eps is 1e-10 and on top of the least
+    eigenvalue in float32.
     """
 
     lr: float = 0.01
@@ -285,6 +287,7 @@ class Mousse(Oracle):
     eps: float = 1e-6
     every: int = 10
     number: int = 0
+    largest: int = 10000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -302,5 +305,7 @@ class Mousse(Oracle):
         return o.norm() * new / max(float(new.norm()), 1e-300)
 
     def root(self, factor: Tensor) -> Tensor:
+        if len(factor) > self.largest:
+            return torch.eye(len(factor), dtype=factor.dtype)
         values, vectors = torch.linalg.eigh(len(factor) * factor / factor.trace().clamp_min(1e-300))
         return vectors @ torch.diag((values.clamp_min(0) + self.eps) ** -self.alpha) @ vectors.T
