@@ -73,11 +73,6 @@ class LowRankPolar(DirectionMap):
     kind: ClassVar[str] = "low_rank_polar"
     rank: int = 128
 
-    def check(self) -> None:
-        """See `Stage.check`."""
-        whole = isinstance(self.rank, int) and self.rank >= 1
-        expect(whole, "low_rank_polar: rank", "a whole number >= 1", self.rank)
-
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""
         if self.rank >= min(matrices.shape):
@@ -130,11 +125,6 @@ class Sinkhorn(DirectionMap):
 
     kind: ClassVar[str] = "sinkhorn"
     rounds: int = 5
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        whole = isinstance(self.rounds, int) and self.rounds >= 1
-        expect(whole, "sinkhorn: rounds", "a whole number >= 1", self.rounds)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `DirectionMap.apply`."""

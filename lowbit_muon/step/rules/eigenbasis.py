@@ -24,7 +24,7 @@ from lowbit_muon.step.rules.factors import (
 from lowbit_muon.step.rules.gradient import GradientTransform
 from lowbit_muon.step.rules.moments import averaged, moment_state
 from lowbit_muon.step.rules.precondition import Preconditioner
-from lowbit_muon.step.rules.stage import Matrices, check_bits, expect
+from lowbit_muon.step.rules.stage import Matrices
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,6 @@ class _InEigenbases:
     every: int = 10
     largest: int = 10000
     bits: int = 8
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        for name in ("every", "largest"):
-            value = getattr(self, name)
-            good = isinstance(value, int) and value >= 1
-            expect(good, f"{self.kind}: {name}", "a whole number >= 1", value)
-        for name in ("beta", "basis_beta"):
-            value = getattr(self, name)
-            expect(value < 1, f"{self.kind}: {name}", "a number in [0, 1)", value)
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
@@ -169,13 +158,6 @@ class MomentumBasisAdam(DirectionMap):
     every: int = 2000
     scale: float = 0.25
     bits: int = 8
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        good = isinstance(self.every, int) and self.every >= 1
-        expect(good, "momentum_basis_adam: every", "a whole number >= 1", self.every)
-        expect(self.beta < 1, "momentum_basis_adam: beta", "a number in [0, 1)", self.beta)
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""

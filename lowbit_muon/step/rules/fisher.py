@@ -13,7 +13,7 @@ from lowbit_muon.state.stored import RuleState
 from lowbit_muon.step.rules.coded import decoded_factor, encoded_factor, square_state
 from lowbit_muon.step.rules.gradient import GradientTransform
 from lowbit_muon.step.rules.scaling import Scaling
-from lowbit_muon.step.rules.stage import TINY, Matrices, check_bits, expect
+from lowbit_muon.step.rules.stage import TINY, Matrices, expect
 
 _ROWS, _COLUMNS = "fisher_rows", "fisher_columns"
 
@@ -40,7 +40,6 @@ class FisherWhitened(GradientTransform):
         good = 0 < self.decay < 1
         expect(good, "fisher_whitened: decay", "a number in (0, 1)", self.decay)
         expect(self.damping > 0, "fisher_whitened: damping", "a number > 0", self.damping)
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
@@ -81,7 +80,6 @@ class FisherUnwhitened(Scaling):
     def check(self) -> None:
         """See `Stage.check`."""
         expect(self.damping > 0, "fisher_unwhitened: damping", "a number > 0", self.damping)
-        check_bits(self.kind, self.bits)
 
     def apply(self, update: Tensor, matrices: Matrices) -> Tensor:
         """See `Scaling.apply`."""

@@ -62,12 +62,6 @@ class Gains(Stage):
     eps: float = 1e-8
     rate: float = 1.0
 
-    def check(self) -> None:
-        """See `Stage.check`."""
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            expect(value < 1, f"{self.kind}: {name}", "a number in [0, 1)", value)
-
     @abstractmethod
     def split(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], rates: GainRates
@@ -175,7 +169,6 @@ class AxisGains(Gains):
 
     def check(self) -> None:
         """See `Stage.check`."""
-        super().check()
         axes = ("row", "column", "both")
         expect(self.axis in axes, "axis_gains: axis", f"one of {axes}", self.axis)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.direction import exact_polar
-from lowbit_muon.step.rules.stage import TINY, Stage, check_bits, expect, norm
+from lowbit_muon.step.rules.stage import TINY, Stage, expect, norm
 
 _LARGEST_CODE = 127
 
@@ -70,10 +70,6 @@ class VarianceReduction(GradientTransform):
     kind: ClassVar[str] = "variance_reduction"
     gamma: float = 0.025
     bits: int = 8
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""

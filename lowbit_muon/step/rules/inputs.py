@@ -13,7 +13,7 @@ from lowbit_muon.backends.tensors import accumulation_dtype
 from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.coded import keep_basis, read_basis, square_state
 from lowbit_muon.step.rules.gradient import GradientTransform
-from lowbit_muon.step.rules.stage import check_bits, expect
+from lowbit_muon.step.rules.stage import expect
 
 _BASIS, _VALUES = "inputs_basis", "inputs_values"
 
@@ -47,13 +47,8 @@ class InputWhitened(GradientTransform):
 
     def check(self) -> None:
         """See `Stage.check`."""
-        for name in ("every", "largest"):
-            value = getattr(self, name)
-            good = isinstance(value, int) and value >= 1
-            expect(good, f"{self.kind}: {name}", "a whole number >= 1", value)
         expect(self.decay < 1, "input_whitened: decay", "a number in [0, 1)", self.decay)
         expect(self.ridge > 0, "input_whitened: ridge", "a number > 0", self.ridge)
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""

@@ -59,10 +59,6 @@ class TwoDecays(Momentum):
     kind: ClassVar[str] = "two_decays"
     beta: float = 0.9
 
-    def check(self) -> None:
-        """See `Stage.check`."""
-        expect(self.beta < 1, "two_decays: beta", "a number in [0, 1)", self.beta)
-
     def weights(self, momentum: float, *, nesterov: bool) -> Weights:
         """For a group's options. Raises ValueError for a momentum of zero, or Nesterov's."""
         expect(momentum > 0, "momentum", "a number in (0, 1) with a rule of two decays", momentum)

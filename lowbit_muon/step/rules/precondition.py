@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit_muon.state.stored import RuleState
 from lowbit_muon.step.rules.moments import averaged, moment_state
-from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, check_bits, expect, norm
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, norm
 
 _SMALLEST_ROW = 1e-6  # of nanochat's equilibration, relative to the matrix's norm here
 _FEWEST_AGREEING = 1e-3
@@ -119,11 +119,6 @@ class SecondMoment(Preconditioner):
     beta: float = 0.95
     eps: float = 1e-10
     bits: int = 8
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        expect(self.beta < 1, "second_moment: beta", "a number in [0, 1)", self.beta)
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit_muon.state.stored import RuleState
 from lowbit_muon.step.rules.coded import keep_basis, read_basis, square_state
 from lowbit_muon.step.rules.direction import DirectionMap, Rows, Signs, Sinkhorn
-from lowbit_muon.step.rules.stage import AXES, Matrices, check_bits, dimension, expect
+from lowbit_muon.step.rules.stage import AXES, Matrices, dimension, expect
 
 # Of the momentum's norm: rows below it are rounding, which has no direction.
 _ROUNDING = 1e-6
@@ -45,7 +45,6 @@ class Rotated(DirectionMap):
         """See `Stage.check`."""
         expect(self.map in _MAPS, "rotated: map", f"one of {tuple(_MAPS)}", self.map)
         expect(self.axis in AXES, "rotated: axis", f"one of {AXES}", self.axis)
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""

@@ -17,7 +17,6 @@ from lowbit_muon.step.rules.stage import (
     TINY,
     Matrices,
     Stage,
-    check_bits,
     dimension,
     expect,
     norm,
@@ -57,7 +56,6 @@ class VectorMoment(Scaling):
     def check(self) -> None:
         """See `Stage.check`."""
         expect(self.axis in AXES, "vector_moment: axis", f"one of {AXES}", self.axis)
-        expect(self.beta < 1, "vector_moment: beta", "a number in [0, 1)", self.beta)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
@@ -90,10 +88,6 @@ class SelectedVectorMoment(Scaling):
     beta: float = 0.95
     eps: float = 1e-8
 
-    def check(self) -> None:
-        """See `Stage.check`."""
-        expect(self.beta < 1, "selected_vector_moment: beta", "a number in [0, 1)", self.beta)
-
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
         return {"vector_moment": Kept((shape[0], 1))}
@@ -123,11 +117,6 @@ class ElementMoment(Scaling):
     eps: float = 1e-8
     bits: int = 8
 
-    def check(self) -> None:
-        """See `Stage.check`."""
-        expect(self.beta < 1, "element_moment: beta", "a number in [0, 1)", self.beta)
-        check_bits(self.kind, self.bits)
-
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
         return moment_state("element_moment", shape, self.bits)
@@ -150,10 +139,6 @@ class SignalToNoise(Scaling):
     needs_age: ClassVar[bool] = True
     beta: float = 0.99
     eps: float = 1e-8
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        expect(self.beta < 1, "signal_to_noise: beta", "a number in [0, 1)", self.beta)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""
@@ -183,7 +168,6 @@ class ColumnSignalToNoise(Scaling):
 
     def check(self) -> None:
         """See `Stage.check`."""
-        expect(self.beta < 1, "column_signal_to_noise: beta", "a number in [0, 1)", self.beta)
         good = 0 < self.clamp <= 1
         expect(good, "column_signal_to_noise: clamp", "a number in (0, 1]", self.clamp)
 

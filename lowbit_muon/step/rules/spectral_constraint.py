@@ -39,7 +39,6 @@ class SpectralSphere(Constraint):
     def check(self) -> None:
         """See `Stage.check`."""
         expect(self.radius > 0, "spectral_sphere: radius", "a number > 0", self.radius)
-        _check_rounds(self.kind, self.rounds)
 
     def apply(self, new: Tensor, weight: Tensor, step: WeightStep) -> Tensor:
         """See `Constraint.apply`."""
@@ -59,7 +58,6 @@ class _Limited(Constraint):
     def check(self) -> None:
         """See `Stage.check`."""
         expect(self.limit > 0, f"{self.kind}: limit", "a number > 0", self.limit)
-        _check_rounds(self.kind, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,3 @@ class HardCap(_Limited):
 
 def _within(x: Tensor, limit: float | Tensor, rounds: int) -> Tensor:
     return x.div_((leading(x, rounds).value / limit).clamp_min_(1.0))
-
-
-def _check_rounds(kind: str, rounds: object) -> None:
-    good = isinstance(rounds, int) and rounds >= 1
-    expect(good, f"{kind}: rounds", "a whole number >= 1", rounds)

@@ -59,12 +59,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            value, name = getattr(self, each.name), f"{self.kind}: {each.name}"
-            if is_real_number(each.default) and not isinstance(each.default, bool):
-                good = is_real_number(value) and math.isfinite(value) and value >= 0
-                expect(good, name, "a number >= 0", value)
-            elif isinstance(each.default, bool):
-                expect(isinstance(value, bool), name, "a bool", value)
+            _check_field(self.kind, each, getattr(self, each.name))
         self.check()
 
     def check(self) -> None:
@@ -105,9 +100,24 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-def check_bits(kind: str, bits: object) -> None:
-    """Raise ValueError unless a stage can keep a number for each element in so many bits."""
-    expect(type(bits) is int and bits in BITS, f"{kind}: bits", f"one of {BITS}", bits)
+def _check_field(kind: str, field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise ValueError unless a value can be that of a stage's field.
+
+    Bits are 8 or 32, other whole numbers one at least unless that is zero by default, and betas,
+    which are of averages, below one.
+    """
+    name, default = f"{kind}: {field.name}", field.default
+    if isinstance(default, bool):
+        expect(isinstance(value, bool), name, "a bool", value)
+    elif field.name == "bits":
+        expect(type(value) is int and value in BITS, name, f"one of {BITS}", value)
+    elif field.type in ("int", int):
+        least = 0 if default == 0 else 1
+        expect(type(value) is int and value >= least, name, f"a whole number >= {least}", value)
+    elif is_real_number(default):
+        below, numbers = (1, "in [0, 1)") if "beta" in field.name else (math.inf, ">= 0")
+        good = is_real_number(value) and 0 <= value < below
+        expect(good, name, f"a number {numbers}", value)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, expect, norm
+from lowbit_muon.step.rules.stage import TINY, Matrices, Stage, norm
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,6 @@ class Fading(StepSize):
     decay: float = 0.001
     degree: float = 1.0
     warmup: int = 0
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        whole = isinstance(self.warmup, int)
-        expect(whole, "fading: warmup", "a whole number >= 0", self.warmup)
 
     def size(
         self, update: Tensor, scale: float, weights: list[Tensor], matrices: Matrices

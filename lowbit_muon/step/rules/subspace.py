@@ -12,7 +12,7 @@ from lowbit_muon.state.stored import Kept, RuleState
 from lowbit_muon.step.rules.moments import averaged, moment_state
 from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.scaling import Scaling
-from lowbit_muon.step.rules.stage import Matrices, check_bits, expect, norm, uniform
+from lowbit_muon.step.rules.stage import Matrices, norm, uniform
 
 # Of the momentum's norm: below it a part of it is rounding, which has no direction.
 _ROUNDING = 1e-5
@@ -42,13 +42,6 @@ class LeadingAdam(Preconditioner):
     beta: float = 0.999
     eps: float = 1e-8
     bits: int = 8
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        whole = isinstance(self.rank, int) and self.rank >= 1
-        expect(whole, "leading_adam: rank", "a whole number >= 1", self.rank)
-        expect(self.beta < 1, "leading_adam: beta", "a number in [0, 1)", self.beta)
-        check_bits(self.kind, self.bits)
 
     def state(self, shape: tuple[int, int]) -> RuleState:
         """See `Stage.state`."""

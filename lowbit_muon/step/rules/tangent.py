@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit_muon.linalg.coefficients import cached_coefficients
 from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.spectral import leading
-from lowbit_muon.step.rules.stage import TINY, Matrices, expect, norm
+from lowbit_muon.step.rules.stage import TINY, Matrices, norm
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,6 @@ class SpectralTangent(Preconditioner):
     rounds: int = 24
     steps: int = 8
     power_rounds: int = 16
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        for name in ("rounds", "steps", "power_rounds"):
-            value = getattr(self, name)
-            good = isinstance(value, int) and value >= 1
-            expect(good, f"spectral_tangent: {name}", "a whole number >= 1", value)
 
     def apply(self, x: Tensor, matrices: Matrices) -> Tensor:
         """See `Preconditioner.apply`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_muon.step.rules.spectral import leading
-from lowbit_muon.step.rules.stage import Stage, expect
+from lowbit_muon.step.rules.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,6 @@ class Spectral(ReadingWeights):
     kind: ClassVar[str] = "spectral"
     needs_weights: ClassVar[bool] = True
     rounds: int = 16
-
-    def check(self) -> None:
-        """See `Stage.check`."""
-        good = isinstance(self.rounds, int) and self.rounds >= 1
-        expect(good, "spectral: rounds", "a whole number >= 1", self.rounds)
 
     def add(self, change: Tensor, weight: Tensor, rates: Rates) -> None:
         """See `WeightDecay.add`."""
