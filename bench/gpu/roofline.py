@@ -1,6 +1,6 @@
 """Estimates on paper: bytes and operations of a step's kernels against an H100's limits.
 
-    python -m bench.gpu.roofline          the tables of the README, in Markdown
+    python -m bench.gpu.roofline          the tables of guides/gpu.md, in Markdown
 
 Nothing here was measured. The step itself runs on tensors without data (device "meta"), over a
 backend that computes nothing and writes down what each call has to read, write and multiply;

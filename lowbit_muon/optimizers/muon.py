@@ -147,7 +147,8 @@ class Muon(Optimizer):
         batch_experts: take a parameter [experts, rows, columns] as that many matrices.
         row_splits: row counts of the matrices that are fused in one parameter (query, key and
             value, or heads), each orthogonalised for itself.
-        seed: start of the power iteration of formats with low-rank factors.
+        seed: of stochastic rounding, of the layers that Drop-Muon draws, and of the start of the
+            power iteration of formats with low-rank factors.
         offload: on a GPU, keep the stored momentum in pinned host memory. A step brings it to the
             GPU and back in batches, each while the one before is being computed: two batches are on
             the GPU at a time. Its updates are the same. On CPUs it makes no difference.

@@ -15,6 +15,7 @@ from torch import nn
 from lowbit_muon.optimizers.gradient_release import GradientRelease, attach_gradient_release
 from lowbit_muon.optimizers.muon_adamw import MuonWithAuxAdam, resolve_aux_lr
 from lowbit_muon.optimizers.param_groups import muon_param_groups
+from lowbit_muon.step.rules.recipes import RULES, resolve_rule
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -60,7 +61,7 @@ class MuonFactory:
                 'not pass on (optimizer_cls_and_kwargs=(MuonFactory, {"training_args": args})), or '
                 "lr, got neither"
             )
-        if options.get("rule", "muon") == "muon":
+        if resolve_rule(options.get("rule", "muon")) == RULES["muon"]:
             options.setdefault("adjust_lr_fn", "match_rms_adamw")
         if not {"stochastic_rounding", "compensation"} & options.keys():
             dtypes = {param.dtype for param in model.parameters()}

@@ -12,7 +12,13 @@ import transformers
 from tiny_llama import make_examples, make_model
 from torch import nn
 
-from lowbit_muon import MuonFactory, MuonWithAuxAdam, muon_param_groups, release_gradients
+from lowbit_muon import (
+    RULES,
+    MuonFactory,
+    MuonWithAuxAdam,
+    muon_param_groups,
+    release_gradients,
+)
 from lowbit_muon.optimizers.routing import _say_that_it_goes_by_shape
 
 OPTIONS: dict[str, Any] = {"state_format": "spectral3", "aux_adam": "adamw"}
@@ -114,6 +120,7 @@ def test_the_factory_honours_trainers_arguments(tmp_path: Path) -> None:
         ({}, 5e-5, 5e-5, "match_rms_adamw"),  # TrainingArguments' own default
         ({"lr": 1e-2, "adjust_lr_fn": "original"}, 1e-2, 3e-4, "original"),
         ({"rule": "normuon", "lr": 1e-2}, 1e-2, 3e-4, None),
+        ({"rule": RULES["muon"]}, 5e-5, 5e-5, "match_rms_adamw"),
         ({"rule": "moonlight"}, 5e-5, 5e-5, "match_rms_adamw"),
         ({"aux_lr": 1e-4, "aux_patterns": ["q_proj"]}, 5e-5, 1e-4, "match_rms_adamw"),
     ],

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_plan_shapes import write_safetensors
 from torch import nn
 
 from lowbit_muon import RULES, MuonWithAuxAdam, attach_gradient_release
 from lowbit_muon.formats.presets import PRESETS
+from lowbit_muon.step.rules.recipes import resolve_rule
 from lowbit_muon.tools.cli import main
 from lowbit_muon.tools.plan.advice import exact_size, gibibytes, script, verdict
 from lowbit_muon.tools.plan.command import parse_size
+from lowbit_muon.tools.plan.memory import Routing, layer_input_bytes
 from lowbit_muon.tools.plan.plans import Plan, Setup
 
 CONFIG = {
@@ -136,20 +140,54 @@ def test_a_rule_with_numbers_and_layer_inputs(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "plan.json"
-    arguments = ["--device-memory=1MiB", "--rule=newton_muon()", f"--json={path}"]
-    assert main(["plan", model, *arguments]) == 1
+    arguments = ["--device-memory=1GiB", "--rule=newton_muon()", f"--json={path}"]
+    assert main(["plan", model, *arguments]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     # Eigenvectors in 8 bits, with a scale and an eigenvalue in float32 for each: of six projections
     # that read 64 columns and one that reads 96, in two layers.
     assert json.loads(path.read_text())["rule_state"] == 2 * sum(
         columns**2 + 8 * columns for columns in (*[64] * 6, 96)
     )
-    assert "They take turns of 32 steps" in shown
+    assert "Layers take turns of 32 steps" in shown
     assert "attach_layer_inputs(model, optimizer)" in shown
-    assert "--gradient-release" not in shown
-    assert "'newton_muon(32)'" in shown
+    assert 'rule="newton_muon(32)"' in shown
     assert main(["plan", model, *arguments, "--gradient-release"]) == 2
     assert "--gradient-release: expected a rule that does not look" in capsys.readouterr().err
+
+
+def test_layers_too_wide_to_be_whitened_hold_nothing() -> None:
+    narrow, wide = ((64, 100), False), ((100, 10001), False)
+    routing = Routing(Counter({narrow: 2, wide: 3}), Counter())
+    assert layer_input_bytes(routing, resolve_rule("newton_muon()")) == 2 * 4 * 100**2
+    assert layer_input_bytes(routing, RULES["mousse"]) == 0
+
+
+def test_layer_inputs_of_other_modules_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"stem.conv1.weight": (8, 3, 3, 3)})
+    assert main(["plan", str(path), "--device-memory=1GiB", "--rule=newton_muon()"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--rule: expected a rule that does not look at what layers read" in error
+    assert "(8, 3, 3, 3)" in error
+
+
+def test_with_adapters_it_tells_of_them(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ["--device-memory=1GiB", "--rule=namo_d", "--lora=4", f"--json={path}"]
+    assert main(["plan", model, *arguments]) == 0
+    # [4, columns] and [rows, 4] of seven projections in two layers.
+    columns, rows = 6 * 64 + 96, 5 * 64 + 2 * 96
+    elements = 2 * 4 * (columns + rows)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Muon takes {elements:,} beside them, adapters, in 28 tensors, they stay" in shown
+    found = json.loads(path.read_text())
+    assert found["muon_elements"] == elements
+    # A float32 for each column, and one for how many steps it has been kept.
+    assert found["rule_state"] == 4 * 2 * (columns + 7 * 4 + 14)
 
 
 def test_an_unknown_rule_is_told_the_known_ones(

@@ -67,7 +67,7 @@ class LowRankPolar(DirectionMap):
     The range finder of Halko, Martinsson and Tropp (2011), as `torch.svd_lowrank` without power
     iterations; arXiv 2605.06884 analyses Muon with such inexact polar factors. The numbers are a
     hash of the step, the same in every process and after a resume. Matrices that have no more than
-    `rank` directions are taken whole.
+    `rank` directions are taken whole. A GPU's host waits, as for `ExactPolar`.
     """
 
     kind: ClassVar[str] = "low_rank_polar"

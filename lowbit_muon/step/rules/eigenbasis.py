@@ -145,7 +145,7 @@ class MomentumBasisAdam(DirectionMap):
 
     See `_adam`; P [m, m] are the left singular vectors of M, of M and G
     with the short side m first (a square matrix's columns), from the first step and then every
-    `every` steps on (jie040109/Conda; arXiv 2509.24218), for which a GPU's host waits.
+    `every` steps on (jie040109/Conda; arXiv 2509.24218). A GPU's host waits in every step.
 
     bits: 8 for V and P in codes (`step.rules.moments`, `step.rules.coded`), or 32.
     """

@@ -29,7 +29,9 @@ BITS = (8, 32)
 class Stage:
     """One stage of an `UpdateRule`: a frozen dataclass whose fields are numbers, strings and bools.
 
-    A subclass with a `kind` of its own is known to `from_dict` from its definition on.
+    A subclass with a `kind` of its own is known to `from_dict` from its definition on. Numbers are
+    not negative; whole ones are at least one, unless zero is the default, "bits" 8 or 32, and what
+    has "beta" in its name, of an average, is below one. `check` is for what else has to hold.
 
     Attributes:
         kind: its name among the choices of its stage.
@@ -101,11 +103,7 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
 
 
 def _check_field(kind: str, field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise ValueError unless a value can be that of a stage's field.
-
-    Bits are 8 or 32, other whole numbers one at least unless that is zero by default, and betas,
-    which are of averages, below one.
-    """
+    """Raise ValueError unless a value can be that of a stage's field (`Stage`)."""
     name, default = f"{kind}: {field.name}", field.default
     if isinstance(default, bool):
         expect(isinstance(value, bool), name, "a bool", value)

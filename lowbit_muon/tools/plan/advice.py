@@ -89,7 +89,10 @@ def advise(
 def sentence(advice: Advice | None, setup: Setup, memory: int) -> str:
     """The advice in a sentence."""
     if advice is None:
-        return "Neither does anything with gradient release, offload, bf16 and LoRA together."
+        return (
+            "Neither does anything with gradient release, offload, bf16 and LoRA together, as far "
+            "as they apply."
+        )
     if advice.limit is not None:
         return (
             f"{advice.plan.name} would fit with {gibibytes(advice.limit)} GiB of activations: "

@@ -40,9 +40,15 @@ from lowbit_muon.tools.plan.advice import (
     sentence,
     verdict,
 )
-from lowbit_muon.tools.plan.memory import MUON, Routing, route, rule_state_bytes
+from lowbit_muon.tools.plan.memory import (
+    MUON,
+    Routing,
+    layer_input_bytes,
+    route,
+    rule_state_bytes,
+)
 from lowbit_muon.tools.plan.model_shapes import ModelShapes, read_model
-from lowbit_muon.tools.plan.plans import Plan, Setup, make_plans, refusal
+from lowbit_muon.tools.plan.plans import Plan, Setup, make_plans, refusal, trained
 from lowbit_muon.tools.progress import LogLines
 
 DESCRIPTION = """Show the memory that training a model takes with torch.optim.Muon, AdamW, 8-bit
@@ -153,15 +159,18 @@ def run_plan(arguments: argparse.Namespace) -> int:
     shapes = read_model(arguments.model)
     log.offer(f"read {printable(shapes.source)}")
     routing = route(shapes.model, tied=shapes.tied)
+    _check_layers(routing, setup.rule)
 
     def working(name: str) -> None:
         log.offer(f"looking for the most that a step with {name} holds")
 
     plans = make_plans(routing, setup, working)
+    taken = trained(routing, setup)[0]
+    whose = "of them" if setup.lora is None else "beside them, adapters,"
+    rest = f"AdamW the other {routing.aux_elements:,}" if setup.lora is None else "they stay"
     show(
         f"{printable(shapes.source)}: {shapes.elements:,} parameters in {arguments.dtype}. Muon "
-        f"takes {routing.muon_elements:,} of them in {sum(routing.muon.values()):,} tensors, "
-        f"AdamW the other {routing.aux_elements:,}."
+        f"takes {taken.muon_elements:,} {whose} in {sum(taken.muon.values()):,} tensors, {rest}."
     )
     table = plans_table(plans, memory, setup.rule.name, wide=arguments.wide)
     show_table(console, table, wide=arguments.wide)
@@ -177,11 +186,21 @@ def run_plan(arguments: argparse.Namespace) -> int:
         _show_lines(console, [command(str(arguments.model), memory, advice.setup)])
         converts = advice.setup.dtype != setup.dtype
         _show_lines(console, script(advice.setup, advice.plan, converts=converts))
-    for note in (*_notes(setup, arguments.aux_adam), *_rule_notes(routing, setup.rule)):
+    for note in (*_notes(setup, arguments.aux_adam), *_rule_notes(taken, setup.rule)):
         show(note)
     if arguments.json is not None:
-        write_json(arguments.json, _as_json(shapes, routing, plans, advice, arguments))
+        write_json(arguments.json, _as_json(shapes, taken, plans, advice, arguments))
     return 0 if fits else 1
+
+
+def _check_layers(routing: Routing, rule: UpdateRule) -> None:
+    """Raise UserError for matrices that `attach_layer_inputs` would refuse."""
+    others = [shape for shape, _ in routing.muon if len(shape) != 2]
+    if rule.needs("inputs") and others:
+        raise UserError(
+            f"--rule: expected a rule that does not look at what layers read, got {rule.name}, "
+            f"since a parameter of size {others[0]} is no linear layer's"
+        )
 
 
 def _setup(arguments: argparse.Namespace) -> Setup:
@@ -269,12 +288,12 @@ def _rule_notes(routing: Routing, rule: UpdateRule) -> Iterator[str]:
     kept = rule_state_bytes(routing, rule)
     if kept:
         yield f"state: {gibibytes(kept)} GiB of it are what {rule.name} keeps beside the momentum."
+    inputs = layer_input_bytes(routing, rule)
     if isinstance(rule.gradient, InputWhitened):
-        size = sum(4 * shape[1] ** 2 * count for (shape, _), count in routing.muon.items())
         yield (
-            f"Not counted: what layers read, x^T x in float32 from forward pass to step. They take "
-            f"turns of {rule.gradient.every} steps, in each about "
-            f"{gibibytes(size // rule.gradient.every)} GiB."
+            f"Not counted: what layers read, x^T x in float32 from forward pass to step, and its "
+            f"decompositions. Layers take turns of {rule.gradient.every} steps, in each of which "
+            f"the former is about {gibibytes(inputs // rule.gradient.every)} GiB."
         )
     for name, reason in _refusals(rule).items():
         yield f"{name} is left out: {reason}"

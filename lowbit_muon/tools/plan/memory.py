@@ -15,6 +15,7 @@ from torch import nn
 from lowbit_muon.formats.state_format import StateFormat
 from lowbit_muon.optimizers.param_groups import muon_param_groups
 from lowbit_muon.state.stored import QuantizedMatrix
+from lowbit_muon.step.rules.inputs import InputWhitened
 from lowbit_muon.step.rules.recipes import RULES
 from lowbit_muon.step.rules.rule import UpdateRule
 from lowbit_muon.tools.errors import UserError
@@ -98,6 +99,18 @@ def rule_state_bytes(routing: Routing, rule: UpdateRule) -> int:
     return sum(
         count * _matrices(shape, stack)[0] * _kept_bytes(_matrices(shape, stack)[1], rule)
         for (shape, stack), count in routing.muon.items()
+    )
+
+
+def layer_input_bytes(routing: Routing, rule: UpdateRule) -> int:
+    """x^T x of what all layers read that the rule whitens by, in float32; 0 for other rules."""
+    if not isinstance(rule.gradient, InputWhitened):
+        return 0
+    shapes = {each: _matrices(*each)[1] for each in routing.muon}
+    return sum(
+        4 * shapes[each][1] ** 2 * count
+        for each, count in routing.muon.items()
+        if rule.gradient.state(shapes[each])
     )
 
 

@@ -105,7 +105,7 @@ def adapters(routing: Routing, rank: int) -> Routing:
     return Routing(muon, Counter())
 
 
-def _trained(routing: Routing, setup: Setup) -> tuple[Routing, torch.dtype, int]:
+def trained(routing: Routing, setup: Setup) -> tuple[Routing, torch.dtype, int]:
     """What has gradients, their dtype, and the bytes of all weights."""
     weights = routing.elements * setup.dtype.itemsize
     if setup.lora is None:
@@ -127,7 +127,7 @@ def make_plans(routing: Routing, setup: Setup, working: Working = lambda _: None
 
 def plans_of_others(routing: Routing, setup: Setup) -> Iterator[Plan]:
     """torch.optim.AdamW, bitsandbytes' AdamW8bit and torch.optim.Muon."""
-    routing, dtype, weights = _trained(routing, setup)
+    routing, dtype, weights = trained(routing, setup)
     gradients, everything = routing.elements * dtype.itemsize, routing.all_shapes
 
     def plan(name: str, bits: float, state: int, workspace: int) -> Plan:
@@ -178,7 +178,7 @@ def our_plan(routing: Routing, setup: Setup, state_format: StateFormat) -> Plan:
 
 def _held(routing: Routing, setup: Setup, state_format: StateFormat) -> Plan:
     """What is there between two steps."""
-    routing, dtype, weights = _trained(routing, setup)
+    routing, dtype, weights = trained(routing, setup)
     momentum = muon_state_bytes(routing, state_format)
     kept = momentum + rule_state_bytes(routing, setup.rule)
     state = adam_state_bytes(routing.aux, dtype, setup.aux_adam)
@@ -198,7 +198,7 @@ def _held(routing: Routing, setup: Setup, state_format: StateFormat) -> Plan:
 
 def _stepped(held: Plan, routing: Routing, setup: Setup, state_format: StateFormat) -> Plan:
     """With what a step holds above it."""
-    routing, dtype, _ = _trained(routing, setup)
+    routing, dtype, _ = trained(routing, setup)
     workspace = _our_step_bytes(routing, state_format, dtype, setup)
     # A backward pass that steps has both at once.
     together = sum if setup.gradient_release else max
