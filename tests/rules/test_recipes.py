@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from lowbit_muon import RULES, Muon, UpdateRule
 from lowbit_muon.linalg.coefficients import resolve_coefficients
 from lowbit_muon.state.stored import Kept
+from lowbit_muon.step.rules.coded import (
+    decoded_factor,
+    encoded_factor,
+)
 from lowbit_muon.step.rules.direction import (
     DirectionMap,
     ExactPolar,
@@ -255,11 +259,11 @@ def test_mousse_does_what_its_equations_say(
 
 
 def test_mousse_s_small_eigenvalues_survive_eight_bits() -> None:
-    """Of gradients whose directions differ by 1e3 in size, and eigenvalues by 1e6, each is known to
-    a few percent. In its basis P^T L P is nearly diagonal: sqrt(L_ii L_jj) times a correlation, of
-    400 samples or more, whose eigenvalues are above (1 - sqrt(24 / 400))^2 = 0.57. Codes are wrong
-    by up to 1 / 254 of that root, uniformly, 24 of them along a direction; those of 20 steps add up
-    as (1 - 0.95^40) / (1 - 0.95^2) squares of it. Two of such standard deviations."""
+    """Of gradients whose directions differ by 1e3 in size, and eigenvalues by 1e6, each is known.
+    In its basis P^T L P is nearly diagonal: sqrt(L_ii L_jj) times a correlation, of 400 samples or
+    more, whose eigenvalues are above (1 - sqrt(24 / 400))^2 = 0.57. Codes are wrong by up to
+    1 / 65534 of that root, uniformly, 24 of them along a direction; those of 20 steps add up as
+    (1 - 0.95^40) / (1 - 0.95^2) squares of it. Two of such standard deviations."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
     sizes = torch.logspace(0, -3, 24).unsqueeze(1)
@@ -275,8 +279,61 @@ def test_mousse_s_small_eigenvalues_survive_eight_bits() -> None:
         optimizer.state[param]["rule.rows_powers"]
         for param, optimizer in zip(params, optimizers, strict=True)
     )
-    error = math.sqrt(24 / 3) / 254 * math.sqrt((1 - 0.95**40) / (1 - 0.95**2)) / 0.57
+    error = math.sqrt(24 / 3) / 65534 * math.sqrt((1 - 0.95**40) / (1 - 0.95**2)) / 0.57
     torch.testing.assert_close(coded, full, rtol=0.125 * 2 * error, atol=0)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_factor_in_codes_is_known_to_a_65534th() -> None:
+    """Of the root of both diagonal elements, for all kinds of S_ij, and though S_ij is not S_ji to
+    the last bit, as of products of matrices."""
+    wide = torch.linspace(-1, 1, 2 * 32767 + 1).view(1, -1)
+    for size in (1e-12, 1.0, 1e12):
+        first, other = size, 3 * size
+        s = torch.zeros(wide.numel(), 2, 2)
+        s[:, 0, 0], s[:, 1, 1] = first, other
+        s[:, 0, 1] = s[:, 1, 0] = wide[0] * math.sqrt(first * other)
+        s[:, 1, 0] *= 1 + 2**-22
+        kept = encoded_factor("s", s, 8)
+        assert kept["s"].dtype == torch.int8
+        found = decoded_factor(kept, "s", 8)
+        assert torch.equal(found, found.mT)
+        assert torch.equal(found.diagonal(dim1=1, dim2=2), s.diagonal(dim1=1, dim2=2))
+        error = (found[:, 0, 1] - s[:, 0, 1]).abs().max()
+        # (and float32's own rounding of the quotient, 2^-22)
+        assert float(error) <= (1 / 65534 + 2**-22) * math.sqrt(first * other)
+    zeros = {"s": torch.zeros(1, 3, 3, dtype=torch.int8), "s_scales": torch.zeros(1, 1, 3)}
+    assert not decoded_factor(zeros, "s", 8).any()
+
+
+@pytest.mark.parametrize("rule", ["conda", "mousse", "soap", "soap_muon"])
+def test_bases_stay_to_the_bit_where_another_s_turn_is(rule: str) -> None:
+    """Though a batch is kept as a whole: the second matrix is due one step before the first."""
+    params = [nn.Parameter(draw(24, 40)) for _ in range(2)]
+    stage = next(s for s in RULES[rule].stages() if hasattr(s, "every"))
+    found = replace(stage, every=3)
+    changed = {"direction": found} if stage is RULES[rule].direction else {"precondition": (found,)}
+    optimizer = Muon(params, rule=replace(RULES[rule], **changed))
+    turned = []
+    for step in range(4):
+        before = [bases_of(optimizer, param) for param in params]
+        for index, param in enumerate(params):
+            param.grad = draw(24, 40, seed=2 * step + index)
+        optimizer.step()
+        if step:
+            turned.append(
+                [b != bases_of(optimizer, p) for b, p in zip(before, params, strict=True)]
+            )
+    assert [sum(each) for each in turned] in ([1, 1, 0], [0, 1, 1], [1, 0, 1])
+
+
+def bases_of(optimizer: Muon, param: nn.Parameter) -> list[Any]:
+    """Codes of all bases of a matrix, as lists."""
+    state = optimizer.state[param]
+    return [value.tolist() for key, value in state.items() if key.endswith("basis")]
 
 
 @pytest.mark.parametrize("rank", [1, 4, 24])

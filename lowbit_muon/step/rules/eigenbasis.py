@@ -171,12 +171,12 @@ class MomentumBasisAdam(DirectionMap):
         basis = read_basis(matrices.state, "momentum_basis", self.bits)
         momentum = x.mul_(matrices.size)
         first, again = matrices.due(self.every)
-        if first or again:
-            basis = basis.clone()
-            for index in first + again:
-                short = momentum[index] if side == "rows" else momentum[index].mT
-                basis[index] = _left_vectors(short)
-            keep_basis(matrices.state, "momentum_basis", basis, self.bits)
+        due = first + again
+        if due:
+            short = momentum if side == "rows" else momentum.mT
+            found = torch.stack([_left_vectors(short[index]) for index in due])
+            keep_basis(matrices.state, "momentum_basis", found, self.bits, due)
+            basis = read_basis(matrices.state, "momentum_basis", self.bits)
         turned = rotated(matrices.grads.float(), {side: basis})
         return _adam(self, momentum, turned, {side: basis}, matrices).mul_(self.scale)
 

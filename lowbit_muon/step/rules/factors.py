@@ -1,9 +1,9 @@
 """Shampoo's factors L of G G^T and R of G^T G, each kept in a basis where it is nearly diagonal.
 
 Kept are P, [m, m], and P^T L P. The elements of that are codes relative to its diagonal
-(`step.rules.coded`), so that small eigenvalues of L are known as well as large ones, to some
-percent; in codes of L itself they would drown in the rounding of the large ones. P^T G G^T P is
-made of P^T G Q: bases in codes are orthogonal to 1 %, and so exact is that.
+(`step.rules.coded`), so that small eigenvalues of L are known as well as large ones; in codes of L
+itself they would drown in the rounding of the large ones. P^T G G^T P is made of P^T G Q: bases in
+codes are orthogonal to 1 %, and so exact is that.
 """
 
 from __future__ import annotations
@@ -88,10 +88,8 @@ def _rebased(
     find: Find,
 ) -> Tensor:
     """The factors in the new bases, which are kept, where they are due."""
-    new = basis.clone()
-    for index in due:
-        new[index] = find(index, side, factor[index], basis[index])
-    keep_basis(matrices.state, f"{side}_basis", new, bits)
+    found = [find(index, side, factor[index], basis[index]) for index in due]
+    keep_basis(matrices.state, f"{side}_basis", torch.stack(found), bits, due)
     kept = read_basis(matrices.state, f"{side}_basis", bits)
     factor = factor.clone()
     for index in due:
