@@ -64,14 +64,14 @@ def keep_basis(
 
 def decoded_factor(state: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
     """A symmetric positive factor as it is kept, float32 [b, m, m]; zeros before the first."""
-    codes = state[name].float()
+    codes = state[name]
     if bits == 32:
         return codes
     diagonal = state[f"{name}_scales"]
     roots = diagonal.sqrt() / _LARGEST_PAIR**0.5
-    upper = 256 * codes.triu(1) + (codes + 128).tril(-1).mT
-    upper.mul_(roots).mul_(roots.mT)
-    factor = upper + upper.mT
+    low = _transposed(codes).view(torch.uint8)
+    pairs = codes.to(torch.int16).mul_(256).add_(low).triu_(1)
+    factor = pairs.add_(_transposed(pairs)).float().mul_(roots * roots.mT)
     factor.diagonal(dim1=1, dim2=2).copy_(diagonal.squeeze(1))
     return factor
 
@@ -84,9 +84,17 @@ def encoded_factor(name: str, factor: Tensor, bits: int) -> dict[str, Tensor]:
     if bits == 32:
         return {name: factor}
     diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(1).clamp_min(0.0)
-    roots = diagonal.clamp_min(TINY).sqrt() / _LARGEST_PAIR**0.5
-    upper = (factor / roots / roots.mT).round_().clamp_(-_LARGEST_PAIR, _LARGEST_PAIR)
-    high = (upper / 256).floor_()
-    low = upper.sub_(high, alpha=256).sub_(128)
-    codes = high.triu(1) + low.triu(1).mT
-    return {name: codes.to(torch.int8), f"{name}_scales": diagonal}
+    inverse = diagonal.clamp_min(TINY).rsqrt() * _LARGEST_PAIR**0.5
+    pairs = (factor * inverse).mul_(inverse.mT).round_().clamp_(-_LARGEST_PAIR, _LARGEST_PAIR)
+    pairs = pairs.to(torch.int16)
+    low = (pairs & 255).to(torch.uint8).view(torch.int8)
+    codes = (pairs >> 8).to(torch.int8).triu_(1).add_(low.mT.tril(-1))
+    return {name: codes, f"{name}_scales": diagonal}
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """A copy of each matrix's transpose; torch has a fast way for one matrix only."""
+    out = torch.empty_like(x)
+    for new, each in zip(out, x, strict=True):
+        new.copy_(each.mT)
+    return out
