@@ -325,7 +325,7 @@ def test_options_are_those_of_the_host(
     assert relative_change(params, expected) < NS_FLOAT32
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-28, 1e-20, 1e15])
+@pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-28, 1e-20, 1e13])
 @pytest.mark.parametrize("name", ["fp32", "muonq4", "spectral4"])
 def test_gradients_of_any_size(name: str, scale: float, on_device: Callable[[], None]) -> None:
     def step(ns_dtype: str) -> Tensor:
