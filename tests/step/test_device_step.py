@@ -111,8 +111,10 @@ def test_float32_stores_the_same_codes_as_the_host(
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             if isinstance(value, Tensor) and value.dtype == torch.uint8:
-                different = int((ours[key] != value).sum())
-                assert different <= (value.numel() // 20 if spectral else 0), key
+                # Levels of 8 bits are 16 times as near as those of 4: 16 codes in a thousand in
+                # each of three steps, and as many again that the step before has moved.
+                share = (0.1 if PRESETS[name].bits == 8 else 0.05) if spectral else 0.0
+                assert int((ours[key] != value).sum()) <= share * value.numel(), key
             elif isinstance(value, Tensor):
                 # A flipped code moves one of at least 24 entries of its row by a level, which is at
                 # most one RMS (2 bits): two of them change the row's RMS by up to 2 * 2/24 / 2.
