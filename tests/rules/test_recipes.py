@@ -11,6 +11,7 @@ import torch
 from oracles import ORACLES
 from oracles.gains import GAINS
 from oracles.maps import exact_polar, newton_schulz, sinkhorn, spectral
+from test_stages import draw
 from torch import Tensor, nn
 
 from lowbit_muon import RULES, Muon, UpdateRule
@@ -28,6 +29,7 @@ from lowbit_muon.step.rules.direction import (
     Sinkhorn,
 )
 from lowbit_muon.step.rules.eigenbasis import MomentumBasisAdam
+from lowbit_muon.step.rules.kronecker import KroneckerWhitened
 from lowbit_muon.step.rules.precondition import Equilibrate
 from lowbit_muon.step.rules.recipes import fismo, pion
 from lowbit_muon.step.rules.rotation import Rotated
@@ -246,7 +248,9 @@ def test_mousse_does_what_its_equations_say(
     params = [nn.Parameter(torch.zeros(2, 2)) for _ in range(number)]
     param = nn.Parameter(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3)))
     rule = with_exact_polar(RULES["mousse"].with_state_bits(32))
-    whitened = replace(rule.precondition[0], eps=0.01, largest=largest)  # type: ignore[call-arg]
+    stage = rule.precondition[0]
+    assert isinstance(stage, KroneckerWhitened)
+    whitened = replace(stage, eps=0.01, largest=largest)
     rule = replace(rule, precondition=(whitened,))
     optimizer = Muon([*params, param], lr=LR, rule=rule, state_format="fp32", weight_decay=0.1)
     settings = {"number": number, "eps": 0.01, "largest": largest}
@@ -284,10 +288,6 @@ def test_mousse_s_small_eigenvalues_survive_eight_bits() -> None:
     error = math.sqrt(24 / 3) / 65534 * math.sqrt((1 - 0.95**40) / (1 - 0.95**2)) / 0.57
     rebased = 2 * 2 * (4 * 4 / (254 * math.sqrt(3))) ** 2
     torch.testing.assert_close(coded, full, rtol=0.125 * (2 * error + rebased), atol=0)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_factor_in_codes_is_known_to_a_65534th() -> None:

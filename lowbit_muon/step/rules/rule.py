@@ -18,7 +18,7 @@ from lowbit_muon.step.rules.momentum import Momentum
 from lowbit_muon.step.rules.precondition import Preconditioner
 from lowbit_muon.step.rules.sampling import Sampling
 from lowbit_muon.step.rules.scaling import Scaling
-from lowbit_muon.step.rules.stage import AGE, BITS, Stage, expect
+from lowbit_muon.step.rules.stage import AGE, Stage, check_bits, expect
 from lowbit_muon.step.rules.step_size import StepSize
 from lowbit_muon.step.rules.weight_decay import OfGains, WeightDecay
 
@@ -150,7 +150,7 @@ class UpdateRule:
         Of stages that leave the choice, which have 8 by default; others stay. A checkpoint of other
         bits loads with that state starting anew. Raises ValueError for other numbers.
         """
-        expect(type(bits) is int and bits in BITS, f"{self.name}: bits", f"one of {BITS}", bits)
+        check_bits(f"{self.name}: bits", bits)
         changed: dict[str, Any] = {
             name: tuple(_in_bits(stage, bits) for stage in getattr(self, name))
             if several

@@ -108,7 +108,7 @@ def _check_field(kind: str, field: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(default, bool):
         expect(isinstance(value, bool), name, "a bool", value)
     elif field.name == "bits":
-        expect(type(value) is int and value in BITS, name, f"one of {BITS}", value)
+        check_bits(name, value)
     elif field.type in ("int", int):
         least = 0 if default == 0 else 1
         expect(type(value) is int and value >= least, name, f"a whole number >= {least}", value)
@@ -116,6 +116,11 @@ def _check_field(kind: str, field: dataclasses.Field[Any], value: Any) -> None:
         below, numbers = (1, "in [0, 1)") if "beta" in field.name else (math.inf, ">= 0")
         good = is_real_number(value) and 0 <= value < below
         expect(good, name, f"a number {numbers}", value)
+
+
+def check_bits(name: str, bits: object) -> None:
+    """Raise ValueError unless a stage can keep a number for each element in so many bits."""
+    expect(type(bits) is int and bits in BITS, name, f"one of {BITS}", bits)
 
 
 @dataclass
