@@ -16,6 +16,7 @@ from lowbit_muon import (
     RULES,
     MuonWithAuxAdam,
     StateFormat,
+    UpdateRule,
     attach_layer_inputs,
     muon_param_groups,
     quantize,
@@ -59,19 +60,23 @@ def shifted(name: str, shift: float) -> Method:
     return Method(new, dataclasses.replace(PRESETS[name], name=new, spectral_shift=shift))
 
 
-# Update rules with three learning rates to choose from, about those published, or those that make
-# updates of the same size: trained where they are asked for.
+# Update rules with three learning rates or more to choose from, about those published, or those
+# that make updates of the same size: trained where they are asked for.
 _USUAL, _MATCHED = (2e-2, 4e-2, 8e-2), (5e-3, 1e-2, 2e-2)
+_LOWER = (1e-2, *_USUAL)
+_POLAR_EXPRESS = "muon with polar_express"
 RULE_RATES = {
-    **dict.fromkeys(("muon", "normuon", "normuon_speedrun", "nanochat", "cautious_decay"), _USUAL),
-    **dict.fromkeys(("cautious_muon", "muon_plus", "turbo_muon", "dion_muon"), _USUAL),
-    **dict.fromkeys(("moonlight", "muonclip", "muoneq"), _MATCHED),
+    **dict.fromkeys(("muon", "normuon", "cautious_decay", "cautious_muon", "turbo_muon"), _USUAL),
+    **dict.fromkeys((_POLAR_EXPRESS, "dion_muon", "normuon_speedrun", "nanochat"), _LOWER),
+    "muon_plus": _LOWER,
+    **dict.fromkeys(("moonlight", "muonclip"), _MATCHED),
+    "muoneq": (*_MATCHED, 4e-2),
     "adamuon": (1.25e-3, 2.5e-3, 5e-3),
-    **dict.fromkeys(("namo", "namo_d"), (2e-2, 4e-2, 8e-2)),
+    **dict.fromkeys(("namo", "namo_d"), (*_LOWER, 0.16)),
     "muonh": (1.25e-2, 2.5e-2, 5e-2),
     "scion": (4e-4, 8e-4, 1.6e-3),
     "adago": (0.1, 0.2, 0.4),
-    "polargrad": (0.1, 0.3, 1.0),
+    **dict.fromkeys(("polargrad", "polargrad_polar_first"), (0.1, 0.3, 1.0)),
     **dict.fromkeys(("drop_muon", "soap_muon", "mousse", "newton_muon()"), _USUAL),
     "aro": _MATCHED,
     "cosmos": (1e-2, 2e-2, 4e-2),
@@ -81,6 +86,7 @@ RULE_RATES = {
     **dict.fromkeys(("lion", "signum"), (1e-4, 3e-4, 1e-3)),
     **dict.fromkeys(("rmnp", "pion(2)"), (1e-3, 3e-3, 1e-2)),
     **dict.fromkeys(("auon", "spectra"), (1.0, 3.0, 10.0)),
+    "auon_hybrid": _USUAL,
 }
 # Rules whose other states are kept in 8 bits, to be compared with float32.
 CODED_STATES = ("soap", "soap_muon", "conda", "cosmos", "aro", "mousse")
@@ -95,6 +101,8 @@ TRAINED_RULES = {
     **RULES,
     **{rule: resolve_rule(rule) for rule in ("pion(2)", "newton_muon()")},
     **{wide_states(rule): RULES[rule].with_state_bits(32) for rule in CODED_STATES},
+    # What dion_muon, normuon_speedrun and nanochat have in common.
+    _POLAR_EXPRESS: UpdateRule(_POLAR_EXPRESS, options=(("ns_coefficients", "polar_express"),)),
 }
 
 

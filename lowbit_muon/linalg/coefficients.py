@@ -27,6 +27,13 @@ _POLAR_EXPRESS_EXACT: tuple[Triple, ...] = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
+_QUINTIC: tuple[Triple, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
 # The paper evaluates every polynomial but the last at x/1.01, so that rounding that pushes a
 # singular value above one does not make it grow.
 _SAFETY = 1.01
@@ -39,13 +46,9 @@ NS_COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         _POLAR_EXPRESS_EXACT[-1],
     ),
     # NVIDIA-NeMo/Emerging-Optimizers, "quintic"
-    "quintic": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
+    "quintic": _QUINTIC,
+    # four steps from a start by rows (`AlmostOrthogonal`): thib-s/flash-newton-schulz
+    "turbo": _QUINTIC[1:],
     # CANS, as Emerging-Optimizers has it
     "cans": (
         (8.4703, -25.1081, 18.6293),
@@ -54,7 +57,8 @@ NS_COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         (3.2866, -2.4647, 0.5074),
         (2.2737, -1.6447, 0.4162),
     ),
-    # four steps from a start by rows (`AlmostOrthogonal`): thib-s/flash-newton-schulz
+    # Emerging-Optimizers, "aol". It changes the sign of singular values above 0.884, and the largest
+    # ones of momenta in training are, divided by their norm or from that start: steps go uphill.
     "aol": (
         (4.0098, -7.0585, 2.4635),
         (3.4585, -5.5479, 2.5959),

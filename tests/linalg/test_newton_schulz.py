@@ -54,7 +54,9 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 
 
 # Five steps of which are precise in the Gram form; of the others the standard form is taken.
-GRAM_NAMES = {"muon", "polar_express", "quintic", "deepseekv4", "lipschitz", "converging"}
+GRAM_NAMES = {
+    *("muon", "polar_express", "quintic", "turbo", "deepseekv4", "lipschitz", "converging")
+}
 
 
 def test_which_polynomials_the_gram_form_takes() -> None:
@@ -80,6 +82,15 @@ def test_steep_and_deficient_spectra(
         method = "newton_schulz"
     result = orthogonalize(x, steps, coefficients, method)
     assert_orthogonalized(result, x, method, triples)
+
+
+@pytest.mark.parametrize("coefficients", NS_COEFFICIENTS)
+def test_no_singular_value_changes_its_sign_but_with_aol(coefficients: str) -> None:
+    """After each step, and those of the default five: an update along no direction goes uphill."""
+    values = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
+    for steps in range(1, 6):
+        kept = polynomial(values, resolve_coefficients(coefficients, steps)) > 0
+        assert bool(kept.all()) == (coefficients != "aol"), steps
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -48,6 +48,22 @@ def test_a_batch_steps_as_each_matrix_alone(rule: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)], ids=str)
+@pytest.mark.parametrize("rule", ALL)
+def test_a_direction_far_above_the_others_goes_downhill(rule: str, shape: tuple[int, int]) -> None:
+    """As the largest of a gradient in training, which no polynomial may turn round."""
+    left, right = (torch.nn.functional.normalize(torch.randn(size), dim=0) for size in shape)
+    # With nothing in that direction, and at the bound of constraints: these are no step in it.
+    weight = torch.randn(shape)
+    weight -= (left @ weight @ right) * torch.outer(left, right)
+    param = nn.Parameter(weight / torch.linalg.matrix_norm(weight, 2))
+    optimizer = Muon([param], rule=ALL[rule], lr=0.05, weight_decay=0.0, state_format="fp32")
+    for _ in range(5):
+        param.grad = torch.outer(left, right) + 0.01 * torch.randn(shape)
+        optimizer.step()
+    assert left @ param.detach() @ right < 0
+
+
 @pytest.mark.parametrize("rule", ["cautious_decay", "nanochat", "namo", "namo_d", "muonh", "lion"])
 def test_panels_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []

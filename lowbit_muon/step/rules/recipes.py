@@ -123,7 +123,7 @@ RULES: dict[str, UpdateRule] = {
         UpdateRule(
             "turbo_muon",
             precondition=(AlmostOrthogonal(),),
-            options=(("ns_coefficients", "aol"), ("ns_steps", 4)),
+            options=(("ns_coefficients", "turbo"), ("ns_steps", 4)),
         ),
         # in the 128 directions of a random sketch (after arXiv 2605.06884)
         UpdateRule("low_rank_muon", direction=LowRankPolar()),
