@@ -174,6 +174,7 @@ OVERFLOWS = {
 }
 
 
+@pytest.mark.long
 def test_address_sanitizer_sees_overflows(tmp_path: Path) -> None:
     libraries = {}
     for name, change in {"none": None, **OVERFLOWS}.items():

@@ -349,6 +349,7 @@ def test_quotients_and_roots_are_rounded_to_nearest(name: str) -> None:
     assert "div.rn.f32" in ptx
 
 
+@pytest.mark.long
 def test_matrices_of_one_element() -> None:
     """An argument of 1 is a constant to the compiler, which each kernel must take."""
     one = torch.ones(1)

@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Any]:
         ("trainer", "transformers", "checkpoint-3"),
         pytest.param("peft", "peft", "checkpoint-3", marks=pytest.mark.long),
         pytest.param("accelerate", "accelerate", "state", marks=pytest.mark.long),
-        ("lightning", "lightning", "epoch=0.ckpt"),
+        pytest.param("lightning", "lightning", "epoch=0.ckpt", marks=pytest.mark.long),
     ],
 )
 def test_a_script_and_its_checkpoint(

@@ -54,7 +54,7 @@ def test_codes_stay_and_the_size_follows(name: str, ns_input: Any, place: str) -
         optimizer.step()
     before, start = stored(optimizer, param), momentum(optimizer, param)
     updates = []
-    for _ in range(200):
+    for _ in range(60):
         param.grad = torch.zeros(24, 40)
         weights = param.detach().clone()
         optimizer.step()
@@ -62,15 +62,15 @@ def test_codes_stay_and_the_size_follows(name: str, ns_input: Any, place: str) -
     after = stored(optimizer, param)
     for old, new in zip(codes(before), codes(after), strict=True):
         assert torch.equal(old, new)
-    # A factor is rounded to float32 in each of the 200 steps.
-    size = 1.0 if PRESETS[name].normalize else 0.95**200
+    # A factor is rounded to float32 in each of the 60 steps.
+    size = 1.0 if PRESETS[name].normalize else 0.95**60
     error = (momentum(optimizer, param) - size * start).norm() / (size * start).norm()
-    assert error < 200 * torch.finfo(torch.float32).eps
+    assert error < 60 * torch.finfo(torch.float32).eps
     # Newton-Schulz of the same matrix in other sizes, in float32 (2.4e-3, see test_device_step;
     # float16 on devices): nothing of the direction is lost.
     turned = torch.cosine_similarity(updates[0].flatten(), updates[-1].flatten(), 0)
     assert turned > 1 - 1e-4
-    assert optimizer.state_dict()["state"][0]["step"] == 203
+    assert optimizer.state_dict()["state"][0]["step"] == 63
 
 
 @pytest.mark.parametrize("name", ["spectral4", "mulaw4", "linear8", "muonq4", "bf16"])
@@ -129,10 +129,10 @@ def test_a_large_matrix_whose_rows_are_read_by_panels(name: str) -> None:
 @pytest.mark.parametrize("name", CODED)
 def test_a_momentum_fades_to_zero_and_comes_back(name: str, place: str) -> None:
     param = nn.Parameter(torch.ones(8, 12))
-    optimizer = Muon([param], momentum=0.5, weight_decay=0.0, state_format=name)
+    optimizer = Muon([param], momentum=0.1, weight_decay=0.0, state_format=name)
     param.grad = gradient((8, 12), 0)
     optimizer.step()
-    for _ in range(200):  # 0.5^200 = 6e-61
+    for _ in range(60):  # 0.1^60, where float32 ends at 1e-45
         param.grad = torch.zeros(8, 12)
         optimizer.step()
     assert param.isfinite().all()
@@ -145,7 +145,7 @@ def test_a_momentum_fades_to_zero_and_comes_back(name: str, place: str) -> None:
     optimizer.step()
     fresh = nn.Parameter(torch.ones(8, 12))
     if not PRESETS[name].normalize:
-        expected = Muon([fresh], momentum=0.5, weight_decay=0.0, state_format="fp32")
+        expected = Muon([fresh], momentum=0.1, weight_decay=0.0, state_format="fp32")
         fresh.grad = param.grad.clone()
         expected.step()
         assert torch.allclose(param - weights, fresh - 1, rtol=0, atol=1e-4)
