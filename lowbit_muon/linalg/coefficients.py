@@ -57,8 +57,8 @@ NS_COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         (3.2866, -2.4647, 0.5074),
         (2.2737, -1.6447, 0.4162),
     ),
-    # Emerging-Optimizers, "aol". It changes the sign of singular values above 0.884, and the largest
-    # ones of momenta in training are, divided by their norm or from that start: steps go uphill.
+    # Emerging-Optimizers, "aol". It changes the sign of singular values above 0.884, where the
+    # largest of a momentum in training lie, by norm or from that start: a step goes uphill.
     "aol": (
         (4.0098, -7.0585, 2.4635),
         (3.4585, -5.5479, 2.5959),
