@@ -58,11 +58,9 @@ OF_SPECTRAL4 = {
 }
 
 
+@pytest.mark.long
 @needs_extension
-@pytest.mark.parametrize(
-    ("preset", "names"),
-    [("muonq4", OF_MUONQ4), pytest.param("spectral4", OF_SPECTRAL4, marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize(("preset", "names"), [("muonq4", OF_MUONQ4), ("spectral4", OF_SPECTRAL4)])
 def test_a_tree_equals_itself_in_everything(preset: str, names: set[str], tmp_path: Path) -> None:
     path = tmp_path / "new" / "result.json"
     compare_trees.main([

@@ -25,6 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return launch(tmp_path_factory.mktemp("fsdp2") / "whole")
 
 
+@pytest.mark.long
 def test_killed_processes_resume_like_one_run(whole: list[dict[str, Any]], tmp_path: Path) -> None:
     launch(tmp_path / "killed", fatal=True)
     rest = launch(tmp_path / "killed", resume=True)
