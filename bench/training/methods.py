@@ -75,7 +75,7 @@ RULE_RATES = {
     **dict.fromkeys(("namo", "namo_d"), (*_LOWER, 0.16)),
     "muonh": (1.25e-2, 2.5e-2, 5e-2),
     "scion": (4e-4, 8e-4, 1.6e-3),
-    "adago": (0.1, 0.2, 0.4),
+    "adago": (5e-2, 0.1, 0.2, 0.4),
     **dict.fromkeys(("polargrad", "polargrad_polar_first"), (3e-2, 0.1, 0.3)),
     **dict.fromkeys(("drop_muon", "soap_muon", "mousse", "newton_muon()"), _USUAL),
     "aro": _MATCHED,
