@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -60,13 +61,16 @@ def run(
     for worker in workers:
         worker.kill()
     assert not late, f"processes {late} did not end within {seconds} seconds"
+    # All of them: where one dies by a signal, the others tell of a connection only.
+    ends = [
+        f"process {rank}: {worker.exitcode}\n{error.read_text() if error.exists() else ''}"
+        for rank, worker in enumerate(workers)
+        for error in [folder / f"error-{rank}"]
+    ]
+    expected = [(exit_codes or {}).get(rank, 0) for rank in range(processes)]
+    assert [worker.exitcode for worker in workers] == expected, "\n".join(ends)
     results: list[Any] = []
-    for rank, worker in enumerate(workers):
-        expected = (exit_codes or {}).get(rank, 0)
-        error = folder / f"error-{rank}"
-        assert worker.exitcode == expected, (
-            error.read_text() if error.exists() else f"process {rank}: {worker.exitcode}"
-        )
+    for rank in range(processes):
         file = folder / f"result-{rank}"
         results.append(torch.load(file, weights_only=False) if file.exists() else None)
         file.unlink(missing_ok=True)
@@ -76,6 +80,7 @@ def run(
 def _work(
     rank: int, processes: int, folder: str, function: Callable[..., Any], arguments: Any
 ) -> None:
+    faulthandler.enable()  # where it is when it dies by a signal
     torch.set_num_threads(1)
     code = 0
     try:
