@@ -67,8 +67,8 @@ _LOWER = (1e-2, *_USUAL)
 _POLAR_EXPRESS = "muon with polar_express"
 RULE_RATES = {
     **dict.fromkeys(("muon", "normuon", "cautious_decay", "cautious_muon", "turbo_muon"), _USUAL),
-    **dict.fromkeys((_POLAR_EXPRESS, "dion_muon", "normuon_speedrun", "nanochat"), _LOWER),
-    "muon_plus": _LOWER,
+    **dict.fromkeys((_POLAR_EXPRESS, "dion_muon", "normuon_speedrun"), _LOWER),
+    **dict.fromkeys(("nanochat", "muon_plus"), _LOWER),
     **dict.fromkeys(("moonlight", "muonclip"), _MATCHED),
     "muoneq": (*_MATCHED, 4e-2),
     "adamuon": (1.25e-3, 2.5e-3, 5e-3),

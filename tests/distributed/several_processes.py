@@ -62,13 +62,9 @@ def run(
         worker.kill()
     assert not late, f"processes {late} did not end within {seconds} seconds"
     # All of them: where one dies by a signal, the others tell of a connection only.
-    ends = [
-        f"process {rank}: {worker.exitcode}\n{error.read_text() if error.exists() else ''}"
-        for rank, worker in enumerate(workers)
-        for error in [folder / f"error-{rank}"]
-    ]
-    expected = [(exit_codes or {}).get(rank, 0) for rank in range(processes)]
-    assert [worker.exitcode for worker in workers] == expected, "\n".join(ends)
+    ends = {rank: worker.exitcode for rank, worker in enumerate(workers)}
+    told = "\n".join(error.read_text() for error in sorted(folder.glob("error-*")))
+    assert ends == dict.fromkeys(ends, 0) | (exit_codes or {}), f"exit codes {ends}\n{told}"
     results: list[Any] = []
     for rank in range(processes):
         file = folder / f"result-{rank}"

@@ -28,8 +28,7 @@ class Rotated(DirectionMap):
 
     The factorisation is Householder's. The paper's, by shifted Cholesky factors, is another way to
     the same Q but for signs, which no f here sees, and falls back to this one where M is near
-    singular, which momenta are: of the [m, m] to be factored in 40 steps of a small GPT, half had
-    condition numbers above 8e8, where three rounds in float32 left Q^T Q off I by 0.8.
+    singular, as momenta of training are.
 
     map: f: "sinkhorn", `Sinkhorn` with five rounds; "row", rows of norm one; "sign". axis: m,
     "row", "column", "short" (the side of the residual stream in MLPs, where the state is least) or
